@@ -1,0 +1,236 @@
+"""The formulas of the row kernels, one place for each; both forms and the backward call these.
+
+A row of logits ``x`` with target ``y`` becomes ``s = cap * tanh(scale * x / cap)`` (scale and cap
+optional). With ``max = max_j s_j``, ``e_j = exp(s_j - max)``, ``s_o = sum_{j != y} e_j`` and
+``d = s_o + e_y``::
+
+    nll    = log1p(s_o)                if s_y = max
+             (max - s_y) + log(d)      otherwise
+    lse    = max + log(d)
+    loss   = r ((1 - eps) w_y nll + eps sum_j w_j (lse - s_j) / V + zeta lse^2)
+    grad_j = a p_j - c w_j / V                            j != y,  p_j = e_j / d
+    grad_y = (a - b) p_y - b s_o / d - c w_y / V
+    b = r (1 - eps) w_y,   c = r eps,   a = b + c mean(w) + 2 zeta lse r
+
+``r`` is the row's weight, ``w`` the class weights, ``eps`` label smoothing, ``zeta`` z-loss
+(Chowdhery et al. 2022, PaLM, section 5). The choice: the target is left out of the sum, so that
+neither ``p_y - 1`` nor ``lse - s_y`` is ever computed; both lose every digit as p_y approaches 1.
+The price: one comparison with the target column an element.
+
+Names: ``i_`` program or index, ``o_`` offsets, ``m_`` mask, ``p_`` pointer, ``b_`` block value,
+``BV`` tile, ``V`` vocabulary.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+class Options(NamedTuple):
+    """What may be off. ``None`` is off, and what is off is compiled away."""
+
+    weight: object = None  # (V,) fp32: class weights w
+    weight_mean: object = None  # () fp32: mean(w); given exactly when `weight` is
+    row_weight: object = None  # (N,) fp32: token weight, times the upstream gradient in backward
+    scale: object = None  # () fp32: multiplies every row's gradient (1 / divisor), not its loss
+    label_smoothing: object = None  # float in [0, 1]
+    lse_square_scale: object = None  # float
+    softcap: object = None  # float > 0
+    logit_scale: object = None  # float
+
+
+class Statistics(NamedTuple):
+    """Where the statistics of each row go, for logging and evaluation."""
+
+    log_prob: object  # (N,) fp32, nats
+    entropy: object  # (N,) fp32, nats
+    lse: object  # (N,) fp32
+    is_top1: object  # (N,) bool
+
+
+@triton.jit
+def exp(x):
+    # One instruction. The difference s - max is taken first: folding log2(e) into s would cost
+    # an absolute error that grows with |s|.
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def log1p(x):
+    # 2 atanh(x / (2 + x)) as a series below 0.4 (next term < 1e-9), log(1 + x) above.
+    z = x / (2.0 + x)
+    z2 = z * z
+    series = 2.0 * z * (1.0 + z2 * (0.33333334 + z2 * (0.2 + z2 * (0.14285715 + z2 * 0.11111111))))
+    return tl.where(x < 0.4, series, tl.log(1.0 + x))
+
+
+@triton.jit
+def tanh_from(u, e):
+    # tanh of |x| = u given e = exp(-2 u). Below 0.625 the polynomial of Cephes tanhf (Moshier,
+    # netlib.org/cephes), where 1 - e would cancel.
+    z = u * u
+    b_poly = z * -5.70498872745e-3 + 2.06390887954e-2
+    b_poly = b_poly * z + -5.37397155531e-2
+    b_poly = b_poly * z + 1.33314422036e-1
+    b_poly = b_poly * z + -3.33332819422e-1
+    return tl.where(u < 0.625, u + u * z * b_poly, (1.0 - e) / (1.0 + e))
+
+
+@triton.jit
+def transform(b_x, opt):
+    """Logits as stored -> logits as scored, float32."""
+    b_s = b_x.to(tl.float32)
+    if opt.logit_scale is not None:
+        b_s = b_s * opt.logit_scale
+    if opt.softcap is not None:
+        u = tl.abs(b_s) / opt.softcap
+        b_t = opt.softcap * tanh_from(u, exp(-2.0 * u))
+        b_s = tl.where(b_s < 0.0, -b_t, b_t)
+        b_s = tl.where(u != u, u, b_s)  # noqa: PLR0124  (NaN stays NaN)
+    return b_s
+
+
+@triton.jit
+def transform_slope(b_x, opt):
+    """d(scored logit) / d(stored logit), without the factor `logit_scale`."""
+    b_s = b_x.to(tl.float32)
+    if opt.logit_scale is not None:
+        b_s = b_s * opt.logit_scale
+    e = exp(-2.0 * (tl.abs(b_s) / opt.softcap))
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def finite_or_zero(x):
+    # The point that exponents are taken from: -inf stands for "nothing seen yet".
+    return tl.where(x == float("-inf"), 0.0, x)
+
+
+@triton.jit
+def accumulate(carry, b_x, o_col, m_col, y, reference, b_w, opt, ENTROPY: tl.constexpr):
+    """One block more into (max, s_o, t_o, k), the running statistics of a row.
+
+    t_o = sum_{j != y} (s_j - max) e_j, for the entropy; k = sum_j w_j (s_j - reference), for
+    label smoothing, where `reference` is any finite number near the target's logit.
+    """
+    top, s_o, t_o, k = carry
+    b_s = tl.where(m_col, transform(b_x, opt), float("-inf"))  # masked after the softcap
+    top_new = tl.maximum(top, tl.max(b_s, 0))
+    origin = finite_or_zero(top_new)
+    shrink = exp(finite_or_zero(top) - origin)
+    b_e = tl.where(o_col == y, 0.0, exp(b_s - origin))
+    if ENTROPY:
+        b_t = tl.where(b_e > 0.0, (b_s - origin) * b_e, 0.0)  # 0 x -inf is 0
+        t_o = shrink * (t_o + (finite_or_zero(top) - origin) * s_o) + tl.sum(b_t, 0)
+    s_o = shrink * s_o + tl.sum(b_e, 0)
+    if opt.label_smoothing is not None:
+        b_k = b_s - reference
+        if opt.weight is not None:
+            b_k = tl.where(b_w == 0.0, 0.0, b_w * b_k)
+        k += tl.sum(tl.where(m_col, b_k, 0.0), 0)
+    return top_new, s_o, t_o, k
+
+
+@triton.jit
+def load_row_scalars(i_row, y, m_y, opt):
+    """(r, w_y, mean w) of a row; 1 where the option is off."""
+    r = 1.0
+    if opt.row_weight is not None:
+        r = tl.load(opt.row_weight + i_row)
+    w_y = 1.0
+    w_mean = 1.0
+    if opt.weight is not None:
+        w_y = tl.load(opt.weight + y, mask=m_y, other=0.0)
+        w_mean = tl.load(opt.weight_mean)
+    return r, w_y, w_mean
+
+
+@triton.jit
+def finish(carry, s_y, reference, r, w_y, w_mean, i_row, p_loss, p_saved, stats, V, opt):
+    """Write the row's loss, what the backward needs, and its statistics; return the latter two."""
+    top, s_o, t_o, k = carry
+    e_y = exp(s_y - finite_or_zero(top))
+    d = s_o + e_y
+    log_d = tl.where(s_y == top, log1p(s_o), tl.log(d))
+    nll = tl.where(s_y == top, log_d, (top - s_y) + log_d)
+    inv_d = 1.0 / d
+    so_d = s_o * inv_d
+    loss = nll
+    if opt.weight is not None:
+        loss = w_y * nll
+    if opt.label_smoothing is not None:
+        # lse - reference is nll itself unless the target's logit is -inf.
+        from_reference = tl.where(reference == s_y, nll, top + log_d)
+        smooth = w_mean * from_reference - k / V
+        loss = (1.0 - opt.label_smoothing) * loss + opt.label_smoothing * smooth
+    if opt.lse_square_scale is not None:
+        loss += opt.lse_square_scale * (top + log_d) * (top + log_d)
+    tl.store(p_loss + i_row, r * loss)
+    if p_saved is not None:
+        tl.store(p_saved + 3 * i_row, top)
+        tl.store(p_saved + 3 * i_row + 1, inv_d)
+        tl.store(p_saved + 3 * i_row + 2, so_d)
+    if stats is not None:
+        t = t_o + tl.where(e_y > 0.0, (s_y - top) * e_y, 0.0)
+        tl.store(stats.log_prob + i_row, -nll)
+        tl.store(stats.entropy + i_row, log_d - t * inv_d)
+        tl.store(stats.lse + i_row, top + log_d)
+        tl.store(stats.is_top1 + i_row, s_y == top)
+    return top, inv_d, so_d
+
+
+@triton.jit
+def finish_ignored(i_row, p_loss, p_saved, stats):
+    """Zeros in every output of an ignored row: no output is left as it was allocated."""
+    tl.store(p_loss + i_row, 0.0)
+    if p_saved is not None:
+        tl.store(p_saved + 3 * i_row, 0.0)
+        tl.store(p_saved + 3 * i_row + 1, 0.0)
+        tl.store(p_saved + 3 * i_row + 2, 0.0)
+    if stats is not None:
+        tl.store(stats.log_prob + i_row, 0.0)
+        tl.store(stats.entropy + i_row, 0.0)
+        tl.store(stats.lse + i_row, 0.0)
+        tl.store(stats.is_top1 + i_row, False)
+
+
+@triton.jit
+def coefficients(top, inv_d, so_d, m_y, r, w_y, w_mean, V, opt):
+    """(a, a - b, b s_o / d, c / V): where every option of the loss meets; NaN for a bad target."""
+    if opt.scale is not None:
+        r = r * tl.load(opt.scale)
+    r = tl.where(m_y, r, float("nan"))
+    b = r
+    a_minus_b = 0.0 * r
+    c_over_v = 0.0
+    if opt.weight is not None:
+        b = b * w_y
+    if opt.label_smoothing is not None:
+        b = b * (1.0 - opt.label_smoothing)
+        a_minus_b = r * opt.label_smoothing * w_mean
+        c_over_v = r * opt.label_smoothing / V
+    if opt.lse_square_scale is not None:
+        a_minus_b += 2.0 * opt.lse_square_scale * (top - tl.log(inv_d)) * r
+    a = b + a_minus_b
+    return a, a_minus_b, b * so_d, c_over_v
+
+
+@triton.jit
+def gradient(b_x, o_col, y, top, inv_d, a, a_minus_b, b_so_d, c_over_v, b_w, opt):
+    """The gradient of one block, float32; scale and softcap multiply last."""
+    b_p = exp(transform(b_x, opt) - top) * inv_d
+    m_target = o_col == y
+    b_g = tl.where(m_target, a_minus_b, a) * b_p - tl.where(m_target, b_so_d, 0.0)
+    if opt.label_smoothing is not None:
+        if opt.weight is not None:
+            b_g -= c_over_v * b_w
+        else:
+            b_g -= c_over_v
+    if opt.softcap is not None:
+        b_g = b_g * transform_slope(b_x, opt)
+    if opt.logit_scale is not None:
+        b_g = b_g * opt.logit_scale
+    return b_g

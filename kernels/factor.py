@@ -1,0 +1,35 @@
+"""Multiply a gradient by the upstream factor in place, and do nothing when the factor is 1.
+
+The factor lives on the device and is compared there, so that the host never waits for it. Each
+program reads 4 bytes and returns when they say 1, which is what `loss.backward()` passes. Rows
+whose target is `ignore_index` are zero already and are not read, whatever the factor.
+"""
+
+import triton
+import triton.language as tl
+
+from sgp.kernels.layout import aligned, column_offset, row_pointer
+
+
+@triton.jit
+def multiply_rows(
+    dlogits,  # Matrix (N, V) bf16 | fp32, read and written
+    target,  # (N,) int64
+    factor,  # () fp32
+    ignore_index,
+    V,
+    BV: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    i_row = tl.program_id(0).to(tl.int64)
+    V = aligned(V, ALIGN)
+    f = tl.load(factor)
+    if f != 1.0:
+        if tl.load(target + i_row) != ignore_index:
+            p_g = row_pointer(dlogits, i_row, ALIGN)
+            for start in range(0, V, BV):
+                o_col = start + tl.arange(0, BV)
+                m_col = o_col < V
+                p_block = p_g + column_offset(dlogits, o_col)
+                b_g = tl.load(p_block, mask=m_col, other=0.0).to(tl.float32) * f
+                tl.store(p_block, b_g.to(p_g.dtype.element_ty), mask=m_col)

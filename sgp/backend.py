@@ -1,0 +1,84 @@
+"""Which implementation runs: the Triton kernels or PyTorch's operators, and why."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+
+import torch
+
+CHOICES = ("auto", "triton", "torch")
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed; looks without importing it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> str:
+    """'triton' or 'torch' for a tensor of this device and dtype.
+
+    `SGP_BACKEND=auto` (the default) runs the kernels on CUDA and ROCm tensors in bf16, fp16 and
+    fp32, and PyTorch for the rest: CPU tensors, float64, and CUDA where Triton is missing (said
+    once, as a warning). `SGP_BACKEND=torch` and `triton` force one; `triton` on CPU tensors needs
+    `TRITON_INTERPRET=1` set before the process starts.
+
+    Raises:
+        RuntimeError: if a forced backend cannot run; there is no silent fallback.
+        ValueError: if SGP_BACKEND is none of the three.
+    """
+    backend, why = explain(device, dtype)
+    if backend == "error":
+        raise RuntimeError(f"sgp: SGP_BACKEND=triton cannot run: {why}")
+    if device.type == "cuda" and backend == "torch" and not has_triton():
+        _warn_once(why)
+    return backend
+
+
+def explain(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The choice ('triton', 'torch' or 'error') and its reason in words, for `sgp doctor`."""
+    wanted = os.environ.get("SGP_BACKEND", "auto")
+    if wanted not in CHOICES:
+        raise ValueError(f"sgp: SGP_BACKEND = {wanted!r}; expected one of {', '.join(CHOICES)}")
+    if wanted == "torch":
+        return "torch", "SGP_BACKEND=torch"
+    obstacle = _obstacle(device, dtype)
+    if wanted == "triton":
+        return ("error", obstacle) if obstacle else ("triton", "SGP_BACKEND=triton")
+    if obstacle:
+        return "torch", obstacle
+    if device.type == "cpu":
+        return "torch", "the interpreter is for checking: set SGP_BACKEND=triton to use it"
+    return "triton", f"{device.type} tensors run the kernels"
+
+
+def _obstacle(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the kernels cannot run on such a tensor; empty if they can."""
+    if not has_triton():
+        return "Triton is not installed (pip install triton)"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernels compute in float32 and take bf16, fp16 and fp32, not {dtype}"
+    if device.type == "cuda":
+        return ""
+    if device.type != "cpu":
+        return f"the kernels run on CUDA and ROCm devices, not on {device.type!r}"
+    if not _interpreted():
+        return "CPU tensors need Triton's interpreter (set TRITON_INTERPRET=1 before Python starts)"
+    return ""
+
+
+@functools.cache
+def _interpreted() -> bool:
+    if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("1", "true", "on", "yes", "y"):
+        return False
+    from sgp.kernels.launch import runs_interpreted  # noqa: PLC0415  (imports Triton)
+
+    return bool(runs_interpreted())
+
+
+@functools.cache
+def _warn_once(why: str) -> None:
+    warnings.warn(f"sgp: CUDA tensors run PyTorch's operators: {why}", stacklevel=4)

@@ -1,0 +1,338 @@
+"""`cross_entropy` over the tokens that carry loss, and its module."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from sgp import operators
+from sgp.autograd import RowLoss, ScalarLoss
+from sgp.problem import Problem, make_problem
+from sgp.recipe import Recipe, accumulation_dtype, probability_rows, score
+from sgp.reduction import check_reduction, per_sequence, reciprocal
+from sgp.reference import TokenLogProbs
+from sgp.selection import Selection
+
+NAME = "sgp.cross_entropy"
+
+
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor | Selection,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    token_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    lse_square_scale: float = 0.0,
+    inplace: bool = False,
+    return_stats: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor | Selection,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    token_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    lse_square_scale: float = 0.0,
+    inplace: bool = False,
+    return_stats: Literal[True],
+) -> tuple[Tensor, TokenLogProbs]: ...
+
+
+def cross_entropy(
+    input: Tensor,  # noqa: A002  (PyTorch's name)
+    target: Tensor | Selection,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    token_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    lse_square_scale: float = 0.0,
+    inplace: bool = False,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, TokenLogProbs]:
+    """Cross-entropy between logits and targets, for the price of the tokens that carry loss.
+
+    Takes what `torch.nn.functional.cross_entropy` takes, by the same names and with the same
+    meaning. Rows whose target is ignored are never read, whatever they hold (NaN included), and
+    their gradient is exactly zero. On a GPU one kernel launch gives loss and gradient.
+
+    Example:
+        >>> import torch, sgp
+        >>> logits = torch.log(torch.tensor([[0.2, 0.8], [0.8, 0.2]])).requires_grad_()
+        >>> sgp.cross_entropy(logits, torch.tensor([-100, 0]))      # -log 0.8; row 0 is context
+        tensor(0.2231, grad_fn=<ScalarLossBackward>)
+
+    Args:
+        input: logits, float32, float64, bfloat16 or float16; (V,), (N, V) or (N, V, d1, ...) as in
+            PyTorch, any strides. With a Selection: (N, V) or (..., V) whose leading dimensions
+            flatten to the Selection's N tokens.
+        target: class indices (), (N,) or (N, d1, ...), integers; or class probabilities of the
+            shape of `input` (by PyTorch's operators); or a Selection.
+        weight: (V,) weight of each class. Multiplies the cross-entropy, not the z-loss.
+        ignore_index: targets of this value carry no loss; None means -100.
+        reduction: "mean" (sum of losses / sum of `token_weight * weight[target]` over kept
+            tokens), "sum", "none" (shape of the target, 0 where ignored), "sequence_sum" or
+            "sequence_mean" (one value a sequence: a row of a 2-D target, or a packed sequence of
+            the Selection; 0 for one without targets).
+        label_smoothing: eps in [0, 1]; that much of the target is spread over all classes.
+        token_weight: weight of each token's whole loss, of the target's shape. A constant. A
+            weight of 0 is not the same as ignored: the row is read and, if NaN, stays NaN.
+        denominator: replaces the divisor of "mean": a number or a 0-d tensor (never waited for).
+            What gradient accumulation and data parallelism need: the count over the whole batch.
+        softcap: logits become `softcap * tanh(logits / softcap)`, after `logit_scale`.
+        logit_scale: multiplies the logits first.
+        lse_square_scale: adds this times the squared log-sum-exp (z-loss) to each token's loss.
+        inplace: write the gradient over `input` instead of a new tensor of its size. `input` must
+            not be used afterwards (autograd notices where it is), and not be a leaf.
+        return_stats: return (loss, TokenLogProbs): log-probability, entropy, log-sum-exp and
+            is-top-1 of each token, detached, from the same launch.
+
+    Returns:
+        The loss in nats: float32 (float64 for float64 input), never rounded to `input`'s dtype.
+        Shape () for "mean" and "sum", of the target for "none", (S,) for the sequence forms. A
+        divisor of 0 gives 0 with zero gradients, where PyTorch gives NaN.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or constants that do not fit, repeated in
+            the message; "mean" over negative token weights on a CPU.
+        IndexError: a target outside [0, V), on a CPU or with SGP_CHECK=1. A GPU does not wait to
+            check: such a row's loss and gradient are NaN.
+        RuntimeError: a second backward through "mean" or "sum", or a second derivative.
+
+    Source: the formulas and their error are in `kernels/arithmetic.py`; z-loss from Chowdhery et
+    al. 2022 (PaLM), softcap from Gemma Team 2024 (Gemma 2), smoothing from Szegedy et al. 2016.
+    """
+    ignore = -100 if ignore_index is None else ignore_index
+    recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
+    problem = make_problem(NAME, input, target, weight, token_weight, recipe)
+    check_reduction(NAME, reduction, denominator)
+    need_grad = torch.is_grad_enabled() and input.requires_grad
+    if inplace and need_grad:
+        _check_inplace(input)
+    if problem.has_probabilities:
+        if inplace or return_stats:
+            raise ValueError(
+                f"{NAME}: inplace and return_stats need class indices; target holds class "
+                f"probabilities {tuple(problem.target.shape)}"
+            )
+        return _probability_loss(problem, reduction, denominator)
+    # Only these two are one number times the sum over rows, whatever comes upstream.
+    scalar = reduction in ("mean", "sum")
+    scale = _scale(problem, denominator) if reduction == "mean" else None
+    fused = (
+        scalar
+        and need_grad
+        and input.dtype != torch.float16
+        and not torch._C._are_functorch_transforms_active()  # noqa: SLF001  (no public name)
+    )
+    loss, stats = _row_losses(problem, scale, fused, need_grad, return_stats, inplace)
+    if not fused:
+        loss = _reduce(problem, loss, reduction, scale)
+    if not return_stats:
+        return loss
+    return loss, TokenLogProbs(*(value.view(problem.shape) for value in stats))
+
+
+def _row_losses(
+    problem: Problem,
+    scale: Tensor | None,
+    fused: bool,
+    need_grad: bool,
+    need_stats: bool,
+    inplace: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(reduced loss if fused, else one loss a row; the four statistics)."""
+    p = problem
+    out: tuple[Tensor, ...]
+    if fused:
+        out = ScalarLoss.apply(  # type: ignore[no-untyped-call]
+            p.logits, p.target, p.weight, p.token_weight, scale, p.recipe, need_stats, inplace
+        )
+        return out[0], out[1:5]
+    if need_grad:
+        out = RowLoss.apply(  # type: ignore[no-untyped-call]
+            p.logits, p.target, p.weight, p.token_weight, p.recipe, need_stats, inplace
+        )
+        return out[0], out[1:5]
+    loss, _, *stats, _ = operators.row_forward(
+        p.logits.detach(), p.target, p.weight, p.token_weight, None, *p.recipe,
+        False, False, need_stats,
+    )  # fmt: skip
+    return loss, tuple(stats)
+
+
+def _reduce(problem: Problem, rows: Tensor, reduction: str, scale: Tensor | None) -> Tensor:
+    if reduction == "none":
+        return rows.view(problem.shape)
+    if reduction in ("mean", "sum"):
+        return rows.sum() if scale is None else rows.sum() * scale
+    sums = per_sequence(problem, rows)
+    if reduction == "sequence_sum":
+        return sums
+    return sums * reciprocal(per_sequence(problem, _divisors(problem, rows)), rows.dtype)
+
+
+def _divisors(problem: Problem, rows: Tensor) -> Tensor:
+    """(N,): by how much each row counts in a mean."""
+    kept = problem.target != problem.recipe.ignore_index
+    counts = kept.to(rows.dtype)
+    if problem.weight is not None:
+        counts = counts * problem.weight[problem.target.clamp(0, problem.weight.numel() - 1)]
+    if problem.token_weight is not None:
+        counts = torch.where(kept, counts * problem.token_weight, 0)
+    return counts
+
+
+def _scale(problem: Problem, denominator: float | Tensor | None) -> Tensor:
+    """1 / divisor of the mean, () on the logits' device, without waiting for it."""
+    p = problem
+    dtype = accumulation_dtype(p.logits.dtype)
+    if denominator is None:
+        scale: Tensor = operators.mean_scale(
+            p.logits.detach(), p.target, p.weight, p.token_weight, p.recipe.ignore_index, NAME
+        )
+        return scale
+    if not isinstance(denominator, Tensor):
+        denominator = torch.full((), denominator, dtype=torch.float64)
+    return reciprocal(denominator, dtype).to(p.logits.device, non_blocking=True)
+
+
+def _probability_loss(
+    problem: Problem, reduction: str, denominator: float | Tensor | None
+) -> Tensor:
+    """Class probabilities: PyTorch's operators in float32, on all rows."""
+    p = problem
+    V = p.logits.shape[-1]
+    scored = score(p.logits.reshape(-1, V), p.recipe)
+    rows = probability_rows(scored, p.target, p.weight, p.recipe)
+    counts = torch.ones_like(rows)
+    if p.token_weight is not None:
+        rows, counts = rows * p.token_weight, counts * p.token_weight
+    if reduction == "mean":
+        divisor = counts.sum() if denominator is None else rows.new_tensor(denominator)
+        return rows.sum() * reciprocal(divisor, rows.dtype)
+    if reduction == "sequence_mean":
+        return per_sequence(p, rows) * reciprocal(per_sequence(p, counts), rows.dtype)
+    return _reduce(p, rows, reduction, None)
+
+
+def _check_inplace(input: Tensor) -> None:  # noqa: A002
+    if input.is_leaf:
+        raise ValueError(
+            f"{NAME}: inplace=True would overwrite input {tuple(input.shape)}, a leaf that "
+            "requires grad, with its own gradient; pass the output of a layer, or inplace=False"
+        )
+    if any(n > 1 and s == 0 for n, s in zip(input.shape, input.stride(), strict=True)):
+        raise ValueError(
+            f"{NAME}: inplace=True needs one place for each gradient, but input "
+            f"{tuple(input.shape)} has strides {input.stride()}: an expanded tensor"
+        )
+
+
+class CrossEntropyLoss(nn.Module):
+    """`cross_entropy` as a module, with its keywords; a thin shell, drop-in for PyTorch's.
+
+    Example:
+        >>> loss_function = sgp.CrossEntropyLoss(label_smoothing=0.1)
+        >>> loss_function(torch.zeros(2, 4), torch.tensor([1, -100]))
+        tensor(1.3863)
+
+    Args:
+        weight: (V,) class weights, a buffer that moves with the module.
+        ignore_index, reduction, label_smoothing, softcap, logit_scale, lse_square_scale, inplace,
+            return_stats: as in `cross_entropy`.
+
+    `token_weight` and `denominator` change from batch to batch: give them to the call.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int | None = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        lse_square_scale: float = 0.0,
+        inplace: bool = False,
+        return_stats: bool = False,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.ignore_index = -100 if ignore_index is None else ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.softcap = softcap
+        self.logit_scale = logit_scale
+        self.lse_square_scale = lse_square_scale
+        self.inplace = inplace
+        self.return_stats = return_stats
+        check_reduction("sgp.CrossEntropyLoss", reduction, None)
+        Recipe(self.ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale).check(
+            "sgp.CrossEntropyLoss"
+        )
+
+    def forward(
+        self,
+        input: Tensor,  # noqa: A002
+        target: Tensor | Selection,
+        *,
+        token_weight: Tensor | None = None,
+        denominator: float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, TokenLogProbs]:
+        """The loss of these logits; shapes and errors as in `cross_entropy`."""
+        return cross_entropy(  # type: ignore[call-overload,misc,no-any-return]
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            token_weight=token_weight,
+            denominator=denominator,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            lse_square_scale=self.lse_square_scale,
+            inplace=self.inplace,
+            return_stats=self.return_stats,
+        )
+
+    def extra_repr(self) -> str:
+        """The options that are not at their default."""
+        defaults = {
+            "ignore_index": -100,
+            "reduction": "mean",
+            "label_smoothing": 0.0,
+            "softcap": None,
+            "logit_scale": 1.0,
+            "lse_square_scale": 0.0,
+            "inplace": False,
+            "return_stats": False,
+        }
+        shown = {k: getattr(self, k) for k, v in defaults.items() if getattr(self, k) != v}
+        return ", ".join(f"{k}={v!r}" for k, v in shown.items())

@@ -1,0 +1,228 @@
+"""`torch.library` operators over the row implementations: what autograd and torch.compile see.
+
+Each is opaque and plain: shapes in, shapes out, a fake for tracing, no autograd of its own (that
+is in autograd.py). Inside, `backend.choose` picks the kernels or PyTorch, and targets are checked
+where that needs no wait for a device.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgp import backend, row_torch
+from sgp.recipe import Recipe, accumulation_dtype
+from sgp.reduction import reciprocal
+from sgp.row_torch import RowOutputs, new_outputs
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _implementation(logits: Tensor) -> ModuleType:
+    if backend.choose(logits.device, logits.dtype) == "triton":
+        from sgp import row_triton  # noqa: PLC0415  (imports Triton)
+
+        return row_triton
+    return row_torch
+
+
+@torch.library.custom_op("sgp::row_forward", mutates_args=())
+def row_forward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    row_weight: Tensor | None,
+    scale: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+    lse_square_scale: float,
+    need_grad: bool,
+    need_saved: bool,
+    need_stats: bool,
+) -> Outputs:
+    """Loss, saved statistics, reported statistics and gradient of every row, as RowOutputs.
+
+    Args:
+        logits: (..., V), any strides; leading dimensions flatten to N.
+        target: (N,) int64.
+        weight: (V,) class weights in the accumulation dtype.
+        row_weight: (N,) weights in the accumulation dtype; they multiply loss and gradient.
+        scale: () in the accumulation dtype; multiplies the gradient only.
+        ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale: the Recipe.
+        need_grad, need_saved, need_stats: which outputs are wanted; the rest come empty.
+    """
+    recipe = Recipe(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
+    check_targets(target, logits.shape[-1], ignore_index)
+    out = new_outputs(
+        logits, target.numel(), need_grad=need_grad, need_saved=need_saved, need_stats=need_stats
+    )
+    dlogits = out.dlogits if need_grad else None
+    _implementation(logits).forward(logits, dlogits, target, weight, row_weight, scale, recipe, out)
+    return out
+
+
+@row_forward.register_fake
+def _(logits: Tensor, target: Tensor, *options: Any) -> Outputs:
+    need_grad, need_saved, need_stats = options[-3:]
+    return new_outputs(
+        logits, target.numel(), need_grad=need_grad, need_saved=need_saved, need_stats=need_stats
+    )
+
+
+@torch.library.custom_op("sgp::row_forward_", mutates_args={"logits"})
+def row_forward_(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    row_weight: Tensor | None,
+    scale: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+    lse_square_scale: float,
+    need_stats: bool,
+) -> Outputs:
+    """As row_forward with need_grad, the gradient written over the logits."""
+    recipe = Recipe(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
+    check_targets(target, logits.shape[-1], ignore_index)
+    out = new_outputs(
+        logits, target.numel(), need_grad=False, need_saved=False, need_stats=need_stats
+    )
+    _implementation(logits).forward(logits, logits, target, weight, row_weight, scale, recipe, out)
+    return out
+
+
+@row_forward_.register_fake
+def _(logits: Tensor, target: Tensor, *options: Any) -> Outputs:
+    return new_outputs(
+        logits, target.numel(), need_grad=False, need_saved=False, need_stats=options[-1]
+    )
+
+
+@torch.library.custom_op("sgp::row_backward", mutates_args=())
+def row_backward(
+    logits: Tensor,
+    target: Tensor,
+    saved: Tensor,
+    weight: Tensor | None,
+    row_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+    lse_square_scale: float,
+) -> Tensor:
+    """The gradient (..., V) of every row from row_forward's `saved`; row_weight has the factor."""
+    recipe = Recipe(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
+    dlogits = logits.new_empty(logits.shape)
+    _implementation(logits).backward(
+        logits, dlogits, target, saved, weight, row_weight, None, recipe
+    )
+    return dlogits
+
+
+@row_backward.register_fake
+def _(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.custom_op("sgp::row_backward_", mutates_args={"logits"})
+def row_backward_(
+    logits: Tensor,
+    target: Tensor,
+    saved: Tensor,
+    weight: Tensor | None,
+    row_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+    lse_square_scale: float,
+) -> None:
+    """As row_backward, the gradient written over the logits."""
+    recipe = Recipe(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
+    _implementation(logits).backward(
+        logits, logits, target, saved, weight, row_weight, None, recipe
+    )
+
+
+@torch.library.custom_op("sgp::multiply_rows_", mutates_args={"dlogits"})
+def multiply_rows_(dlogits: Tensor, target: Tensor, factor: Tensor, ignore_index: int) -> None:
+    """Multiply the kept rows of dlogits by factor (0-d) in place; nothing happens for 1."""
+    factor = factor.to(accumulation_dtype(dlogits.dtype))
+    _implementation(dlogits).multiply(dlogits, target, factor, ignore_index)
+
+
+@torch.library.custom_op("sgp::mean_scale", mutates_args=())
+def mean_scale(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    row_weight: Tensor | None,
+    ignore_index: int,
+    name: str,
+) -> Tensor:
+    """1 / sum over kept rows of row_weight * weight[target], 0 for nothing; () in logits' dtype.
+
+    `logits` gives the accumulation dtype and the vocabulary; it is not read.
+    """
+    kept = target != ignore_index
+    V = logits.shape[-1]
+    counts = kept.to(torch.float64)
+    if weight is not None:
+        counts = counts * weight[target.clamp(0, V - 1)]
+    if row_weight is not None:
+        if _may_wait(target) and (kept & (row_weight < 0)).any():
+            at = int((kept & (row_weight < 0)).nonzero()[0])
+            raise ValueError(
+                f"{name}: token_weight of row {at} is {float(row_weight[at])}; the mean over "
+                "weights that can be negative has no stable divisor: pass denominator= or use "
+                "reduction='sum'"
+            )
+        counts = torch.where(kept, counts * row_weight, 0)
+    return reciprocal(counts.sum(), accumulation_dtype(logits.dtype))
+
+
+@mean_scale.register_fake
+def _(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty((), dtype=accumulation_dtype(logits.dtype))
+
+
+def _may_wait(target: Tensor) -> bool:
+    return target.device.type == "cpu" or os.environ.get("SGP_CHECK", "0") == "1"
+
+
+def check_targets(target: Tensor, V: int, ignore_index: int) -> None:
+    """Raise IndexError for a target outside the vocabulary, on a CPU or with SGP_CHECK=1.
+
+    Elsewhere the check would wait for the device; the kernels make such a row's loss and gradient
+    NaN instead.
+    """
+    if not _may_wait(target):
+        return
+    bad = (target != ignore_index) & ((target < 0) | (target >= V))
+    if bad.any():
+        at = int(bad.nonzero()[0])
+        raise IndexError(
+            f"sgp: target[{at}] = {int(target[at])} is outside [0, {V}) and is not ignore_index = "
+            f"{ignore_index} (position in the flattened target); check the tokenizer's added "
+            "tokens and the model's vocabulary size"
+        )
+
+
+__all__ = [
+    "RowOutputs",
+    "mean_scale",
+    "multiply_rows_",
+    "row_backward",
+    "row_backward_",
+    "row_forward",
+    "row_forward_",
+]

@@ -1,0 +1,195 @@
+"""From what a caller passes to rows of logits with a target each; every check of shapes is here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sgp.recipe import Recipe, accumulation_dtype
+from sgp.selection import IGNORE, Selection
+
+REDUCTIONS = ("none", "mean", "sum", "sequence_sum", "sequence_mean")
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Rows (..., V) whose leading dimensions flatten to N, and one target for each."""
+
+    logits: Tensor  # (..., V), vocabulary last, any strides
+    target: Tensor  # (N,) int64; or (N, V) probabilities
+    shape: tuple[int, ...]  # of the per-token results
+    recipe: Recipe
+    weight: Tensor | None  # (V,)
+    token_weight: Tensor | None  # (N,)
+    boundaries: Tensor | None  # of packed sequences; None: one sequence a row of `shape`
+    num_sequences: int
+
+    @property
+    def has_probabilities(self) -> bool:
+        """Whether the target is a distribution over the vocabulary for each row."""
+        return self.target.dim() == 2
+
+
+def make_problem(
+    name: str,
+    input: Tensor,  # noqa: A002  (PyTorch's name)
+    target: Tensor | Selection,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    recipe: Recipe,
+) -> Problem:
+    """Check every shape, dtype and device, and bring the vocabulary last.
+
+    Raises:
+        ValueError, TypeError: with what was passed, what was expected, and what to do.
+    """
+    _check_tensors(name, input, target)
+    recipe.check(name)
+    if isinstance(target, Selection):
+        return _from_selection(name, input, target, weight, token_weight, recipe)
+    # PyTorch's layouts: (V,) with (), (N, V) with (N,), (N, V, d1, ...) with (N, d1, ...).
+    class_dim = 0 if input.dim() == 1 else 1
+    logits = input.movedim(class_dim, -1)
+    lead = tuple(logits.shape[:-1])
+    probabilities = target.is_floating_point()
+    if tuple(target.shape) != (tuple(input.shape) if probabilities else lead):
+        raise ValueError(_shape_message(name, input, target, lead))
+    if probabilities:
+        rows = target.movedim(class_dim, -1).reshape(-1, logits.shape[-1])
+    else:
+        if target.dtype not in (torch.int64, torch.int32, torch.uint8, torch.int16, torch.int8):
+            raise TypeError(
+                f"{name}: target is {target.dtype}; expected int64 class indices of shape {lead} "
+                f"or floating-point class probabilities of shape {tuple(input.shape)}"
+            )
+        rows = target.reshape(-1).to(torch.int64).contiguous()
+    if token_weight is not None:
+        if tuple(token_weight.shape) != lead:
+            raise ValueError(
+                f"{name}: token_weight is {tuple(token_weight.shape)}; expected {lead}, one a token"
+            )
+        _check_constant(name, "token_weight", token_weight, input)
+        token_weight = token_weight.reshape(-1).to(accumulation_dtype(input.dtype)).contiguous()
+    return Problem(
+        logits=logits,
+        target=rows,
+        shape=lead,
+        recipe=recipe,
+        weight=_class_weight(name, weight, logits),
+        token_weight=token_weight,
+        boundaries=None,
+        num_sequences=torch.Size(lead[:-1]).numel(),
+    )
+
+
+def _from_selection(
+    name: str,
+    input: Tensor,  # noqa: A002
+    selection: Selection,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    recipe: Recipe,
+) -> Problem:
+    if token_weight is not None:
+        raise ValueError(
+            f"{name}: a Selection carries its own weights; pass token_weight to "
+            "Selection.from_labels instead"
+        )
+    if recipe.ignore_index != IGNORE:
+        raise ValueError(
+            f"{name}: ignore_index = {recipe.ignore_index} together with a Selection, which has "
+            "decided what is ignored; pass ignore_index to Selection.from_labels instead"
+        )
+    N = selection.num_tokens
+    lead = tuple(input.shape[:-1])
+    if input.dim() < 2 or torch.Size(lead).numel() != N:
+        raise ValueError(
+            f"{name}: input is {tuple(input.shape)} and the Selection has shape {selection.shape}; "
+            f"expected (N, V) or (..., V) whose leading dimensions flatten to N = {N}"
+        )
+    if selection.device != input.device:
+        raise ValueError(
+            f"{name}: input is on {input.device} and the Selection on {selection.device}; move it "
+            "with selection.to(input.device)"
+        )
+    dense_weight = selection.dense_weight
+    if dense_weight is not None:
+        dense_weight = dense_weight.to(accumulation_dtype(input.dtype))
+    return Problem(
+        logits=input,
+        target=selection.dense_target,
+        shape=selection.shape,
+        recipe=recipe,
+        weight=_class_weight(name, weight, input),
+        token_weight=dense_weight,
+        boundaries=selection.boundaries,
+        num_sequences=selection.num_sequences,
+    )
+
+
+def _check_tensors(name: str, input: Tensor, target: Tensor | Selection) -> None:  # noqa: A002
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{name}: input is a {type(input).__name__}; expected a torch.Tensor")
+    if not isinstance(target, (Tensor, Selection)):
+        raise TypeError(
+            f"{name}: target is a {type(target).__name__}; expected a torch.Tensor or sgp.Selection"
+        )
+    if input.dtype not in FLOATS:
+        raise TypeError(
+            f"{name}: input is {input.dtype}; expected float32, float64, bfloat16 or float16 logits"
+        )
+    if input.dim() == 0:
+        raise ValueError(f"{name}: input has no dimensions; expected (V,), (N, V) or (N, V, ...)")
+    if isinstance(target, Tensor):
+        if target.device != input.device:
+            raise ValueError(
+                f"{name}: input is on {input.device} and target on {target.device}; move one"
+            )
+        if target.is_floating_point() and target.requires_grad:
+            raise ValueError(f"{name}: target requires grad; class probabilities are constants")
+
+
+def _check_constant(name: str, label: str, value: Tensor, input: Tensor) -> None:  # noqa: A002
+    if value.requires_grad:
+        raise ValueError(f"{name}: {label} requires grad; it is a constant, detach it")
+    if value.device != input.device:
+        raise ValueError(f"{name}: input is on {input.device} and {label} on {value.device}")
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name}: {label} is {value.dtype}; expected real numbers")
+
+
+def _class_weight(name: str, weight: Tensor | None, logits: Tensor) -> Tensor | None:
+    V = logits.shape[-1]
+    if V == 0:
+        raise ValueError(f"{name}: input {tuple(logits.shape)} has a vocabulary of 0")
+    if weight is None:
+        return None
+    if tuple(weight.shape) != (V,):
+        raise ValueError(
+            f"{name}: weight is {tuple(weight.shape)}; expected ({V},), one a class of input "
+            "(token_weight is the one per token)"
+        )
+    _check_constant(name, "weight", weight, logits)
+    return weight.to(accumulation_dtype(logits.dtype)).contiguous()
+
+
+def _shape_message(
+    name: str,
+    input: Tensor,  # noqa: A002
+    target: Tensor,
+    lead: tuple[int, ...],
+) -> str:
+    message = (
+        f"{name}: input is {tuple(input.shape)} and target {tuple(target.shape)} "
+        f"({target.dtype}); expected class indices of shape {lead} or probabilities of shape "
+        f"{tuple(input.shape)}"
+    )
+    if target.shape == input.shape[:-1]:
+        message += (
+            "; with the vocabulary last, pass input.flatten(0, -2) and target.flatten(), or an "
+            "sgp.Selection"
+        )
+    return message

@@ -1,0 +1,65 @@
+"""What a row's loss is made of, apart from its logits and target."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Recipe(NamedTuple):
+    """The constants of a loss; the defaults are the plain negative log-likelihood."""
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    lse_square_scale: float = 0.0
+
+    def check(self, name: str) -> Recipe:
+        """Itself; raises ValueError where a constant has no meaning."""
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise ValueError(f"{name}: label_smoothing = {self.label_smoothing}; expected 0 to 1")
+        if self.softcap is not None and not 0.0 < self.softcap < math.inf:
+            raise ValueError(f"{name}: softcap = {self.softcap}; expected a number above 0 or None")
+        for label, value in (
+            ("logit_scale", self.logit_scale),
+            ("lse_square_scale", self.lse_square_scale),
+        ):
+            if not math.isfinite(value):
+                raise ValueError(f"{name}: {label} = {value}; expected a finite number")
+        return self
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def score(logits: Tensor, recipe: Recipe) -> Tensor:
+    """Stored logits -> scored logits: scale, then softcap; by differentiable operators."""
+    scored = logits.to(accumulation_dtype(logits.dtype))
+    if recipe.logit_scale != 1.0:
+        scored = scored * recipe.logit_scale
+    if recipe.softcap is not None:
+        scored = recipe.softcap * torch.tanh(scored / recipe.softcap)
+    return scored
+
+
+def probability_rows(
+    scored: Tensor, target: Tensor, weight: Tensor | None, recipe: Recipe
+) -> Tensor:
+    """(N,) losses of scored logits (N, V) against class probabilities (N, V), by PyTorch."""
+    rows = F.cross_entropy(
+        scored,
+        target.to(scored.dtype),
+        None if weight is None else weight.to(scored.dtype),
+        reduction="none",
+        label_smoothing=recipe.label_smoothing,
+    )
+    if recipe.lse_square_scale:
+        rows = rows + recipe.lse_square_scale * scored.logsumexp(-1) ** 2
+    return rows

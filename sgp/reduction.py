@@ -1,0 +1,45 @@
+"""From one loss a row to what the caller asked for, and by how much each row counts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sgp.problem import REDUCTIONS, Problem
+
+
+def check_reduction(name: str, reduction: str, denominator: float | Tensor | None) -> None:
+    """Raise ValueError for a reduction that does not exist or a divisor it would not use."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{name}: reduction = {reduction!r}; expected one of {REDUCTIONS}")
+    if denominator is None:
+        return
+    if reduction != "mean":
+        raise ValueError(
+            f"{name}: denominator replaces the divisor of reduction='mean'; it has no meaning with "
+            f"reduction={reduction!r}"
+        )
+    if isinstance(denominator, Tensor):
+        if denominator.dim() != 0:
+            raise ValueError(
+                f"{name}: denominator is {tuple(denominator.shape)}; expected a number or a 0-d "
+                "tensor"
+            )
+        if denominator.requires_grad:
+            raise ValueError(f"{name}: denominator requires grad; it is a constant, detach it")
+
+
+def reciprocal(divisor: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 / divisor, and 0 where it is 0: nothing to divide means no loss and no gradient."""
+    safe = torch.where(divisor == 0, 1, divisor).to(torch.float64)
+    return torch.where(divisor == 0, 0, 1 / safe).to(dtype)
+
+
+def per_sequence(problem: Problem, rows: Tensor) -> Tensor:
+    """(N,) -> (S,): the sum over each sequence, in a fixed order."""
+    if problem.boundaries is None:
+        length = problem.shape[-1] if problem.shape else 1
+        return rows.view(problem.num_sequences, length).sum(1)
+    lengths = problem.boundaries.diff()
+    sums = torch.segment_reduce(rows, "sum", lengths=lengths, unsafe=True)
+    return sums[: problem.num_sequences]

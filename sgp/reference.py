@@ -1,0 +1,236 @@
+"""The definition of every loss, in plain PyTorch: short, slow, and the oracle of all tests.
+
+Everything is computed on the kept rows only, in float64 for float64 input and in float32 for the
+rest, and differentiated by autograd. For a kept row with scored logits s and target y::
+
+    log p_j = s_j - log sum_i exp s_i
+    loss    = r ((1 - eps) w_y (-log p_y) + eps / V sum_j w_j (-log p_j) + zeta lse^2)
+
+The functions take the arguments of their namesakes in `sgp` that define a number; what only says
+how to compute it (`inplace`, `chunk_rows`, `options`) is not among them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sgp.problem import Problem, make_problem
+from sgp.recipe import Recipe, probability_rows, score
+from sgp.reduction import check_reduction
+from sgp.selection import Selection
+
+
+class TokenLogProbs(NamedTuple):
+    """What a row of logits says about its target; every field has the shape of the target.
+
+    Zero (False) where the target is ignored.
+    """
+
+    log_prob: Tensor  # nats, float32
+    entropy: Tensor  # nats, float32
+    lse: Tensor  # float32
+    is_top1: Tensor  # bool: no token is more probable than the target
+
+
+def cross_entropy(
+    input: Tensor,  # noqa: A002
+    target: Tensor | Selection,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    token_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    lse_square_scale: float = 0.0,
+) -> Tensor:
+    """The definition of `sgp.cross_entropy`.
+
+    Example:
+        >>> logits = torch.log(torch.tensor([[0.8, 0.2]]))
+        >>> cross_entropy(logits, torch.tensor([0]))     # -log 0.8
+        tensor(0.2231)
+    """
+    name = "sgp.reference.cross_entropy"
+    ignore = -100 if ignore_index is None else ignore_index
+    recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
+    problem = make_problem(name, input, target, weight, token_weight, recipe)
+    check_reduction(name, reduction, denominator)
+    logits, y, w = problem.logits.flatten(0, -2), problem.target, problem.weight
+    if logits.dim() == 1:
+        logits = logits[None]
+    V = logits.shape[1]
+    if problem.has_probabilities:
+        kept = torch.arange(len(logits), device=logits.device)
+        rows = probability_rows(score(logits, recipe), y, w, recipe)
+        divisor = torch.ones_like(rows)
+    else:
+        kept = (y != ignore).nonzero().squeeze(1)
+        y = y[kept]
+        s = score(logits[kept], recipe)
+        w = s.new_ones(V) if w is None else w.to(s.dtype)
+        log_p = F.log_softmax(s, -1)
+        nll = -log_p.gather(1, y[:, None]).squeeze(1)
+        rows = (1 - label_smoothing) * w[y] * nll
+        if label_smoothing:
+            rows = rows + label_smoothing / V * torch.where(w == 0, 0, w * -log_p).sum(1)
+        if lse_square_scale:
+            rows = rows + lse_square_scale * s.logsumexp(1) ** 2
+        divisor = w[y]
+    if problem.token_weight is not None:
+        r = problem.token_weight[kept].to(rows.dtype)
+        rows, divisor = r * rows, r * divisor
+    return _reduce(problem, kept, rows, divisor, reduction, denominator)
+
+
+def linear_cross_entropy(
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    target: Tensor | Selection,
+    *,
+    linear_bias: Tensor | None = None,
+    shift: bool = False,
+    ignore_index: int | None = -100,
+    token_weight: Tensor | None = None,
+    **loss: object,
+) -> Tensor:
+    """`cross_entropy` of `input @ linear_weight.T + linear_bias`, on the kept rows.
+
+    Example:
+        >>> hidden, head = torch.randn(2, 5, 8), torch.randn(11, 8)
+        >>> labels = torch.randint(11, (2, 5))
+        >>> linear_cross_entropy(hidden, head, labels, shift=True).shape
+        torch.Size([])
+    """
+    selection = _select(input, target, ignore_index, shift, token_weight)
+    logits = _head(input, linear_weight, linear_bias, selection)
+    return cross_entropy(logits, selection, **loss)  # type: ignore[arg-type]
+
+
+def token_log_probs(
+    input: Tensor,  # noqa: A002
+    target: Tensor | Selection,
+    *,
+    ignore_index: int | None = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> TokenLogProbs:
+    """The definition of `sgp.token_log_probs`; the first three fields are differentiable.
+
+    Example:
+        >>> logits = torch.log(torch.tensor([[0.8, 0.2]]))
+        >>> token_log_probs(logits, torch.tensor([1])).log_prob.exp()
+        tensor([0.2000])
+    """
+    name = "sgp.reference.token_log_probs"
+    ignore = -100 if ignore_index is None else ignore_index
+    recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale)
+    problem = make_problem(name, input, target, None, None, recipe)
+    logits = problem.logits.reshape(-1, problem.logits.shape[-1])
+    kept = (problem.target != ignore).nonzero().squeeze(1)
+    y = problem.target[kept]
+    s = score(logits[kept], recipe) / temperature
+    log_p = F.log_softmax(s, -1)
+    p = log_p.exp()
+    values = (
+        log_p.gather(1, y[:, None]).squeeze(1),
+        -torch.where(p > 0, p * log_p, 0).sum(1),
+        s.logsumexp(1),
+        s.gather(1, y[:, None]).squeeze(1) == s.amax(1),
+    )
+    return TokenLogProbs(*(_scatter(problem, kept, value).view(problem.shape) for value in values))
+
+
+def linear_token_log_probs(
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    target: Tensor | Selection,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int | None = -100,
+    shift: bool = False,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> TokenLogProbs:
+    """`token_log_probs` of `input @ linear_weight.T + linear_bias`, on the kept rows.
+
+    Example:
+        >>> hidden, head = torch.randn(2, 5, 8), torch.randn(11, 8)
+        >>> labels = torch.randint(11, (2, 5))
+        >>> linear_token_log_probs(hidden, head, labels, shift=True).log_prob.shape
+        torch.Size([2, 5])
+    """
+    selection = _select(input, target, ignore_index, shift, None)
+    logits = _head(input, linear_weight, linear_bias, selection)
+    return token_log_probs(
+        logits, selection, temperature=temperature, softcap=softcap, logit_scale=logit_scale
+    )
+
+
+def _select(
+    hidden: Tensor,
+    target: Tensor | Selection,
+    ignore_index: int | None,
+    shift: bool,
+    token_weight: Tensor | None,
+) -> Selection:
+    if isinstance(target, Selection):
+        return target
+    labels = target.reshape(hidden.shape[:-1] or (1,))
+    return Selection.from_labels(
+        labels, ignore_index=ignore_index, shift=shift, token_weight=token_weight
+    )
+
+
+def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, selection: Selection) -> Tensor:
+    """(N, V) logits, zero and without gradient on rows that are not kept."""
+    rows = selection.rows
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    kept = F.linear(
+        hidden.reshape(-1, hidden.shape[-1])[rows].to(dtype),
+        weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+    )
+    logits = kept.new_zeros(selection.num_tokens, weight.shape[0])
+    return logits.index_copy(0, rows, kept)
+
+
+def _scatter(problem: Problem, kept: Tensor, values: Tensor) -> Tensor:
+    """(M,) values of the kept rows -> (N,), zero elsewhere."""
+    N = torch.Size(problem.shape).numel()
+    return values.new_zeros(N).index_copy(0, kept, values)
+
+
+def _reduce(
+    problem: Problem,
+    kept: Tensor,
+    rows: Tensor,
+    divisor: Tensor,
+    reduction: str,
+    denominator: float | Tensor | None,
+) -> Tensor:
+    if reduction == "none":
+        return _scatter(problem, kept, rows).view(problem.shape)
+    if reduction == "sum":
+        return rows.sum()
+    if reduction == "mean":
+        total = divisor.sum() if denominator is None else rows.new_tensor(denominator)
+        return torch.where(total == 0, 0, rows.sum() / torch.where(total == 0, 1, total))
+    if problem.boundaries is None:
+        sequence = kept // max(1, problem.shape[-1] if problem.shape else 1)
+    else:
+        sequence = torch.searchsorted(problem.boundaries, kept, right=True) - 1
+    zeros = rows.new_zeros(problem.num_sequences)
+    sums = zeros.index_add(0, sequence, rows)
+    if reduction == "sequence_sum":
+        return sums
+    totals = zeros.index_add(0, sequence, divisor)
+    return torch.where(totals == 0, 0, sums / torch.where(totals == 0, 1, totals))

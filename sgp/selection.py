@@ -1,0 +1,362 @@
+"""Which tokens carry loss: the one place where masks, shifts and sequence boundaries live."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Marks a position without loss inside a `Selection`, whatever `ignore_index` its labels used."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Selection:
+    """The tokens that carry loss: their rows, targets, weights and sequences.
+
+    Make one with `from_labels`, `from_context_lengths` or `from_mask`, once, on the host, where
+    the batch is made; then pass it wherever a function of this package takes `target`.
+
+    Example:
+        >>> import torch, sgp
+        >>> #            Square this number . 2 . The result is 4 .
+        >>> input_ids = torch.tensor([[1, 2, 3, 4, 5, 4, 6, 7, 8, 9, 4]])
+        >>> selection = sgp.Selection.from_context_lengths(input_ids, torch.tensor([6]))
+        >>> selection
+        Selection(shape=(1, 11), 5 of 11 tokens carry loss, 1 sequence, device=cpu)
+        >>> selection.rows       # row 5, the last of the context, predicts the first output
+        tensor([5, 6, 7, 8, 9])
+        >>> selection.target
+        tensor([6, 7, 8, 9, 4])
+
+    Rows number the flattened tokens of the labels (row-major). Row t holds the logits that predict
+    the target; with `shift=True` the constructors have moved the target from token t + 1 there.
+
+    Inside, everything has the length N of all tokens, so that shapes never depend on the mask, and
+    the count is a CPU tensor that never moves: using a Selection on a GPU does not wait for it.
+    """
+
+    dense_target: Tensor  # (N,) int64, IGNORE where there is no loss
+    padded_rows: Tensor  # (N,) int64: the M kept rows, ascending, then N - M entries to ignore
+    count: Tensor  # () int64 on the CPU: M
+    shape: tuple[int, ...]
+    num_sequences: int
+    dense_weight: Tensor | None = None  # (N,) fp32 or fp64
+    boundaries: Tensor | None = None  # (S + 1,) or (S + 2,) int64; None: one sequence a row
+
+    # -- what users read ------------------------------------------------------------------------
+
+    @property
+    def num_tokens(self) -> int:
+        """N, all tokens, with or without loss."""
+        return self.dense_target.numel()
+
+    @property
+    def num_kept(self) -> int:
+        """M, the tokens that carry loss."""
+        return int(self.count)
+
+    @property
+    def kept_fraction(self) -> float:
+        """M / N; 0 for an empty batch."""
+        return self.num_kept / self.num_tokens if self.num_tokens else 0.0
+
+    @property
+    def rows(self) -> Tensor:
+        """(M,) int64, ascending: the flattened positions whose logits are scored."""
+        return self.padded_rows[: self.num_kept]
+
+    @property
+    def target(self) -> Tensor:
+        """(M,) int64: the token that each kept row predicts."""
+        return self.dense_target[self.rows]
+
+    @property
+    def weight(self) -> Tensor | None:
+        """(M,): the weight of each kept row's loss, or None where all are 1."""
+        return None if self.dense_weight is None else self.dense_weight[self.rows]
+
+    @property
+    def sequence(self) -> Tensor:
+        """(M,) int64: the number of the sequence that each kept row belongs to."""
+        if self.boundaries is not None:
+            return torch.searchsorted(self.boundaries, self.rows, right=True) - 1
+        return self.rows // max(1, self.shape[-1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows, targets and weights are."""
+        return self.dense_target.device
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Selection:
+        """The same selection on another device; the count stays on the CPU."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Selection:
+        """The same selection in page-locked memory, for `to(..., non_blocking=True)`."""
+        return self._map(lambda t: t.pin_memory())
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> Selection:
+        return replace(
+            self,
+            dense_target=move(self.dense_target),
+            padded_rows=move(self.padded_rows),
+            dense_weight=None if self.dense_weight is None else move(self.dense_weight),
+            boundaries=None if self.boundaries is None else move(self.boundaries),
+        )
+
+    def __repr__(self) -> str:
+        plural = "" if self.num_sequences == 1 else "s"
+        return (
+            f"Selection(shape={self.shape}, {self.num_kept} of {self.num_tokens} tokens carry "
+            f"loss, {self.num_sequences} sequence{plural}, device={self.device})"
+        )
+
+    # -- constructors ---------------------------------------------------------------------------
+
+    @classmethod
+    def from_labels(
+        cls,
+        labels: Tensor,
+        *,
+        ignore_index: int | None = -100,
+        shift: bool = False,
+        token_weight: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Selection:
+        """Tokens whose label is not `ignore_index`.
+
+        Example:
+            >>> labels = torch.tensor([[-100, -100, 7, 8], [-100, 5, -100, 6]])  # Hugging Face's
+            >>> Selection.from_labels(labels, shift=True).rows
+            tensor([1, 2, 4, 6])
+
+        Args:
+            labels: (T,) one sequence, (B, T) a sequence a row, or more dimensions; integers.
+            ignore_index: the label that means "no loss"; None means -100.
+            shift: labels[t] is token t itself (Hugging Face's convention), so row t - 1 predicts
+                it. False: labels[t] is already what row t predicts. The first token of a sequence
+                has no predictor and is never scored when shifting.
+            token_weight: weight of each label's loss, of the shape of `labels`, and shifted with
+                them. A constant.
+            cu_seqlens: (S + 1,) cumulative lengths of sequences packed along the flattened tokens,
+                as FlashAttention's varlen functions take them: starts at 0. No token predicts
+                across a boundary. Tokens after the last boundary are padding.
+
+        Raises:
+            ValueError: shapes that disagree, a negative label that is not `ignore_index`, weights
+                that require grad, boundaries that are not cumulative lengths of these labels.
+            TypeError: labels or boundaries that are not integers.
+
+        On a GPU this waits for the device (it counts); build it on the host and use `to`.
+        """
+        name = "Selection.from_labels"
+        _require_integers(name, "labels", labels)
+        ignore = IGNORE if ignore_index is None else ignore_index
+        flat = labels.reshape(-1).to(torch.int64)
+        kept = flat != ignore
+        bad = kept & (flat < 0)
+        if bad.any():
+            at = _position(int(bad.nonzero()[0]), labels.shape)
+            raise ValueError(
+                f"{name}: labels[{at}] = {int(flat[bad][0])} is negative and not ignore_index = "
+                f"{ignore}; mark tokens without loss with ignore_index"
+            )
+        weight = _flat_weight(name, token_weight, labels)
+        length = labels.shape[-1]
+        boundaries, num_sequences = _boundaries(name, cu_seqlens, labels, kept)
+        target = torch.where(kept, flat, IGNORE)
+        if shift and flat.numel():
+            # Roll by one; the last row of every sequence predicts nothing.
+            target = target.roll(-1)
+            target.view(-1, length)[:, -1] = IGNORE
+            if boundaries is not None:
+                ends = boundaries[1:] - 1
+                target[ends[ends >= 0]] = IGNORE
+            weight = None if weight is None else weight.roll(-1)
+        rows = (target != IGNORE).nonzero().squeeze(1)
+        padded = target.new_zeros(target.shape)
+        padded[: rows.numel()] = rows
+        return cls(
+            dense_target=target,
+            padded_rows=padded,
+            count=torch.tensor(rows.numel(), device="cpu"),
+            shape=tuple(labels.shape),
+            num_sequences=num_sequences,
+            dense_weight=weight,
+            boundaries=boundaries,
+        )
+
+    @classmethod
+    def from_context_lengths(
+        cls,
+        input_ids: Tensor,
+        context_lengths: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        shift: bool = True,
+    ) -> Selection:
+        """Every token from column `context_lengths[b]` on, up to `lengths[b]`, in each row b.
+
+        Example:
+            >>> ids = torch.tensor([[5, 6, 7, 8], [5, 9, 0, 0]])      # 0 pads on the right
+            >>> s = Selection.from_context_lengths(
+            ...     ids, torch.tensor([2, 1]), lengths=torch.tensor([4, 2]))
+            >>> s.rows, s.target
+            (tensor([1, 2, 4]), tensor([7, 8, 9]))
+
+        Args:
+            input_ids: (B, T) integers, padded on the right.
+            context_lengths: (B,) integers: tokens of each row that carry no loss, counted from
+                column 0.
+            lengths: (B,) integers: tokens of each row that are not padding; None: all T.
+            shift: row t predicts token t + 1, as a causal language model's logits do. With a
+                context length of 0 token 0 has no predictor and is not scored.
+
+        Raises:
+            ValueError: shapes that disagree, or not 0 <= context <= length <= T in some row.
+            TypeError: arguments that are not integers.
+        """
+        name = "Selection.from_context_lengths"
+        _require_integers(name, "input_ids", input_ids)
+        if input_ids.dim() != 2:
+            raise ValueError(f"{name}: input_ids is {tuple(input_ids.shape)}; expected (B, T)")
+        B, T = input_ids.shape
+        if lengths is None:
+            lengths = torch.full((B,), T, device=input_ids.device)
+        for label, value in (("context_lengths", context_lengths), ("lengths", lengths)):
+            _require_integers(name, label, value)
+            if tuple(value.shape) != (B,):
+                raise ValueError(
+                    f"{name}: {label} is {tuple(value.shape)}; expected ({B},), one a row of "
+                    f"input_ids {tuple(input_ids.shape)}"
+                )
+        context_lengths = context_lengths.to(input_ids.device)
+        lengths = lengths.to(input_ids.device)
+        bad = (context_lengths < 0) | (context_lengths > lengths) | (lengths > T)
+        if bad.any():
+            b = int(bad.nonzero()[0])
+            raise ValueError(
+                f"{name}: row {b} has context length {int(context_lengths[b])} and length "
+                f"{int(lengths[b])}; expected 0 <= context <= length <= {T}"
+            )
+        column = torch.arange(T, device=input_ids.device)
+        mask = (column >= context_lengths[:, None]) & (column < lengths[:, None])
+        return cls.from_labels(torch.where(mask, input_ids.to(torch.int64), IGNORE), shift=shift)
+
+    @classmethod
+    def from_mask(
+        cls,
+        input_ids: Tensor,
+        mask: Tensor,
+        *,
+        shift: bool = True,
+        cu_seqlens: Tensor | None = None,
+    ) -> Selection:
+        """Tokens that `mask` marks: the scored targets, not the positions that predict them.
+
+        Example:
+            >>> ids = torch.tensor([[5, 6, 7, 8, 9]])
+            >>> Selection.from_mask(ids, torch.tensor([[0, 0, 1, 0, 1]])).target   # two turns
+            tensor([7, 9])
+
+        Args:
+            input_ids: any shape, integers; the last dimension is time.
+            mask: same shape, bool or integers 0 and 1: an assistant or completion mask.
+            shift: row t predicts token t + 1. A marked first token of a sequence has no predictor
+                and is not scored.
+            cu_seqlens: as in `from_labels`.
+
+        Raises:
+            ValueError: shapes that disagree, a mask with values other than 0 and 1.
+            TypeError: a mask of floats, tokens that are not integers.
+        """
+        name = "Selection.from_mask"
+        _require_integers(name, "input_ids", input_ids)
+        if mask.is_floating_point() or mask.is_complex():
+            raise TypeError(f"{name}: mask is {mask.dtype}; expected bool or integers 0 and 1")
+        if mask.shape != input_ids.shape:
+            raise ValueError(
+                f"{name}: mask is {tuple(mask.shape)} and input_ids {tuple(input_ids.shape)}; "
+                "expected the same shape"
+            )
+        mask = mask.to(input_ids.device)
+        if mask.dtype != torch.bool:
+            bad = (mask != 0) & (mask != 1)
+            if bad.any():
+                at = _position(int(bad.flatten().nonzero()[0]), mask.shape)
+                raise ValueError(f"{name}: mask[{at}] = {int(mask[bad][0])}; expected 0 or 1")
+        labels = torch.where(mask.bool(), input_ids.to(torch.int64), IGNORE)
+        return cls.from_labels(labels, shift=shift, cu_seqlens=cu_seqlens)
+
+
+def _position(flat: int, shape: torch.Size) -> str:
+    """'1, 3' for the flat index 7 of shape (2, 4)."""
+    index = []
+    for size in reversed(shape):
+        index.append(flat % size)
+        flat //= size
+    return ", ".join(map(str, reversed(index)))
+
+
+def _require_integers(name: str, label: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: {label} is a {type(value).__name__}; expected a torch.Tensor")
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name}: {label} is {value.dtype}; expected integers")
+    if value.dim() == 0:
+        raise ValueError(f"{name}: {label} has no dimensions; expected (T,), (B, T) or more")
+
+
+def _flat_weight(name: str, token_weight: Tensor | None, labels: Tensor) -> Tensor | None:
+    if token_weight is None:
+        return None
+    if token_weight.shape != labels.shape:
+        raise ValueError(
+            f"{name}: token_weight is {tuple(token_weight.shape)} and labels "
+            f"{tuple(labels.shape)}; expected the same shape"
+        )
+    if token_weight.requires_grad:
+        raise ValueError(f"{name}: token_weight requires grad; it is a constant, detach it")
+    weight = token_weight.reshape(-1).to(labels.device)
+    return weight if weight.dtype == torch.float64 else weight.to(torch.float32)
+
+
+def _boundaries(
+    name: str, cu_seqlens: Tensor | None, labels: Tensor, kept: Tensor
+) -> tuple[Tensor | None, int]:
+    """Checked boundaries, with one more at N where padding follows, and the number of sequences."""
+    N = labels.numel()
+    if cu_seqlens is None:
+        return None, math.prod(labels.shape[:-1])
+    _require_integers(name, "cu_seqlens", cu_seqlens)
+    ends = cu_seqlens.to(labels.device, torch.int64)
+    listed = ends.tolist()
+    if cu_seqlens.dim() != 1 or not listed or listed[0] != 0 or sorted(listed) != listed:
+        raise ValueError(
+            f"{name}: cu_seqlens = {listed}; expected cumulative lengths (S + 1,) that start at 0 "
+            "and never fall"
+        )
+    if listed[-1] > N:
+        raise ValueError(
+            f"{name}: cu_seqlens ends at {listed[-1]}, past the {N} tokens of labels "
+            f"{tuple(labels.shape)}"
+        )
+    length = labels.shape[-1]
+    across = sorted(set(range(length, listed[-1], length)) - set(listed)) if length else []
+    if across:
+        raise ValueError(
+            f"{name}: a sequence of cu_seqlens = {listed} crosses the end of a row of labels "
+            f"{tuple(labels.shape)} at token {across[0]}; packed rows must break there"
+        )
+    if listed[-1] < N:
+        if kept[listed[-1] :].any():
+            raise ValueError(
+                f"{name}: cu_seqlens ends at {listed[-1]} but labels after it carry loss; tokens "
+                "after the last boundary are padding"
+            )
+        ends = torch.cat([ends, ends.new_tensor([N])])
+    return ends, len(listed) - 1
