@@ -41,6 +41,11 @@ class Options(NamedTuple):
     softcap: object = None  # float > 0
     logit_scale: object = None  # float
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is on that costs registers in every lane."""
+        return self.weight is None and self.label_smoothing is None and self.softcap is None
+
 
 class Statistics(NamedTuple):
     """Where the statistics of each row go, for logging and evaluation."""

@@ -5,7 +5,7 @@ are on. `python -m bench.resources` compiles every line of the table ahead of ti
 """
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,41 +17,58 @@ from sgp.kernels.row_backward import row_backward
 from sgp.kernels.row_resident import row_resident
 from sgp.kernels.row_streaming import row_streaming
 
+__all__ = [
+    "Call",
+    "Line",
+    "Options",
+    "Statistics",
+    "choose",
+    "multiply",
+    "row_forward",
+    "row_gradient",
+    "runs_interpreted",
+]
+
+
+class Line(NamedTuple):
+    """One line of the launch table."""
+
+    form: str  # "resident" | "streaming"
+    BV: int  # columns in a block
+    threads: int
+
+
+# The table. Registers, stack and access widths of every line on sm_80, sm_90, sm_100 and gfx942
+# are in bench/results/resources.json, written by `python -m bench.resources`: no line spills, and
+# accesses are 16 bytes wide. Not timed on any GPU yet.
+#
+# A thread holds 8 or 16 columns: one to four 16-byte accesses in flight, and room for every option
+# in its registers. A streaming row gets 1024 threads where the options leave room for that, so
+# that few rows share a multiprocessor and the second loop finds the row in L2; with softcap,
+# smoothing, class weights or statistics on it gets 512, which have twice the registers.
+RESIDENT = (
+    Line("resident", 256, 32),
+    Line("resident", 1_024, 64),
+    Line("resident", 2_048, 128),
+    Line("resident", 4_096, 256),
+    Line("resident", 8_192, 512),
+)
+STREAMING_PLAIN = Line("streaming", 16_384, 1_024)
+STREAMING = Line("streaming", 8_192, 512)
+RESIDENT_LIMIT = RESIDENT[-1].BV
+
 # Contracting x * scale - max into one rounding would make the largest exponent a rounding error
 # instead of 0 (3e-5 at logits near 1000), so every kernel forbids it.
 COMPILE = {"enable_fp_fusion": False}
 
-RESIDENT_LIMIT = 16_384  # the largest vocabulary that one program holds
 
+def choose(V: int, *, plain: bool, form: str | None = None) -> Line:
+    """The line for rows of V columns; `form` or SGP_ROW_FORM forces resident or streaming.
 
-class Launch(NamedTuple):
-    """One line of the table."""
-
-    form: str  # "resident" | "streaming"
-    BV: int  # columns in a block
-    num_warps: int
-
-
-# Registers, stack and access widths of every line, for sm_80, sm_90, sm_100 and gfx942, are in
-# bench/results/resources.json; no line spills. None of them has been timed: no GPU was at hand.
-# Every line gives a thread 16 or 32 columns, so that two to eight 16-byte accesses are in flight;
-# a streaming row gets as many warps as fit, so that few rows share a multiprocessor and the second
-# loop finds the row in L2.
-RESIDENT = {  # columns: warps
-    128: 1,
-    256: 1,
-    512: 1,
-    1_024: 2,
-    2_048: 4,
-    4_096: 8,
-    8_192: 16,
-    16_384: 32,
-}
-STREAMING = Launch("streaming", 8_192, 16)
-
-
-def choose(V: int, form: str | None = None) -> Launch:
-    """The line for a row of V columns; `form` or SGP_ROW_FORM forces one.
+    Args:
+        V: the vocabulary.
+        plain: no softcap, smoothing, class weights or statistics.
+        form: "auto", "resident" or "streaming"; None asks SGP_ROW_FORM.
 
     Raises:
         ValueError: if the form is unknown, or resident for a row that one program cannot hold.
@@ -65,9 +82,22 @@ def choose(V: int, form: str | None = None) -> Launch:
             "use 'auto' or 'streaming'"
         )
     if form == "streaming" or V > RESIDENT_LIMIT:
-        return STREAMING
-    BV = next(columns for columns in RESIDENT if columns >= V)
-    return Launch("resident", BV, RESIDENT[BV])
+        return STREAMING_PLAIN if plain else STREAMING
+    return next(line for line in RESIDENT if line.BV >= V)
+
+
+class Call(NamedTuple):
+    """A kernel and everything that it is called with."""
+
+    kernel: Any
+    grid: tuple[int]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+    def launch(self) -> None:
+        """Put the kernel on the current stream, unless there are no rows."""
+        if self.grid[0]:
+            self.kernel[self.grid](*self.arguments, **self.constants)
 
 
 def row_forward(
@@ -81,16 +111,14 @@ def row_forward(
     *,
     V: int,
     ignore_index: int,
-) -> None:
-    """Loss and, where asked for, statistics and gradient of every row: one launch."""
-    if target.numel() == 0:
-        return
-    line = choose(V)
+    warp_size: int | None = None,
+) -> Call:
+    """Loss and, where asked for, statistics and gradient of every row."""
+    line = choose(V, plain=stats is None and opt.is_plain)
     kernel = row_resident if line.form == "resident" else row_streaming
-    kernel[(target.numel(),)](
-        logits, dlogits, target, loss, saved, stats, opt, ignore_index, V,
-        BV=line.BV, ALIGN=alignment(V, logits, dlogits), num_warps=line.num_warps, **COMPILE,
-    )  # fmt: skip
+    arguments = (logits, dlogits, target, loss, saved, stats, opt, ignore_index, V)
+    constants = _constants(line, alignment(V, logits, dlogits), warp_size)
+    return Call(kernel, (target.numel(),), arguments, constants)
 
 
 def row_gradient(
@@ -102,33 +130,45 @@ def row_gradient(
     *,
     V: int,
     ignore_index: int,
-) -> None:
-    """The gradient of every row from its saved statistics: one launch."""
-    if target.numel() == 0:
-        return
-    line = choose(V)
-    row_backward[(target.numel(),)](
-        logits, dlogits, target, saved, opt, ignore_index, V,
-        BV=line.BV, ALIGN=alignment(V, logits, dlogits), num_warps=line.num_warps, **COMPILE,
-    )  # fmt: skip
+    warp_size: int | None = None,
+) -> Call:
+    """The gradient of every row from its saved statistics."""
+    line = choose(V, plain=opt.is_plain)
+    arguments = (logits, dlogits, target, saved, opt, ignore_index, V)
+    constants = _constants(line, alignment(V, logits, dlogits), warp_size)
+    return Call(row_backward, (target.numel(),), arguments, constants)
 
 
 def multiply(
-    dlogits: Matrix, target: torch.Tensor, factor: torch.Tensor, *, V: int, ignore_index: int
-) -> None:
+    dlogits: Matrix,
+    target: torch.Tensor,
+    factor: torch.Tensor,
+    *,
+    V: int,
+    ignore_index: int,
+    warp_size: int | None = None,
+) -> Call:
     """Multiply the kept rows of dlogits by factor (0-d, fp32, on the device) in place."""
-    if target.numel() == 0:
-        return
-    line = choose(V)
-    multiply_rows[(target.numel(),)](
-        dlogits, target, factor, ignore_index, V,
-        BV=line.BV, ALIGN=alignment(V, dlogits), num_warps=line.num_warps, **COMPILE,
-    )  # fmt: skip
-
-
-__all__ = ["Launch", "Options", "Statistics", "choose", "multiply", "row_forward", "row_gradient"]
+    line = choose(V, plain=True)
+    arguments = (dlogits, target, factor, ignore_index, V)
+    constants = _constants(line, alignment(V, dlogits), warp_size)
+    return Call(multiply_rows, (target.numel(),), arguments, constants)
 
 
 def runs_interpreted() -> bool:
     """Whether the kernels were defined under TRITON_INTERPRET=1."""
     return not isinstance(row_streaming, triton.runtime.JITFunction)
+
+
+def _constants(line: Line, align: int, warp_size: int | None) -> dict[str, Any]:
+    if warp_size is None:
+        warp_size = 64 if torch.version.hip else 32
+    constants = {"BV": line.BV, "ALIGN": align, **COMPILE}
+    if warp_size == 64:  # AMD: half the columns a thread, at most 1024 threads
+        if line == STREAMING and align < 8:  # narrow accesses take registers for their addresses
+            constants["BV"] = line.BV // 2
+        return {**constants, "num_warps": min(16, line.threads // 32)}
+    # All the registers that so many threads can have: ptxas alone sometimes stops at half of them
+    # and spills (seen with Triton 3.9 for sm_80, sm_90 and sm_100).
+    maxnreg = min(255, 65_536 // line.threads)
+    return {**constants, "num_warps": line.threads // 32, "maxnreg": maxnreg}

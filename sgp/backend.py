@@ -45,14 +45,12 @@ def explain(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
         raise ValueError(f"sgp: SGP_BACKEND = {wanted!r}; expected one of {', '.join(CHOICES)}")
     if wanted == "torch":
         return "torch", "SGP_BACKEND=torch"
+    if wanted == "auto" and device.type == "cpu":
+        return "torch", "CPU tensors run PyTorch's operators"
     obstacle = _obstacle(device, dtype)
     if wanted == "triton":
         return ("error", obstacle) if obstacle else ("triton", "SGP_BACKEND=triton")
-    if obstacle:
-        return "torch", obstacle
-    if device.type == "cpu":
-        return "torch", "the interpreter is for checking: set SGP_BACKEND=triton to use it"
-    return "triton", f"{device.type} tensors run the kernels"
+    return ("torch", obstacle) if obstacle else ("triton", f"{device.type} tensors run the kernels")
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str:

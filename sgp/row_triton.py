@@ -47,7 +47,7 @@ def forward(
             _options(weight, row_weight, scale, recipe),
             V=logits.shape[-1],
             ignore_index=recipe.ignore_index,
-        )
+        ).launch()
         sink.copy_back()
 
 
@@ -74,7 +74,7 @@ def backward(
             _options(weight, row_weight, scale, recipe),
             V=logits.shape[-1],
             ignore_index=recipe.ignore_index,
-        )
+        ).launch()
         sink.copy_back()
 
 
@@ -82,7 +82,9 @@ def multiply(dlogits: Tensor, target: Tensor, factor: Tensor, ignore_index: int)
     """Multiply the kept rows of dlogits by factor (0-d) in place; nothing happens for 1."""
     with _device(dlogits):
         source = _matrix(dlogits)
-        launch.multiply(source, target, factor, V=dlogits.shape[-1], ignore_index=ignore_index)
+        launch.multiply(
+            source, target, factor, V=dlogits.shape[-1], ignore_index=ignore_index
+        ).launch()
         if source.ptr is not dlogits:
             dlogits.copy_(source.ptr)
 

@@ -1,0 +1,267 @@
+"""Compile every line of the launch table for GPUs that are not here, and read the binaries.
+
+    python -m bench.resources                 # table, results file, exit code 1 if a budget breaks
+    python -m bench.resources --targets sm_90
+
+No GPU is needed: Triton's own launcher is asked for the kernel it would launch, for a target that
+is named instead of found. Registers and stack come from `cuobjdump -res-usage`, access widths from
+the disassembly, both from Triton's package; for AMD they are in the assembly itself. The budget:
+no spills and no stack anywhere; on NVIDIA, where V is a multiple of 8, every access to logits and
+their gradient is 16 bytes wide.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+
+from sgp.kernels import launch
+from sgp.kernels.launch import Options, Statistics
+from sgp.kernels.layout import Matrix, matrix
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+RESULTS = Path(__file__).parent / "results" / "resources.json"
+NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+N = 64
+
+
+class Case(NamedTuple):
+    """One kernel as one line of the table launches it."""
+
+    kernel: str  # forward | statistics | backward | factor
+    V: int
+    dtype: str
+    options: str  # plain | weighted | all, or the name of one option
+    layout: str = "rows"  # rows | strided (vocabulary not contiguous, two levels of rows)
+
+
+class _NamedTarget:
+    """A Triton driver that answers with a named target and cannot launch."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target.arch)  # keys the cache of compiled kernels
+
+    def get_current_stream(self, _device: object) -> int:
+        return 0
+
+
+def cases() -> Iterator[Case]:
+    """Every line of the table with every kernel that uses it, options off, on and one by one.
+
+    fp16 has bf16's width and another conversion: it is compiled at the two ends. 262 144 is not
+    here because Triton compiles the same kernel for it as for 151 936, both multiples of 16.
+    """
+    wide = ("bf16", "fp32")
+    for line, dtype in itertools.product(launch.RESIDENT, wide):
+        yield Case("forward", line.BV, dtype, "plain")
+        for kernel in ("forward", "statistics", "backward"):
+            yield Case(kernel, line.BV, dtype, "all")
+    # 50 264 is a multiple of 8 and not of 16; 50 257 (GPT-2) of nothing.
+    for V, dtype in itertools.product((50_264, 151_936), wide):
+        for options in ("plain", "weighted", "softcap", "smoothing", "class weight", "all"):
+            yield Case("forward", V, dtype, options)
+        for kernel, options in itertools.product(("statistics", "backward"), ("plain", "all")):
+            yield Case(kernel, V, dtype, options)
+        yield Case("factor", V, dtype, "plain")
+    for kernel, options in itertools.product(("forward", "backward"), ("plain", "all")):
+        yield Case(kernel, 50_264, "fp16", options)
+    for dtype in wide:
+        yield Case("forward", 50_257, dtype, "all")
+        yield Case("forward", 50_264, dtype, "all", "strided")
+
+
+def compile_case(case: Case, target_name: str) -> dict[str, Any]:
+    """Compile one case for one target; what the binary says, and which budget it breaks."""
+    target = TARGETS[target_name]
+    triton.runtime.driver.set_active(_NamedTarget(target))
+    call = _call(case, target.warp_size)
+    kernel = call.kernel.warmup(*call.arguments, grid=call.grid, **call.constants)
+    found = _read_nvidia(kernel) if target.backend == "cuda" else _read_amd(kernel)
+    form = "resident" if call.kernel is launch.row_resident else "streaming"
+    record: dict[str, Any] = {
+        "target": target_name,
+        **case._asdict(),
+        "form": form,
+        "BV": call.constants["BV"],
+        "num_warps": call.constants["num_warps"],
+        **found,
+    }
+    record["broken"] = _broken_budgets(case, call, record, nvidia=target.backend == "cuda")
+    return record
+
+
+def _call(case: Case, warp_size: int) -> launch.Call:
+    """The launch of a case on tensors without memory."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    V, dtype = case.V, DTYPES[case.dtype]
+    logits, dlogits = _matrix(case, dtype), _matrix(case, dtype)
+    target, row = empty(N, dtype=torch.int64), empty(N)
+    everything = Options(empty(V), empty(), row, empty(), 0.1, 1e-4, 30.0, 0.5)
+    options = {
+        "plain": Options(),
+        "weighted": Options(row_weight=row, scale=empty(), lse_square_scale=1e-4, logit_scale=0.5),
+        "softcap": Options(scale=empty(), softcap=30.0),
+        "smoothing": Options(scale=empty(), label_smoothing=0.1),
+        "class weight": Options(weight=empty(V), weight_mean=empty(), scale=empty()),
+        "all": everything,
+    }[case.options]
+    shared = {"V": V, "ignore_index": -100, "warp_size": warp_size}
+    if case.kernel == "backward":
+        return launch.row_gradient(logits, dlogits, target, empty(N, 3), options, **shared)
+    if case.kernel == "factor":
+        return launch.multiply(dlogits, target, empty(), **shared)
+    with_stats = case.options == "all"
+    stats = Statistics(row, row, row, empty(N, dtype=torch.bool)) if with_stats else None
+    sink = dlogits if case.kernel == "forward" else None
+    saved = None if case.kernel == "forward" else empty(N, 3)
+    return launch.row_forward(logits, sink, target, row, saved, stats, options, **shared)
+
+
+def _matrix(case: Case, dtype: torch.dtype) -> Matrix:
+    if case.layout == "strided":  # (B, V, T) moved to (B, T, V)
+        x = torch.empty(4, case.V, N // 4, dtype=dtype, device="meta").movedim(1, -1)
+    else:
+        x = torch.empty(N, case.V, dtype=dtype, device="meta")
+    found = matrix(x)
+    assert found is not None, f"{case.layout} has more than two levels of rows"  # noqa: S101
+    return found
+
+
+def _read_nvidia(kernel: Any) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        sass = _tool("cuobjdump", "-sass", file.name)
+    # `LOCAL` counts local arrays, `STACK` spills and frames; LDL and STL are accesses to them.
+    numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    return {
+        "registers": numbers["REG"],
+        "stack": numbers["STACK"] + numbers["LOCAL"],
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "shared": kernel.metadata.shared,
+        "loads_16": len(re.findall(r"\bLDG\.[\w.]*128", sass)),
+        "stores_16": len(re.findall(r"\bSTG\.[\w.]*128", sass)),
+    }
+
+
+def _read_amd(kernel: Any) -> dict[str, Any]:
+    text = kernel.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        return max(int(n) for n in re.findall(rf"\.{name}:\s*(\d+)", text))
+
+    return {
+        "registers": number("vgpr_count"),
+        "stack": number("private_segment_fixed_size"),
+        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "shared": kernel.metadata.shared,
+        "loads_16": len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
+        "stores_16": len(re.findall(r"(?:global|buffer)_store_dwordx4", text)),
+    }
+
+
+def _tool(name: str, *arguments: str) -> str:
+    run = subprocess.run(
+        [str(NVIDIA_TOOLS / name), *arguments], capture_output=True, text=True, check=True
+    )
+    return run.stdout
+
+
+def _broken_budgets(
+    case: Case, call: launch.Call, record: dict[str, Any], *, nvidia: bool
+) -> list[str]:
+    broken = []
+    if record["spills"] or record["stack"]:
+        broken.append(f"{record['spills']} spills, {record['stack']} bytes of stack")
+    if nvidia and case.V % 8 == 0 and case.layout == "rows":
+        # 16-byte accesses that one pass of a thread over its block takes.
+        threads = 32 * record["num_warps"]
+        one = call.constants["BV"] * DTYPES[case.dtype].itemsize // (16 * threads)
+        passes = 2 if (case.kernel, record["form"]) == ("forward", "streaming") else 1
+        stores = {"forward": 2, "backward": 2, "factor": 1, "statistics": 0}[case.kernel]
+        for kind, expected in (("loads", passes * one), ("stores", stores * one)):
+            if record[f"{kind}_16"] < expected:
+                broken.append(f"{record[f'{kind}_16']} {kind} of 16 bytes, expected {expected}")
+    return broken
+
+
+def _worker(job: tuple[Case, str]) -> dict[str, Any]:
+    return compile_case(*job)
+
+
+def main() -> int:
+    """Compile everything, print one line a target and kernel, write the results file."""
+    parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--output", type=Path, default=RESULTS, help="results file (JSON)")
+    parser.add_argument("--jobs", type=int, default=2)
+    arguments = parser.parse_args()
+    if launch.runs_interpreted():
+        parser.error("TRITON_INTERPRET=1 is set; unset it to compile")
+    jobs = [(case, target) for target in arguments.targets for case in cases()]
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        records = list(pool.map(_worker, jobs, chunksize=8))
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    header = {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
+    lines = ",\n".join(json.dumps(record) for record in records)
+    arguments.output.write_text(f'{json.dumps(header)[:-1]}, "records": [\n{lines}\n]}}\n')
+    _print(records)
+    return 1 if any(record["broken"] for record in records) else 0
+
+
+def _print(records: list[dict[str, Any]]) -> None:
+    table = Table(title=f"{len(records)} kernels compiled with Triton {triton.__version__}")
+    for name in ("target", "kernel", "form", "compiled", "registers", "spills", "stack", "broken"):
+        table.add_column(name, justify="left" if name in ("target", "kernel", "form") else "right")
+    keys = sorted({(r["target"], r["kernel"], r["form"]) for r in records})
+    for key in keys:
+        group = [r for r in records if (r["target"], r["kernel"], r["form"]) == key]
+        registers = [r["registers"] for r in group]
+        table.add_row(
+            *key,
+            str(len(group)),
+            f"{min(registers)}-{max(registers)}",
+            str(sum(r["spills"] for r in group)),
+            str(sum(r["stack"] for r in group)),
+            str(sum(bool(r["broken"]) for r in group)),
+        )
+    console = Console()
+    console.print(table)
+    for record in records:
+        if record["broken"]:
+            console.print(f"[red]{record}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
