@@ -1,7 +1,7 @@
 """Compile every line of the launch table for GPUs that are not here, and read the binaries.
 
-    python -m bench.resources                 # table, results file, exit code 1 if a budget breaks
-    python -m bench.resources --targets sm_90
+    python -m bench resources                 # table, results file, exit code 1 if a budget breaks
+    python -m bench resources --targets sm_90
 
 No GPU is needed: Triton's own launcher is asked for the kernel it would launch, for a target that
 is named instead of found. Registers and stack come from `cuobjdump -res-usage`, access widths from
@@ -222,7 +222,7 @@ def _worker(job: tuple[Case, str]) -> dict[str, Any]:
 
 def main() -> int:
     """Compile everything, print one line a target and kernel, write the results file."""
-    parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench resources", description=__doc__)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--output", type=Path, default=RESULTS, help="results file (JSON)")
     parser.add_argument("--jobs", type=int, default=2)

@@ -1,0 +1,104 @@
+"""Count what loss and backward ask of memory, in units of N V elements; no GPU, no estimate.
+
+    python -m bench traffic        # table, results file, exit code 1 if a budget breaks
+
+The interpreter executes every load and store with real addresses; each is counted when asked for,
+and each byte once when touched. N rows, V columns, kept fraction f. The least any implementation
+can touch is (1 + f) N V: read the kept logits, write every gradient. The budget: touch at most
+1.02 of that, ask for at most 1.02 (1 + 2 f) N V, or 1.02 (1 + f) N V where a row fits one block.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ["SGP_BACKEND"] = "triton"
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import sgp
+from bench.interpreter import watch_accesses
+from sgp.kernels.launch import RESIDENT_LIMIT
+
+RESULTS = Path(__file__).parent / "results" / "traffic.json"
+VOCABULARIES = (1, 1_000, 8_192, 8_193, 32_000, 50_257, 128_256, 151_936, 248_320, 262_144)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+N = 4
+SLACK = 1.02
+
+
+class Count(NamedTuple):
+    """Elements of logits and gradient in units of N V, for loss and backward."""
+
+    V: int
+    dtype: str
+    kept: float
+    asked: float
+    touched: float
+    least: float
+    other_bytes_per_row: float
+
+    @property
+    def within_budget(self) -> bool:
+        """Whether both stated budgets hold."""
+        reads = 1 if self.V <= RESIDENT_LIMIT else 2
+        asked = self.asked <= SLACK * (1 + reads * self.kept)
+        return asked and self.touched <= SLACK * self.least
+
+
+def count(V: int, dtype: str, kept_rows: int) -> Count:
+    """The traffic of `sgp.cross_entropy(...).backward()` on N rows, kept_rows of them kept."""
+    logits = torch.randn(N, V).to(DTYPES[dtype]).requires_grad_()
+    target = torch.full((N,), -100)
+    target[:kept_rows] = torch.arange(kept_rows) % V
+    with watch_accesses(distinct=True) as seen:
+        sgp.cross_entropy(logits, target).backward()
+    assert logits.grad is not None, "logits require grad"  # noqa: S101
+    regions = [seen.of(logits), seen.of(logits.grad)]
+    unit = N * V * DTYPES[dtype].itemsize
+    touched = sum(seen.distinct(logits)) + sum(seen.distinct(logits.grad))
+    others = [r for r in seen.regions.values() if r not in regions]
+    f = kept_rows / N
+    return Count(
+        V=V,
+        dtype=dtype,
+        kept=f,
+        asked=sum(r.loaded + r.stored for r in regions) / unit,
+        touched=touched / unit,
+        least=1 + f,
+        other_bytes_per_row=sum(r.loaded + r.stored for r in others) / N,
+    )
+
+
+def main() -> int:
+    """Count every case, print the table, write the results file."""
+    parser = argparse.ArgumentParser(prog="python -m bench traffic", description=__doc__)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="results file (JSON)")
+    arguments = parser.parse_args()
+    counts = [count(*c) for c in itertools.product(VOCABULARIES, DTYPES, (0, 1, 2, 4))]
+    table = Table(title="Loss and backward, upstream factor 1, in units of N V elements")
+    for name in ("V", "dtype", "kept", "asked for", "touched", "least", "other bytes/row", ""):
+        table.add_column(name, justify="right")
+    for c in counts:
+        verdict = "[green]ok" if c.within_budget else "[red]OVER"
+        numbers = (f"{c.asked:.4f}", f"{c.touched:.4f}", f"{c.least:.2f}")
+        other = f"{c.other_bytes_per_row:.0f}"
+        table.add_row(str(c.V), c.dtype, f"{c.kept:.2f}", *numbers, other, verdict)
+    Console().print(table)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(c._asdict() | {"ok": c.within_budget}) for c in counts)
+    arguments.output.write_text(f'{{"N": {N}, "records": [\n{lines}\n]}}\n')
+    return 0 if all(c.within_budget for c in counts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
