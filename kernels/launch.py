@@ -1,7 +1,7 @@
 """Which form and which block a row gets, and the launches themselves.
 
 Nothing here waits for the device: every choice is made from shapes, dtypes and the options that
-are on. `python -m bench.resources` compiles every line of the table ahead of time.
+are on. `python -m bench resources` compiles every line of the table ahead of time.
 """
 
 import os
@@ -39,7 +39,7 @@ class Line(NamedTuple):
 
 
 # The table. Registers, stack and access widths of every line on sm_80, sm_90, sm_100 and gfx942
-# are in bench/results/resources.json, written by `python -m bench.resources`: no line spills, and
+# are in bench/results/resources.json, written by `python -m bench resources`: no line spills, and
 # accesses are 16 bytes wide. Not timed on any GPU yet.
 #
 # A thread holds 8 or 16 columns: one to four 16-byte accesses in flight, and room for every option

@@ -15,7 +15,10 @@ CHOICES = ("auto", "triton", "torch")
 @functools.cache
 def has_triton() -> bool:
     """Whether Triton is installed; looks without importing it."""
-    return importlib.util.find_spec("triton") is not None
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):  # blocked by an import hook, or by None in sys.modules
+        return False
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> str:
@@ -33,9 +36,16 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
     backend, why = explain(device, dtype)
     if backend == "error":
         raise RuntimeError(f"sgp: SGP_BACKEND=triton cannot run: {why}")
-    if device.type == "cuda" and backend == "torch" and not has_triton():
+    wanted = os.environ.get("SGP_BACKEND", "auto")
+    if wanted == "auto" and device.type == "cuda" and not has_triton():
         _warn_once(why)
     return backend
+
+
+def require_torch(what: str) -> None:
+    """Raise RuntimeError where SGP_BACKEND=triton is forced on what only PyTorch's operators do."""
+    if os.environ.get("SGP_BACKEND", "auto") == "triton":
+        raise RuntimeError(f"sgp: SGP_BACKEND=triton cannot run: {what} run PyTorch's operators")
 
 
 def explain(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:

@@ -7,9 +7,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from sgp import operators
+from sgp import backend, operators
 from sgp.autograd import RowLoss, ScalarLoss
-from sgp.problem import Problem, make_problem
+from sgp.problem import Problem, check_mean_weights, make_problem
 from sgp.recipe import Recipe, accumulation_dtype, probability_rows, score
 from sgp.reduction import check_reduction, per_sequence, reciprocal
 from sgp.reference import TokenLogProbs
@@ -137,6 +137,7 @@ def cross_entropy(
                 f"{NAME}: inplace and return_stats need class indices; target holds class "
                 f"probabilities {tuple(problem.target.shape)}"
             )
+        backend.require_torch("class probabilities")
         return _probability_loss(problem, reduction, denominator)
     # Only these two are one number times the sum over rows, whatever comes upstream.
     scalar = reduction in ("mean", "sum")
@@ -210,12 +211,14 @@ def _scale(problem: Problem, denominator: float | Tensor | None) -> Tensor:
     p = problem
     dtype = accumulation_dtype(p.logits.dtype)
     if denominator is None:
-        scale: Tensor = operators.mean_scale(
+        counted: Tensor = operators.mean_scale(
             p.logits.detach(), p.target, p.weight, p.token_weight, p.recipe.ignore_index, NAME
         )
-        return scale
+        return counted
     if not isinstance(denominator, Tensor):
-        denominator = torch.full((), denominator, dtype=torch.float64)
+        # Filled on the device: a copy from the host could not be captured in a CUDA graph.
+        scale = 1.0 / denominator if denominator else 0.0
+        return torch.full((), scale, dtype=dtype, device=p.logits.device)
     return reciprocal(denominator, dtype).to(p.logits.device, non_blocking=True)
 
 
@@ -229,9 +232,11 @@ def _probability_loss(
     rows = probability_rows(scored, p.target, p.weight, p.recipe)
     counts = torch.ones_like(rows)
     if p.token_weight is not None:
+        if reduction == "mean" and denominator is None:
+            check_mean_weights(NAME, counts.bool(), p.token_weight)
         rows, counts = rows * p.token_weight, counts * p.token_weight
     if reduction == "mean":
-        divisor = counts.sum() if denominator is None else rows.new_tensor(denominator)
+        divisor = counts.sum() if denominator is None else torch.as_tensor(denominator).to(rows)
         return rows.sum() * reciprocal(divisor, rows.dtype)
     if reduction == "sequence_mean":
         return per_sequence(p, rows) * reciprocal(per_sequence(p, counts), rows.dtype)
@@ -239,10 +244,12 @@ def _probability_loss(
 
 
 def _check_inplace(input: Tensor) -> None:  # noqa: A002
-    if input.is_leaf:
+    base = input if input._base is None else input._base  # noqa: SLF001  (no public name)
+    if base.is_leaf and base.requires_grad:
         raise ValueError(
             f"{NAME}: inplace=True would overwrite input {tuple(input.shape)}, a leaf that "
-            "requires grad, with its own gradient; pass the output of a layer, or inplace=False"
+            "requires grad or a view of one, with its gradient; pass the output of a layer, or "
+            "inplace=False"
         )
     if any(n > 1 and s == 0 for n, s in zip(input.shape, input.stride(), strict=True)):
         raise ValueError(

@@ -7,7 +7,6 @@ where that needs no wait for a device.
 
 from __future__ import annotations
 
-import os
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sgp import backend, row_torch
+from sgp.problem import check_mean_weights, check_targets
 from sgp.recipe import Recipe, accumulation_dtype
 from sgp.reduction import reciprocal
 from sgp.row_torch import RowOutputs, new_outputs
@@ -58,7 +58,7 @@ def row_forward(
         need_grad, need_saved, need_stats: which outputs are wanted; the rest come empty.
     """
     recipe = Recipe(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
-    check_targets(target, logits.shape[-1], ignore_index)
+    check_targets("sgp", target, logits.shape[-1], ignore_index)
     out = new_outputs(
         logits, target.numel(), need_grad=need_grad, need_saved=need_saved, need_stats=need_stats
     )
@@ -91,7 +91,7 @@ def row_forward_(
 ) -> Outputs:
     """As row_forward with need_grad, the gradient written over the logits."""
     recipe = Recipe(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
-    check_targets(target, logits.shape[-1], ignore_index)
+    check_targets("sgp", target, logits.shape[-1], ignore_index)
     out = new_outputs(
         logits, target.numel(), need_grad=False, need_saved=False, need_stats=need_stats
     )
@@ -179,13 +179,7 @@ def mean_scale(
     if weight is not None:
         counts = counts * weight[target.clamp(0, V - 1)]
     if row_weight is not None:
-        if _may_wait(target) and (kept & (row_weight < 0)).any():
-            at = int((kept & (row_weight < 0)).nonzero()[0])
-            raise ValueError(
-                f"{name}: token_weight of row {at} is {float(row_weight[at])}; the mean over "
-                "weights that can be negative has no stable divisor: pass denominator= or use "
-                "reduction='sum'"
-            )
+        check_mean_weights(name, kept, row_weight)
         counts = torch.where(kept, counts * row_weight, 0)
     return reciprocal(counts.sum(), accumulation_dtype(logits.dtype))
 
@@ -193,28 +187,6 @@ def mean_scale(
 @mean_scale.register_fake
 def _(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty((), dtype=accumulation_dtype(logits.dtype))
-
-
-def _may_wait(target: Tensor) -> bool:
-    return target.device.type == "cpu" or os.environ.get("SGP_CHECK", "0") == "1"
-
-
-def check_targets(target: Tensor, V: int, ignore_index: int) -> None:
-    """Raise IndexError for a target outside the vocabulary, on a CPU or with SGP_CHECK=1.
-
-    Elsewhere the check would wait for the device; the kernels make such a row's loss and gradient
-    NaN instead.
-    """
-    if not _may_wait(target):
-        return
-    bad = (target != ignore_index) & ((target < 0) | (target >= V))
-    if bad.any():
-        at = int(bad.nonzero()[0])
-        raise IndexError(
-            f"sgp: target[{at}] = {int(target[at])} is outside [0, {V}) and is not ignore_index = "
-            f"{ignore_index} (position in the flattened target); check the tokenizer's added "
-            "tokens and the model's vocabulary size"
-        )
 
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -193,3 +194,39 @@ def _shape_message(
             "sgp.Selection"
         )
     return message
+
+
+def _may_wait(tensor: Tensor) -> bool:
+    """Whether values may be looked at: on a CPU, or where SGP_CHECK=1 asks for the wait."""
+    return tensor.device.type == "cpu" or os.environ.get("SGP_CHECK", "0") == "1"
+
+
+def check_targets(name: str, target: Tensor, V: int, ignore_index: int) -> None:
+    """Raise IndexError for a target (N,) outside the vocabulary, on a CPU or with SGP_CHECK=1.
+
+    Elsewhere the check would wait for the device; the kernels make such a row's loss and gradient
+    NaN instead.
+    """
+    if not _may_wait(target):
+        return
+    bad = (target != ignore_index) & ((target < 0) | (target >= V))
+    if bad.any():
+        at = int(bad.nonzero()[0])
+        raise IndexError(
+            f"{name}: target[{at}] = {int(target[at])} is outside [0, {V}) and is not ignore_index "
+            f"= {ignore_index} (position in the flattened target); check the tokenizer's added "
+            "tokens and the model's vocabulary size"
+        )
+
+
+def check_mean_weights(name: str, kept: Tensor, token_weight: Tensor) -> None:
+    """Raise ValueError for a mean over negative weights (N,), on a CPU or with SGP_CHECK=1."""
+    if not _may_wait(token_weight):
+        return
+    bad = kept & (token_weight < 0)
+    if bad.any():
+        at = int(bad.nonzero()[0])
+        raise ValueError(
+            f"{name}: token_weight of row {at} is {float(token_weight[at])}; the mean over weights "
+            "that can be negative has no stable divisor: pass denominator= or use reduction='sum'"
+        )

@@ -12,14 +12,15 @@ how to compute it (`inplace`, `chunk_rows`, `options`) is not among them.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sgp.problem import Problem, make_problem
-from sgp.recipe import Recipe, probability_rows, score
+from sgp.problem import Problem, check_mean_weights, check_targets, make_problem
+from sgp.recipe import Recipe, accumulation_dtype, probability_rows, score
 from sgp.reduction import check_reduction
 from sgp.selection import Selection
 
@@ -62,15 +63,14 @@ def cross_entropy(
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
     problem = make_problem(name, input, target, weight, token_weight, recipe)
     check_reduction(name, reduction, denominator)
-    logits, y, w = problem.logits.flatten(0, -2), problem.target, problem.weight
-    if logits.dim() == 1:
-        logits = logits[None]
-    V = logits.shape[1]
+    V = problem.logits.shape[-1]
+    logits, y, w = problem.logits.reshape(-1, V), problem.target, problem.weight
     if problem.has_probabilities:
         kept = torch.arange(len(logits), device=logits.device)
         rows = probability_rows(score(logits, recipe), y, w, recipe)
         divisor = torch.ones_like(rows)
     else:
+        check_targets(name, y, V, ignore)
         kept = (y != ignore).nonzero().squeeze(1)
         y = y[kept]
         s = score(logits[kept], recipe)
@@ -84,6 +84,9 @@ def cross_entropy(
             rows = rows + lse_square_scale * s.logsumexp(1) ** 2
         divisor = w[y]
     if problem.token_weight is not None:
+        if reduction == "mean" and denominator is None:
+            scored = torch.zeros_like(problem.token_weight, dtype=torch.bool)
+            check_mean_weights(name, scored.index_fill(0, kept, True), problem.token_weight)
         r = problem.token_weight[kept].to(rows.dtype)
         rows, divisor = r * rows, r * divisor
     return _reduce(problem, kept, rows, divisor, reduction, denominator)
@@ -108,9 +111,11 @@ def linear_cross_entropy(
         >>> linear_cross_entropy(hidden, head, labels, shift=True).shape
         torch.Size([])
     """
-    selection = _select(input, target, ignore_index, shift, token_weight)
-    logits = _head(input, linear_weight, linear_bias, selection)
-    return cross_entropy(logits, selection, **loss)  # type: ignore[arg-type]
+    name = "sgp.reference.linear_cross_entropy"
+    selection = _select(name, input, target, ignore_index, shift, token_weight)
+    logits = _head(name, input, linear_weight, linear_bias, selection)
+    result = cross_entropy(logits, selection, **loss)  # type: ignore[arg-type]
+    return result.reshape(target.shape) if loss.get("reduction") == "none" else result
 
 
 def token_log_probs(
@@ -133,7 +138,13 @@ def token_log_probs(
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale)
     problem = make_problem(name, input, target, None, None, recipe)
-    logits = problem.logits.reshape(-1, problem.logits.shape[-1])
+    if problem.has_probabilities:
+        raise TypeError(f"{name}: target is {problem.target.dtype}; expected class indices")
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(f"{name}: temperature = {temperature}; expected a number above 0")
+    V = problem.logits.shape[-1]
+    check_targets(name, problem.target, V, ignore)
+    logits = problem.logits.reshape(-1, V)
     kept = (problem.target != ignore).nonzero().squeeze(1)
     y = problem.target[kept]
     s = score(logits[kept], recipe) / temperature
@@ -141,7 +152,7 @@ def token_log_probs(
     p = log_p.exp()
     values = (
         log_p.gather(1, y[:, None]).squeeze(1),
-        -torch.where(p > 0, p * log_p, 0).sum(1),
+        -(p * log_p.masked_fill(p == 0, 0)).sum(1),  # 0 log 0 is 0, in the gradient too
         s.logsumexp(1),
         s.gather(1, y[:, None]).squeeze(1) == s.amax(1),
     )
@@ -168,38 +179,71 @@ def linear_token_log_probs(
         >>> linear_token_log_probs(hidden, head, labels, shift=True).log_prob.shape
         torch.Size([2, 5])
     """
-    selection = _select(input, target, ignore_index, shift, None)
-    logits = _head(input, linear_weight, linear_bias, selection)
-    return token_log_probs(
+    name = "sgp.reference.linear_token_log_probs"
+    selection = _select(name, input, target, ignore_index, shift, None)
+    logits = _head(name, input, linear_weight, linear_bias, selection)
+    values = token_log_probs(
         logits, selection, temperature=temperature, softcap=softcap, logit_scale=logit_scale
     )
+    return TokenLogProbs(*(value.reshape(target.shape) for value in values))
 
 
 def _select(
+    name: str,
     hidden: Tensor,
     target: Tensor | Selection,
     ignore_index: int | None,
     shift: bool,
     token_weight: Tensor | None,
 ) -> Selection:
+    """The Selection of labels (...), or (N,) where nothing is shifted, for hidden (..., D)."""
     if isinstance(target, Selection):
+        if shift or token_weight is not None or ignore_index not in (None, -100):
+            raise ValueError(
+                f"{name}: shift, token_weight and ignore_index are the Selection's own business; "
+                "pass them to its constructor"
+            )
         return target
-    labels = target.reshape(hidden.shape[:-1] or (1,))
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{name}: target is a {type(target).__name__}; expected a torch.Tensor")
+    lead = tuple(hidden.shape[:-1])
+    flat = (torch.Size(lead).numel(),)
+    if tuple(target.shape) not in ((lead,) if shift else (lead, flat)):
+        raise ValueError(
+            f"{name}: input is {tuple(hidden.shape)} and target {tuple(target.shape)}; expected "
+            f"{lead}" + ("" if shift else f" or {flat}")
+        )
     return Selection.from_labels(
-        labels, ignore_index=ignore_index, shift=shift, token_weight=token_weight
+        target.reshape(lead or (1,)),
+        ignore_index=ignore_index,
+        shift=shift,
+        token_weight=None if token_weight is None else token_weight.reshape(lead or (1,)),
     )
 
 
-def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, selection: Selection) -> Tensor:
+def _head(
+    name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, selection: Selection
+) -> Tensor:
     """(N, V) logits, zero and without gradient on rows that are not kept."""
+    if not hidden.is_floating_point():
+        raise TypeError(f"{name}: input is {hidden.dtype}; expected floating point")
+    V = weight.shape[0]
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{name}: linear_weight is {tuple(weight.shape)} and input {tuple(hidden.shape)}; "
+            "expected (V, D) and (..., D)"
+        )
+    if bias is not None and tuple(bias.shape) != (V,):
+        raise ValueError(f"{name}: linear_bias is {tuple(bias.shape)}; expected ({V},)")
     rows = selection.rows
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    kept = F.linear(
-        hidden.reshape(-1, hidden.shape[-1])[rows].to(dtype),
-        weight.to(dtype),
-        None if bias is None else bias.to(dtype),
-    )
-    logits = kept.new_zeros(selection.num_tokens, weight.shape[0])
+    dtype = accumulation_dtype(hidden.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        kept = F.linear(
+            hidden.reshape(-1, hidden.shape[-1])[rows].to(dtype),
+            weight.to(dtype),
+            None if bias is None else bias.to(dtype),
+        )
+    logits = kept.new_zeros(selection.num_tokens, V)
     return logits.index_copy(0, rows, kept)
 
 
@@ -222,7 +266,7 @@ def _reduce(
     if reduction == "sum":
         return rows.sum()
     if reduction == "mean":
-        total = divisor.sum() if denominator is None else rows.new_tensor(denominator)
+        total = divisor.sum() if denominator is None else torch.as_tensor(denominator).to(rows)
         return torch.where(total == 0, 0, rows.sum() / torch.where(total == 0, 1, total))
     if problem.boundaries is None:
         sequence = kept // max(1, problem.shape[-1] if problem.shape else 1)

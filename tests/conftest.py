@@ -1,32 +1,33 @@
-"""What every test shares: the two backends, and a watch over the kernels' memory accesses."""
+"""What every test shares: the two backends, and a watch over the kernels' memory accesses.
+
+Tests run the kernels in Triton's interpreter, on any machine: there every access can be checked.
+`sgp verify` is the check of the compiled kernels on a GPU.
+"""
 
 import os
 
-import pytest
-import torch
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+import pytest
 
 from bench.interpreter import watch_accesses
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="session")
 def device():
-    return DEVICE
+    """Where tests put their tensors."""
+    return "cpu"
 
 
 @pytest.fixture(params=["torch", "triton"])
 def backend(request, monkeypatch):
-    """Runs a test twice: PyTorch's operators, and the kernels (interpreted without a GPU).
+    """Runs a test twice: PyTorch's operators, and the kernels, interpreted.
 
-    Interpreted kernels run under a bounds check: an access outside the tensors that a launch was
-    given is an error.
+    Kernels run under a bounds check: an access outside the tensors that a launch was given is an
+    error.
     """
     monkeypatch.setenv("SGP_BACKEND", request.param)
-    if request.param == "triton" and DEVICE == "cpu":
+    if request.param == "triton":
         with watch_accesses():
             yield request.param
     else:

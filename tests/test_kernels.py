@@ -17,10 +17,6 @@ from sgp.kernels import layout
 from sgp.recipe import Recipe
 from sgp.row_torch import RowOutputs, new_outputs
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="counts under the interpreter, which a GPU replaces"
-)
-
 ALL = Recipe(-100, 0.1, 5.0, 0.7, 1e-3)
 STREAMED = 8_193  # the smallest row that one program does not hold
 

@@ -1,0 +1,128 @@
+"""What a run starts from: data, tokenizer and model, with everything left out counted."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from sgp.train.batch import Encoded, Example, encode
+from sgp.train.data import Pair, describe_skips, drop_duplicates, read_jsonl, split
+from sgp.train.errors import UserError
+from sgp.train.model import load, tiny_llama
+from sgp.train.options import Options
+from sgp.train.stdlib import source_files, stdlib_pairs
+from sgp.train.tokenizer import cache_folder, load_or_train, wrap
+
+_WINDOW = 128
+
+
+class Setup(NamedTuple):
+    """Model, tokenizer, examples, and how many of the data became what."""
+
+    model: Any
+    tokenizer: Any
+    train: list[Example]
+    held_out: list[Example]
+    counts: dict[str, int]
+
+
+def prepare(options: Options, say: Callable[[str], None]) -> Setup:
+    """Read the data, make or load tokenizer and model, encode, and split.
+
+    Args:
+        options: What to read and to build.
+        say: Called with each thing worth knowing, one sentence at a time.
+
+    Raises:
+        UserError: The data or the model cannot be used.
+    """
+    library = [] if options.data and options.model else list(source_files(options.library))
+    pairs, unusable = _read(options, library, say)
+    if not library and not (options.data and options.model):
+        raise UserError(
+            "no Python source in the standard library's folder; give both --data and --model"
+        )
+    distinct = drop_duplicates(pairs)
+    if options.model is None:
+        texts = [text for _, text in library]
+        trained = load_or_train(texts, size=options.vocabulary, folder=cache_folder(), say=say)
+        tokenizer = wrap(trained)
+        window = options.max_length or _WINDOW
+        model = tiny_llama(len(tokenizer), window, seed=options.seed, hidden=options.hidden)
+    else:
+        model, tokenizer = load(options.model)
+        window = _window(options, model)
+    encoded = encode(
+        distinct,
+        lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"],
+        window=window,
+        begin=tokenizer.bos_token_id,
+        end=tokenizer.eos_token_id,
+    )
+    counts = {
+        "pairs": len(pairs),
+        "unusable_lines": unusable,
+        "identical": len(pairs) - len(distinct),
+        "context_fills_window": encoded.filled,
+        "without_tokens": encoded.empty,
+        "completion_cut": encoded.cut,
+        "window": window,
+    }
+    _report(counts, say)
+    if len(encoded.examples) < 2:
+        raise UserError(_too_few(options, encoded, counts))
+    train, held_out = split(encoded.examples, lambda example: example.digest)
+    say(f"data: {len(train)} pairs to train on, {len(held_out)} held out")
+    counts |= {"train": len(train), "held_out": len(held_out)}
+    return Setup(model, tokenizer, train, held_out, counts)
+
+
+def _read(
+    options: Options, library: list[tuple[str, str]], say: Callable[[str], None]
+) -> tuple[list[Pair], int]:
+    if options.data is not None:
+        pairs, skips = read_jsonl(options.data)
+        say(f"data: {len(pairs)} pairs from {options.data}")
+        for sentence in describe_skips(skips):
+            say(f"data: {sentence}")
+        return pairs, len(skips)
+    pairs = stdlib_pairs(library)
+    say(f"data: {len(pairs)} functions of the Python standard library")
+    return pairs, 0
+
+
+def _window(options: Options, model: Any) -> int:
+    most: int | None = getattr(model.config, "max_position_embeddings", None)
+    if most is None:
+        return options.max_length or _WINDOW
+    if options.max_length is not None and options.max_length > most:
+        raise UserError(
+            f"--max-length {options.max_length} is more than the {most} positions of "
+            f"--model {options.model}"
+        )
+    return options.max_length or min(_WINDOW, most)
+
+
+def _report(counts: dict[str, int], say: Callable[[str], None]) -> None:
+    window = counts["window"]
+    for key, sentence in (
+        ("identical", "identical to an earlier pair: dropped"),
+        ("context_fills_window", f"with a context that fills the window of {window}: skipped"),
+        ("without_tokens", "with a side that has no tokens: skipped"),
+        ("completion_cut", f"with a completion that passes the window of {window}: cut there"),
+    ):
+        if counts[key]:
+            plural = "s" if counts[key] > 1 else ""
+            say(f"data: {counts[key]} pair{plural} {sentence}")
+
+
+def _too_few(options: Options, encoded: Encoded, counts: dict[str, int]) -> str:
+    where = "the standard library" if options.data is None else f"--data {options.data}"
+    remedy = ""
+    if encoded.filled:
+        remedy = (
+            f"; {encoded.filled} have a context that fills the window of {counts['window']} "
+            "tokens: raise --max-length"
+        )
+    return (
+        f"{where}: {len(encoded.examples)} usable pairs of {counts['pairs']}, but one to train on "
+        f"and one to hold out are needed{remedy}"
+    )
