@@ -197,17 +197,22 @@ def _select(
     token_weight: Tensor | None,
 ) -> Selection:
     """The Selection of labels (...), or (N,) where nothing is shifted, for hidden (..., D)."""
+    lead = tuple(hidden.shape[:-1])
+    flat = (torch.Size(lead).numel(),)
     if isinstance(target, Selection):
         if shift or token_weight is not None or ignore_index not in (None, -100):
             raise ValueError(
-                f"{name}: shift, token_weight and ignore_index are the Selection's own business; "
-                "pass them to its constructor"
+                f"{name}: shift = {shift}, ignore_index = {ignore_index} or token_weight together "
+                "with a Selection, which has decided them; pass them to its constructor"
+            )
+        if flat != (target.num_tokens,):
+            raise ValueError(
+                f"{name}: input is {tuple(hidden.shape)} and the Selection has shape "
+                f"{target.shape}; expected leading dimensions that flatten to {target.num_tokens}"
             )
         return target
     if not isinstance(target, Tensor):
         raise TypeError(f"{name}: target is a {type(target).__name__}; expected a torch.Tensor")
-    lead = tuple(hidden.shape[:-1])
-    flat = (torch.Size(lead).numel(),)
     if tuple(target.shape) not in ((lead,) if shift else (lead, flat)):
         raise ValueError(
             f"{name}: input is {tuple(hidden.shape)} and target {tuple(target.shape)}; expected "

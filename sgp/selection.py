@@ -154,16 +154,36 @@ class Selection:
         On a GPU this waits for the device (it counts); build it on the host and use `to`.
         """
         name = "Selection.from_labels"
-        _require_integers(name, "labels", labels)
+        return cls._make(name, "labels", labels, ignore_index, shift, token_weight, cu_seqlens)
+
+    @classmethod
+    def _make(
+        cls,
+        name: str,
+        label: str,
+        labels: Tensor,
+        ignore_index: int | None = IGNORE,
+        shift: bool = False,
+        token_weight: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Selection:
+        """Every constructor: what `mask` marks or, without one, what is not `ignore_index`."""
+        _require_integers(name, label, labels)
         ignore = IGNORE if ignore_index is None else ignore_index
         flat = labels.reshape(-1).to(torch.int64)
-        kept = flat != ignore
+        kept = flat != ignore if mask is None else mask.reshape(-1)
         bad = kept & (flat < 0)
         if bad.any():
             at = _position(int(bad.nonzero()[0]), labels.shape)
             raise ValueError(
-                f"{name}: labels[{at}] = {int(flat[bad][0])} is negative and not ignore_index = "
-                f"{ignore}; mark tokens without loss with ignore_index"
+                f"{name}: {label}[{at}] = {int(flat[bad][0])} is negative"
+                + (
+                    "; a token that carries loss needs a number of the vocabulary"
+                    if mask is not None
+                    else f" and not ignore_index = {ignore}; mark tokens without loss with "
+                    "ignore_index"
+                )
             )
         weight = _flat_weight(name, token_weight, labels)
         length = labels.shape[-1]
@@ -245,7 +265,7 @@ class Selection:
             )
         column = torch.arange(T, device=input_ids.device)
         mask = (column >= context_lengths[:, None]) & (column < lengths[:, None])
-        return cls.from_labels(torch.where(mask, input_ids.to(torch.int64), IGNORE), shift=shift)
+        return cls._make(name, "input_ids", input_ids, shift=shift, mask=mask)
 
     @classmethod
     def from_mask(
@@ -276,6 +296,7 @@ class Selection:
         """
         name = "Selection.from_mask"
         _require_integers(name, "input_ids", input_ids)
+        _require_tensor(name, "mask", mask)
         if mask.is_floating_point() or mask.is_complex():
             raise TypeError(f"{name}: mask is {mask.dtype}; expected bool or integers 0 and 1")
         if mask.shape != input_ids.shape:
@@ -289,8 +310,9 @@ class Selection:
             if bad.any():
                 at = _position(int(bad.flatten().nonzero()[0]), mask.shape)
                 raise ValueError(f"{name}: mask[{at}] = {int(mask[bad][0])}; expected 0 or 1")
-        labels = torch.where(mask.bool(), input_ids.to(torch.int64), IGNORE)
-        return cls.from_labels(labels, shift=shift, cu_seqlens=cu_seqlens)
+        return cls._make(
+            name, "input_ids", input_ids, shift=shift, cu_seqlens=cu_seqlens, mask=mask.bool()
+        )
 
 
 def _position(flat: int, shape: torch.Size) -> str:
@@ -302,18 +324,25 @@ def _position(flat: int, shape: torch.Size) -> str:
     return ", ".join(map(str, reversed(index)))
 
 
-def _require_integers(name: str, label: str, value: Tensor) -> None:
+def _require_tensor(name: str, label: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: {label} is a {type(value).__name__}; expected a torch.Tensor")
+
+
+def _require_integers(name: str, label: str, value: Tensor) -> None:
+    _require_tensor(name, label, value)
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name}: {label} is {value.dtype}; expected integers")
-    if value.dim() == 0:
+    if value.dim() == 0 and label != "cu_seqlens":
         raise ValueError(f"{name}: {label} has no dimensions; expected (T,), (B, T) or more")
 
 
 def _flat_weight(name: str, token_weight: Tensor | None, labels: Tensor) -> Tensor | None:
     if token_weight is None:
         return None
+    _require_tensor(name, "token_weight", token_weight)
+    if token_weight.is_complex():
+        raise TypeError(f"{name}: token_weight is {token_weight.dtype}; expected real numbers")
     if token_weight.shape != labels.shape:
         raise ValueError(
             f"{name}: token_weight is {tuple(token_weight.shape)} and labels "
@@ -321,8 +350,8 @@ def _flat_weight(name: str, token_weight: Tensor | None, labels: Tensor) -> Tens
         )
     if token_weight.requires_grad:
         raise ValueError(f"{name}: token_weight requires grad; it is a constant, detach it")
-    weight = token_weight.reshape(-1).to(labels.device)
-    return weight if weight.dtype == torch.float64 else weight.to(torch.float32)
+    dtype = torch.float64 if token_weight.dtype == torch.float64 else torch.float32
+    return token_weight.reshape(-1).to(labels.device, dtype, copy=True)
 
 
 def _boundaries(
@@ -333,9 +362,9 @@ def _boundaries(
     if cu_seqlens is None:
         return None, math.prod(labels.shape[:-1])
     _require_integers(name, "cu_seqlens", cu_seqlens)
-    ends = cu_seqlens.to(labels.device, torch.int64)
+    ends = cu_seqlens.to(labels.device, torch.int64, copy=True)
     listed = ends.tolist()
-    if cu_seqlens.dim() != 1 or not listed or listed[0] != 0 or sorted(listed) != listed:
+    if ends.dim() != 1 or not listed or listed[0] != 0 or sorted(listed) != listed:
         raise ValueError(
             f"{name}: cu_seqlens = {listed}; expected cumulative lengths (S + 1,) that start at 0 "
             "and never fall"
