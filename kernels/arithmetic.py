@@ -4,8 +4,7 @@ A row of logits ``x`` with target ``y`` becomes ``s = cap * tanh(scale * x / cap
 optional). With ``max = max_j s_j``, ``e_j = exp(s_j - max)``, ``s_o = sum_{j != y} e_j`` and
 ``d = s_o + e_y``::
 
-    nll    = log1p(s_o)                if s_y = max
-             (max - s_y) + log(d)      otherwise
+    nll    = (max - s_y) + log(d)      log(d) = log1p(s_o) where s_y = max
     lse    = max + log(d)
     loss   = r ((1 - eps) w_y nll + eps sum_j w_j (lse - s_j) / V + zeta lse^2)
     grad_j = a p_j - c w_j / V                            j != y,  p_j = e_j / d
@@ -125,7 +124,7 @@ def accumulate(carry, b_x, o_col, m_col, y, reference, b_w, opt, ENTROPY: tl.con
     b_s = tl.where(m_col, transform(b_x, opt), float("-inf"))  # masked after the softcap
     top_new = tl.maximum(top, tl.max(b_s, 0))
     origin = finite_or_zero(top_new)
-    shrink = exp(finite_or_zero(top) - origin)
+    shrink = exp(top - origin)  # 0 as long as nothing was seen
     b_e = tl.where(o_col == y, 0.0, exp(b_s - origin))
     if ENTROPY:
         b_t = tl.where(b_e > 0.0, (b_s - origin) * b_e, 0.0)  # 0 x -inf is 0
@@ -160,7 +159,7 @@ def finish(carry, s_y, reference, r, w_y, w_mean, i_row, p_loss, p_saved, stats,
     e_y = exp(s_y - finite_or_zero(top))
     d = s_o + e_y
     log_d = tl.where(s_y == top, log1p(s_o), tl.log(d))
-    nll = tl.where(s_y == top, log_d, (top - s_y) + log_d)
+    nll = (top - s_y) + log_d  # top - s_y is exactly 0 or, for a row of infinities, NaN
     inv_d = 1.0 / d
     so_d = s_o * inv_d
     loss = nll

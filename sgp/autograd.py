@@ -32,14 +32,18 @@ NOT_TWICE = (
 
 
 class _Once(torch.autograd.Function):
-    """The identity on a gradient; differentiating it, or through the anchor, raises our message."""
+    """The identity on a gradient; differentiating it raises our message.
+
+    The anchors are what the gradient depends on (the logits, by an empty slice, and the upstream
+    gradient), so that every way to a second derivative leads through here.
+    """
 
     @staticmethod
-    def forward(gradient: Tensor, anchor: Tensor) -> Tensor:
+    def forward(gradient: Tensor, *anchors: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         pass
 
     @staticmethod
@@ -47,21 +51,29 @@ class _Once(torch.autograd.Function):
         raise RuntimeError(NOT_TWICE)
 
 
-def _once(gradient: Tensor, logits: Tensor | None) -> Tensor:
+def anchor(logits: Tensor) -> Tensor | None:
+    """An empty tensor with the logits' place in the graph, and none of their memory."""
+    return None if torch.compiler.is_compiling() else logits[..., :0].clone()
+
+
+def _once(gradient: Tensor, *anchors: Tensor | None) -> Tensor:
     """The gradient, closed to a second derivative where one is being recorded."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return gradient
-    anchor = gradient.detach().requires_grad_() if logits is None else logits
-    return _Once.apply(gradient, anchor)  # type: ignore[no-any-return,no-untyped-call]
+    return _Once.apply(gradient, *anchors)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _saved(ctx: Any, what: str) -> tuple[Tensor, ...]:
+    """The saved tensors; our message where our own first backward has written over them."""
     try:
-        return tuple(ctx.saved_tensors)
+        saved = tuple(ctx.saved_tensors)
     except RuntimeError as error:
-        if "inplace operation" in str(error):
+        if getattr(ctx, "used", False) and "inplace operation" in str(error):
             raise RuntimeError(USED_UP.format(what=what)) from error
         raise
+    if not torch.compiler.is_compiling():
+        ctx.used = True
+    return saved
 
 
 class ScalarLoss(torch.autograd.Function):
@@ -77,6 +89,7 @@ class ScalarLoss(torch.autograd.Function):
         recipe: Recipe,
         need_stats: bool,
         inplace: bool,
+        origin: Tensor | None,
     ) -> tuple[Tensor, ...]:
         if inplace:
             # A detached alias shares the version counter, so autograd sees the change.
@@ -92,22 +105,22 @@ class ScalarLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, target, *_, recipe, _, inplace = inputs
+        logits, target, *_, recipe, _, inplace, origin = inputs
         _, *stats, dlogits = output
         ctx.mark_non_differentiable(*stats, dlogits)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits if inplace else dlogits, target)
+        ctx.save_for_backward(logits if inplace else dlogits, target, origin)
         ctx.ignore_index = recipe.ignore_index
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
-            return (None,) * 8
-        dlogits, target = _saved(ctx, "'mean' or 'sum' loss")
+            return (None,) * 9
+        dlogits, target, origin = _saved(ctx, "'mean' or 'sum' loss")
         with torch.no_grad():
             dlogits = dlogits.detach()
             operators.multiply_rows_(dlogits, target, grads[0], ctx.ignore_index)
-        return (_once(dlogits, None), *(None,) * 7)
+        return (_once(dlogits, origin, grads[0]), *(None,) * 8)
 
 
 class RowLoss(torch.autograd.Function):
@@ -122,6 +135,7 @@ class RowLoss(torch.autograd.Function):
         recipe: Recipe,
         need_stats: bool,
         inplace: bool,
+        origin: Tensor | None,
     ) -> tuple[Tensor, ...]:
         loss, saved, *stats, _ = operators.row_forward(
             logits, target, weight, row_weight, None, *recipe, False, True, need_stats
@@ -130,18 +144,18 @@ class RowLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, target, weight, row_weight, recipe, _, inplace = inputs
+        logits, target, weight, row_weight, recipe, _, inplace, origin = inputs
         _, *stats, saved = output
         ctx.mark_non_differentiable(*stats, saved)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, target, weight, row_weight, saved)
+        ctx.save_for_backward(logits, target, weight, row_weight, saved, origin)
         ctx.recipe, ctx.inplace = recipe, inplace
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
-            return (None,) * 7
-        logits, target, weight, row_weight, saved = _saved(ctx, "loss with inplace=True")
+            return (None,) * 8
+        logits, target, weight, row_weight, saved, origin = _saved(ctx, "loss with inplace=True")
         with torch.no_grad():
             factor = grads[0] if row_weight is None else grads[0] * row_weight
             arguments = (target, saved, weight, factor.contiguous(), *ctx.recipe)
@@ -150,4 +164,4 @@ class RowLoss(torch.autograd.Function):
                 operators.row_backward_(dlogits, *arguments)
             else:
                 dlogits = operators.row_backward(logits, *arguments)
-        return (_once(dlogits, None if ctx.inplace else logits), *(None,) * 6)
+        return (_once(dlogits, origin, grads[0]), *(None,) * 7)

@@ -6,9 +6,10 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from sgp import backend, operators
-from sgp.autograd import RowLoss, ScalarLoss
+from sgp.autograd import RowLoss, ScalarLoss, anchor
 from sgp.problem import Problem, check_mean_weights, make_problem
 from sgp.recipe import Recipe, accumulation_dtype, probability_rows, score
 from sgp.reduction import check_reduction, per_sequence, reciprocal
@@ -129,6 +130,8 @@ def cross_entropy(
     problem = make_problem(NAME, input, target, weight, token_weight, recipe)
     check_reduction(NAME, reduction, denominator)
     need_grad = torch.is_grad_enabled() and input.requires_grad
+    if not torch.compiler.is_compiling():
+        _refuse_forward_mode(input)
     if inplace and need_grad:
         _check_inplace(input)
     if problem.has_probabilities:
@@ -169,12 +172,27 @@ def _row_losses(
     out: tuple[Tensor, ...]
     if fused:
         out = ScalarLoss.apply(  # type: ignore[no-untyped-call]
-            p.logits, p.target, p.weight, p.token_weight, scale, p.recipe, need_stats, inplace
+            p.logits,
+            p.target,
+            p.weight,
+            p.token_weight,
+            scale,
+            p.recipe,
+            need_stats,
+            inplace,
+            anchor(p.logits),
         )
         return out[0], out[1:5]
     if need_grad:
         out = RowLoss.apply(  # type: ignore[no-untyped-call]
-            p.logits, p.target, p.weight, p.token_weight, p.recipe, need_stats, inplace
+            p.logits,
+            p.target,
+            p.weight,
+            p.token_weight,
+            p.recipe,
+            need_stats,
+            inplace,
+            anchor(p.logits),
         )
         return out[0], out[1:5]
     loss, _, *stats, _ = operators.row_forward(
@@ -243,7 +261,17 @@ def _probability_loss(
     return _reduce(p, rows, reduction, None)
 
 
+def _refuse_forward_mode(input: Tensor) -> None:  # noqa: A002
+    if forward_ad.unpack_dual(input).tangent is not None:
+        raise RuntimeError(
+            f"{NAME} has no forward-mode derivative (jvp, jacfwd, hessian, dual numbers); use "
+            "torch.nn.functional.cross_entropy or sgp.reference.cross_entropy"
+        )
+
+
 def _check_inplace(input: Tensor) -> None:  # noqa: A002
+    if torch._C._are_functorch_transforms_active():  # noqa: SLF001  (no public name)
+        raise RuntimeError(f"{NAME}: inplace=True does not work under torch.func transforms")
     base = input if input._base is None else input._base  # noqa: SLF001  (no public name)
     if base.is_leaf and base.requires_grad:
         raise ValueError(

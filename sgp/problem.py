@@ -53,12 +53,17 @@ def make_problem(
         return _from_selection(name, input, target, weight, token_weight, recipe)
     # PyTorch's layouts: (V,) with (), (N, V) with (N,), (N, V, d1, ...) with (N, d1, ...).
     class_dim = 0 if input.dim() == 1 else 1
-    logits = input.movedim(class_dim, -1)
-    lead = tuple(logits.shape[:-1])
+    logits = input[None] if input.dim() == 1 else input.movedim(1, -1)
+    lead = () if input.dim() == 1 else tuple(logits.shape[:-1])
     probabilities = target.is_floating_point()
     if tuple(target.shape) != (tuple(input.shape) if probabilities else lead):
         raise ValueError(_shape_message(name, input, target, lead))
     if probabilities:
+        if recipe.ignore_index >= 0:  # as PyTorch: nothing would be ignored
+            raise ValueError(
+                f"{name}: ignore_index = {recipe.ignore_index} has no meaning with class "
+                f"probabilities {tuple(target.shape)}"
+            )
         rows = target.movedim(class_dim, -1).reshape(-1, logits.shape[-1])
     else:
         if target.dtype not in (torch.int64, torch.int32, torch.uint8, torch.int16, torch.int8):

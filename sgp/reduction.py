@@ -9,7 +9,11 @@ from sgp.problem import REDUCTIONS, Problem
 
 
 def check_reduction(name: str, reduction: str, denominator: float | Tensor | None) -> None:
-    """Raise ValueError for a reduction that does not exist or a divisor it would not use."""
+    """Refuse a reduction that does not exist and a divisor that it would not use.
+
+    Raises:
+        ValueError, TypeError: with what was passed.
+    """
     if reduction not in REDUCTIONS:
         raise ValueError(f"{name}: reduction = {reduction!r}; expected one of {REDUCTIONS}")
     if denominator is None:
@@ -18,6 +22,10 @@ def check_reduction(name: str, reduction: str, denominator: float | Tensor | Non
         raise ValueError(
             f"{name}: denominator replaces the divisor of reduction='mean'; it has no meaning with "
             f"reduction={reduction!r}"
+        )
+    if not isinstance(denominator, (Tensor, int, float)):
+        raise TypeError(
+            f"{name}: denominator is {denominator!r}; expected a number or a 0-d tensor"
         )
     if isinstance(denominator, Tensor):
         if denominator.dim() != 0:

@@ -77,7 +77,7 @@ def forward(
         e_y = (s_y - top).exp_()
         d = s_o + e_y
         log_d = torch.where(s_y == top, s_o.log1p(), d.log())
-        nll = torch.where(s_y == top, log_d, (top - s_y) + log_d)
+        nll = (top - s_y) + log_d
         inv_d = 1.0 / d
         r = _row_factor(row_weight, rows, s)
         w_y = 1.0 if weight is None else weight[y]
@@ -162,14 +162,10 @@ def _index(x: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
 
 def _gather(x: Tensor, rows: Tensor) -> Tensor:
     """A copy (m, V) of some rows in the accumulation dtype."""
-    if x.dim() == 1:
-        x = x[None]
     return x[_index(x, rows)].to(accumulation_dtype(x.dtype))
 
 
 def _scatter(x: Tensor, rows: Tensor, values: Tensor) -> None:
-    if x.dim() == 1:
-        x = x[None]
     x[_index(x, rows)] = values.to(x.dtype)
 
 

@@ -410,6 +410,14 @@ def operator_samples():
         "row_backward": (operators.row_backward, (x, y, saved, weight, row_weight, *on)),
         "row_backward_": (operators.row_backward_, (x.clone(), y, saved, None, None, *off)),
         "multiply_rows_": (operators.multiply_rows_, (x.clone(), y, torch.tensor(3.0), IGNORE)),
+        "row_forward, bf16": (
+            operators.row_forward,
+            (x.bfloat16(), y, weight, row_weight, scale, *on, True, True, True),
+        ),
+        "mean_scale, bf16": (
+            operators.mean_scale,
+            (x.bfloat16(), y, weight, row_weight, IGNORE, "sgp"),
+        ),
         "mean_scale": (operators.mean_scale, (x, y, weight, row_weight, IGNORE, "sgp")),
     }
 
@@ -580,6 +588,9 @@ def test_in_place_gives_the_same_gradient(layout, dtype, reduction, backend, dev
         version, storage, passed = logits._version, logits.data_ptr(), []
         logits.register_hook(lambda grad: passed.append(grad.data_ptr()))
         loss = sgp.cross_entropy(logits, selection, reduction=reduction, inplace=inplace)
+        if reduction == "mean" and dtype != torch.float16:
+            noticed = logits._version > version
+            assert noticed == inplace, "the gradient came with the loss: autograd must know now"
         loss.backward(torch.linspace(1, 2, loss.numel()).view(loss.shape))
         assert (passed == [storage]) == inplace, "where the gradient lies"
         assert (logits._version > version) == inplace, "whether autograd can notice"

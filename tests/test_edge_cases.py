@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sgp
 from bench.interpreter import watch_accesses
 from sgp import backend as backends
-from sgp import operators, row_triton
+from sgp import operators, problem, row_triton
 from tests.oracle import assert_no_worse, check_cross_entropy, loss_and_grad, relative_error
 
 IGNORE = -100
@@ -262,7 +262,7 @@ def test_row_05_bad_target_is_nan_where_a_check_would_wait(
     options, bad, reduction, device, monkeypatch
 ):
     """As on a GPU: memory safe (the bounds check is on), never a silent number or a silent zero."""
-    monkeypatch.setattr(operators, "_may_wait", lambda _: False)
+    monkeypatch.setattr(problem, "_may_wait", lambda _: False)
     keywords = {}
     if options == "all":
         keywords = {
@@ -382,10 +382,11 @@ def test_row_10_loss_of_bf16_logits_is_not_rounded(device):
     logits = torch.zeros(3, 46_200, device=device, dtype=torch.bfloat16)[:, :9_000]
     target = torch.tensor([0, 1, 2], device=device)
     logits[:, 3] = 5.0  # any value off the target
-    loss = sgp.cross_entropy(logits, target)
     exact = F.cross_entropy(logits.double(), target).item()
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(exact, rel=1e-6)
+    for leaf in (logits, logits.clone().requires_grad_()):  # alone, and with its gradient
+        loss = sgp.cross_entropy(leaf, target)
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(exact, rel=1e-6)
     assert abs(loss.bfloat16().item() - exact) > 1e-4, "this case does not show rounding to bf16"
 
 
@@ -393,9 +394,11 @@ def test_row_10_losses_of_many_tokens_are_added_in_float32(device):
     N = 8
     logits = torch.randn(N, 300, device=device).bfloat16()
     target = torch.arange(N, device=device)
-    total = sgp.cross_entropy(logits, target, reduction="sum")
     exact = F.cross_entropy(logits.double(), target, reduction="sum")
-    assert relative_error(total, exact) < 1e-6
+    for leaf in (logits, logits.clone().requires_grad_()):
+        total = sgp.cross_entropy(leaf, target, reduction="sum")
+        assert total.dtype == torch.float32
+        assert relative_error(total, exact) < 1e-6
 
 
 def test_row_11_float16_keeps_its_small_gradients(device):
@@ -431,9 +434,12 @@ def test_row_12_softcap_of_padded_lanes(V, device):
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-6, 1e-3, 1.0, 1e3, 1e30, INF])
-def test_row_12_softcap_at_every_size(value, device):
+@pytest.mark.parametrize("logit_scale", [1.0, -2.0])
+def test_row_12_softcap_at_every_size(logit_scale, value, device):
     logits = torch.tensor([[value, -value, 0.5]], device=device)
-    loss, grad = check_cross_entropy(logits, torch.tensor([1], device=device), softcap=5.0)
+    loss, grad = check_cross_entropy(
+        logits, torch.tensor([1], device=device), softcap=5.0, logit_scale=logit_scale
+    )
     assert loss.isfinite()
     assert grad.isfinite().all()
 
@@ -595,7 +601,7 @@ class NoWaiting(TorchDispatchMode):
     ],
 )
 def test_row_17_loss_and_backward_do_not_wait(form, reduction, dtype, inplace, monkeypatch):
-    monkeypatch.setattr(operators, "_may_wait", lambda _: False)  # as for a CUDA tensor
+    monkeypatch.setattr(problem, "_may_wait", lambda _: False)  # as for a CUDA tensor
     logits = torch.randn(4, 9).to(dtype).requires_grad_()
     labels = torch.tensor([[0, IGNORE], [8, 3]])
     options = {"reduction": reduction, "label_smoothing": 0.1, "return_stats": True}

@@ -25,6 +25,7 @@ from sgp.train.model import check_head, load, save, split_model, tiny_llama
 from sgp.train.options import Options
 from sgp.train.report import comparison_heading, comparison_table, write_summary
 from sgp.train.run import run
+from sgp.train.threads import FreeCores, at_most
 from sgp.train.tokenizer import load_or_train, wrap
 
 V = 270
@@ -221,6 +222,28 @@ def test_cpu_peak_is_the_most_held_at_one_time(capfd):
         del second, third
     assert held.peak_bytes == 6 << 20
     assert capfd.readouterr().err == "", "the profiler's library wrote to standard error"
+
+
+def test_free_cores_are_idle_ones_and_our_own(monkeypatch):
+    clock = iter([(100.0, 5.0, 40.0), (110.0, 12.0, 44.0), (100.5, 5.0, 40.5)])
+    monkeypatch.setattr(FreeCores, "_now", staticmethod(lambda: next(clock)))
+    cores = FreeCores()
+    assert cores.count() == pytest.approx((7 + 4) / 10)
+    assert cores.count() is None, "half a second is too short to tell"
+    monkeypatch.setattr(FreeCores, "_now", staticmethod(lambda: None))
+    assert FreeCores().count() is None, "not Linux"
+
+
+@pytest.mark.parametrize(("free", "count"), [(None, 3), (0.0, 1), (1.9, 2), (9.0, 3)])
+def test_threads_are_at_most_the_free_cores_and_restored(free, count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with at_most(free) as given:
+            assert given == torch.get_num_threads() == count
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_table_fits_a_narrow_terminal():

@@ -47,7 +47,7 @@ def draw(
     bottom.set_ylim(0, 1.1 * largest or 1e-7)  # 1e-7: float32's resolution, when all are equal
     bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    bottom.set_ylabel("|difference|")
+    bottom.set_ylabel("|difference| (nats)", fontsize=9)
     bottom.set_xlabel("step")
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)

@@ -136,7 +136,8 @@ def device_name(device: torch.device) -> str:
     """Return the GPU's name, or "CPU" and its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _finite(value: Any) -> Any:

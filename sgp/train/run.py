@@ -24,6 +24,7 @@ from sgp.train.model import check_head, save, split_model
 from sgp.train.options import Options
 from sgp.train.picture import draw
 from sgp.train.prepare import Setup, prepare
+from sgp.train.threads import FreeCores, at_most
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _HELD_OUT_PAIRS = 64  # of the pairs held out, so many are evaluated
@@ -64,38 +65,39 @@ def run(options: Options) -> int:
         Traceback (most recent call last):
         sgp.train.errors.UserError: --data missing.jsonl: no such file or directory
     """
-    begin = time.perf_counter()
+    begin, cores = time.perf_counter(), FreeCores()
     console = Console(highlight=False, markup=False, emoji=False)
     errors = Console(highlight=False, markup=False, emoji=False, stderr=True)
     _require_packages()
     _check_folder(options.out)
-    job = _start(options, console)
-    options.out.mkdir(parents=True, exist_ok=True)
-    before = _evaluate(job)
-    with StopRequest(errors.print) as stop:
-        curves = _train(job, options, stop, errors)
-        if not len(curves):
-            raise KeyboardInterrupt
-        stop.protect()
-        save(job.learners["sgp"].parts, job.setup.tokenizer, options.out / "model")
-        stop.release()
-        try:
-            after = _evaluate(job)
-        except KeyboardInterrupt:
-            after = {}
-        stop.protect()
-        whole = len(curves) == options.steps and after
-        result = _Result(curves, before, after, "complete" if whole else "interrupted")
-        _write(job, options, result, seconds=time.perf_counter() - begin)
-        interrupted = stop.requested
-    _print(job, options, result, console, seconds=time.perf_counter() - begin)
+    setup = prepare(options, lambda text: console.print(text, soft_wrap=True))
+    with at_most(cores.count()):
+        job = _start(setup, options, console)
+        options.out.mkdir(parents=True, exist_ok=True)
+        before = _evaluate(job)
+        with StopRequest(errors.print) as stop:
+            curves = _train(job, options, stop, errors)
+            if not len(curves):
+                raise KeyboardInterrupt
+            stop.protect()
+            save(job.learners["sgp"].parts, setup.tokenizer, options.out / "model")
+            stop.release()
+            try:
+                after = _evaluate(job)
+            except KeyboardInterrupt:
+                after = {}
+            stop.protect()
+            whole = len(curves) == options.steps and after
+            result = _Result(curves, before, after, "complete" if whole else "interrupted")
+            _write(job, options, result, seconds=time.perf_counter() - begin)
+            interrupted = stop.requested
+        _print(job, options, result, console, seconds=time.perf_counter() - begin)
     return INTERRUPTED if interrupted else 0
 
 
-def _start(options: Options, console: Console) -> _Job:
+def _start(setup: Setup, options: Options, console: Console) -> _Job:
     """Prepare everything up to the first step, and show the comparison of the heads."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    setup = prepare(options, lambda text: console.print(text, soft_wrap=True))
     model = setup.model.to(device).eval()
     size, pad = options.batch_size, setup.tokenizer.pad_token_id or 0
     batches = (
