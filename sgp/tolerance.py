@@ -37,15 +37,16 @@ def bound(
 ) -> float:
     """The largest error that passes, given PyTorch's on the same case.
 
-    PyTorch's own error, or where luck made that smaller: four units in the last place of the
-    arithmetic (float32, float64 for float64; an exponent near 10 is itself rounded to that) and
-    half a unit of `dtype` for the rounding of the result. Triton's interpreter truncates where a
-    GPU rounds to bf16, so interpreted bf16 may have twice as much. A gradient that is multiplied
-    by an upstream factor after it was stored is rounded a second time (`roundings=2`).
+    PyTorch's own error, and for luck four units in the last place of float32, in which the
+    arithmetic is done (an exponent near 10 is itself rounded to that); for float64, whose truth is
+    rounded too, 64 units. A bf16 or fp16 result may always be off by its own rounding, half a
+    unit. Triton's interpreter truncates where a GPU rounds to bf16, so interpreted bf16 may have
+    twice as much. A gradient that is multiplied by an upstream factor after it was stored is
+    rounded a second time (`roundings=2`).
     """
     eps = torch.finfo(dtype).eps
     half = dtype in (torch.bfloat16, torch.float16)
-    floor = 4 * torch.finfo(torch.float32).eps + eps / 2 if half else 4 * eps
-    slack = 2.0 if interpreted and dtype == torch.bfloat16 else 1.0
-    again = (roundings - 1) * eps / 2
-    return slack * (max(plain_error if plain_error < float("inf") else 0.0, floor) + again)
+    plain_error = plain_error if plain_error < float("inf") else 0.0
+    luck = 64 * eps if dtype == torch.float64 else 4 * torch.finfo(torch.float32).eps
+    limit = max(plain_error, eps / 2 if half else 0.0) + luck + (roundings - 1) * eps / 2
+    return 2.0 * limit if interpreted and dtype == torch.bfloat16 else limit

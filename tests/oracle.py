@@ -5,45 +5,17 @@ import os
 import torch
 
 import sgp
-
-
-def relative_error(value, truth):
-    """The worst row's |value - truth| / |truth| (rows of the last dimension; a row of zeros: 1).
-
-    NaN and infinities must stand where they stand in the truth: otherwise the error is infinite.
-    """
-    value, truth = value.detach().double().cpu(), truth.detach().double().cpu()
-    assert value.shape == truth.shape, f"shape {tuple(value.shape)}, expected {tuple(truth.shape)}"
-    special = ~truth.isfinite()
-    if not torch.equal(special, ~value.isfinite()) or not torch.equal(
-        value[special].nan_to_num(), truth[special].nan_to_num()
-    ):
-        return float("inf")
-    value, truth = value.masked_fill(special, 0), truth.masked_fill(special, 0)
-    if truth.dim() < 2:
-        value, truth = value.reshape(1, -1), truth.reshape(1, -1)
-    scale = truth.norm(dim=-1)
-    error = (value - truth).norm(dim=-1) / torch.where(scale > 0, scale, 1)
-    return error.max().item() if error.numel() else 0.0
+from sgp.tolerance import bound, relative_error
 
 
 def assert_no_worse(value, plain, truth, *, interpreted=False):
     """`value` is as close to the float64 `truth` as PyTorch's `plain` in the same dtype is.
 
-    Rounding is luck: half as much again is allowed, and four units in the last place of float32,
-    in which the arithmetic is done. Under the interpreter bf16 stores truncate, so a kernel's bf16
-    result may have twice PyTorch's error, and a whole unit in the last place where PyTorch was
-    lucky. A float64 value is compared with a truth that is itself rounded to float64: 64 units.
+    The measure and the bound are those of `sgp verify`.
     """
     ours, theirs = relative_error(value, truth), relative_error(plain, truth)
-    bound = 1.5 * theirs if theirs < float("inf") else 0.0
-    if value.dtype == torch.float64:
-        bound += 64 * torch.finfo(torch.float64).eps
-    else:
-        bound += 4 * torch.finfo(torch.float32).eps
-    if interpreted and value.dtype == torch.bfloat16:
-        bound = max(2 * bound, torch.finfo(torch.bfloat16).eps)
-    assert ours <= bound, f"relative error {ours:.3g}, PyTorch's {theirs:.3g}, bound {bound:.3g}"
+    limit = bound(theirs, value.dtype, interpreted=interpreted)
+    assert ours <= limit, f"relative error {ours:.3g}, PyTorch's {theirs:.3g}, bound {limit:.3g}"
 
 
 def loss_and_grad(function, logits, target, upstream=None, **options):

@@ -1,5 +1,6 @@
 """`sgp train` from its model to its files, on a model and data small enough for a test."""
 
+import copy
 import doctest
 import importlib
 import io
@@ -36,6 +37,15 @@ FUNCTION = """def {name}(x):
     return x {sign} {number}
 
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tests run beside one another; PyTorch's threads would wait for one another by spinning."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +165,24 @@ def test_lockstep_trains_two_copies_alike(model, batch):
     after = {name: learner.evaluate([batch]) for name, learner in learners.items()}
     assert after["sgp"] == pytest.approx(after["pytorch"], abs=1e-4)
     assert after["sgp"] < before - 0.5
+
+
+def test_a_step_is_clipped_adamw_on_this_batch_alone(model, batch, device):
+    one = collate([Example([7], [8, 9, 10], "")]).to(torch.device(device))
+    learner = make_learners(model.to(device), lr=1e-2, steps=20)["pytorch"]
+    twin = copy.deepcopy(learner.parts.model)
+    parts, weights = split_model(twin), list(twin.parameters())
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.0)
+    for number, each in enumerate((batch, one, batch)):
+        learner.step(each)
+        gradients = torch.autograd.grad(pytorch_loss(parts, each), weights)
+        norm = torch.stack([g.norm() for g in gradients]).norm()
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient * min(1.0, 1.0 / float(norm))
+        optimizer.param_groups[0]["lr"] = 1e-2 * schedule(number, 20)
+        optimizer.step()
+    for mine, true in zip(learner.parts.model.parameters(), weights, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-3, atol=2e-5)
 
 
 def test_evaluation_weighs_tokens_not_batches(model, device):
