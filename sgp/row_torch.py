@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sgp.recipe import Recipe, accumulation_dtype
 
-CHUNK_ELEMENTS = 1 << 18  # 1 MiB of float32: what stays in a core's cache beside the logits
+CHUNK_ELEMENTS = 1 << 20  # 4 MiB of float32: the fastest of 2^16 to 2^24 on two CPU cores
 
 
 class RowOutputs(NamedTuple):

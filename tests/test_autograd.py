@@ -184,6 +184,16 @@ def test_one_loss_used_twice(backend, logits, target):
     assert_no_worse(logits.grad, twin.grad, twin.grad)
 
 
+@pytest.mark.parametrize("reduction", FUSED_OR_NOT)
+def test_loss_divided_in_place(reduction, backend, logits, target):
+    """`loss /= steps` is how many loops accumulate gradients."""
+    whole = loss_and_grad(sgp.cross_entropy, logits, target, reduction=reduction)[1]
+    loss = sgp.cross_entropy(logits, target, reduction=reduction)
+    loss /= 4
+    loss.sum().backward()
+    torch.testing.assert_close(logits.grad, whole / 4)
+
+
 def test_unused_loss_gives_no_gradient(backend, logits, target):
     _, stats = sgp.cross_entropy(logits, target, return_stats=True)
     assert not any(value.requires_grad for value in stats)

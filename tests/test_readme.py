@@ -1,0 +1,72 @@
+"""The README does what it says: its examples, its two set-up lines, its figures."""
+
+import doctest
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "bench" / "results"
+
+
+def test_examples_print_what_they_show():
+    result = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
+    assert result.attempted >= 10
+    assert result.failed == 0
+
+
+def test_results_that_are_linked_exist():
+    linked = re.findall(r"\((bench/results/[^)]+)\)", README)
+    assert len(linked) >= 3
+    for path in linked:
+        assert (ROOT / path).is_file(), path
+
+
+def test_traffic_table_is_the_results_file():
+    records = json.loads((RESULTS / "traffic.json").read_text())["records"]
+    assert all(record["ok"] for record in records)
+    for label, rows in (
+        ("V up to 8 192", [r for r in records if 1 < r["V"] <= 8_192]),
+        ("V from 8 193 to 262 144", [r for r in records if r["V"] > 8_192]),
+    ):
+        line = next(line for line in README.splitlines() if line.startswith(f"| {label} "))
+        shown = [float(cell) for cell in line.split("|")[2:-1]]
+        for f, touched, asked in ((1.0, shown[0], shown[2]), (0.25, shown[1], shown[3])):
+            for record in rows:
+                if record["kept"] == f:
+                    assert record["touched"] == pytest.approx(touched, abs=0.01)
+                    assert record["asked"] == pytest.approx(asked, abs=0.01)
+
+
+def test_train_table_is_the_results_file():
+    found = json.loads((RESULTS / "train-2-cores-2026-11-23.json").read_text())
+    rows = {row["name"]: row for row in found["head"]["rows"]}
+    first = rows["PyTorch, all rows"]
+    for label, name in (
+        ("PyTorch, all rows", "PyTorch, all rows"),
+        ("PyTorch, kept rows gathered by hand", "PyTorch, kept rows"),
+        ("sgp, kept rows", "sgp, kept rows"),
+    ):
+        line = next(line for line in README.splitlines() if line.startswith(f"| {label} |"))
+        cells = [cell.strip() for cell in line.split("|")[3:-1]]
+        row = rows[name]
+        assert cells == [
+            f"{1e3 * row['seconds']:.0f} ms",
+            f"{row['seconds'] / first['seconds']:.2f}",
+            f"{row['peak_bytes'] / 2**20:.0f} MiB",
+            f"{row['peak_bytes'] / first['peak_bytes']:.2f}",
+        ]
+    largest = f"{found['losses']['largest_difference']:.1e}".replace("e-0", "e-")
+    assert f"differ by {largest} nats" in " ".join(README.split())
+    before, after = found["held_out"]["before"]["sgp"], found["held_out"]["after"]["sgp"]
+    assert f"{before:.2f} to {after:.2f}" in README
+    assert f"{found['seconds']:.0f} s on 2 CPU cores" in README
+
+
+def test_no_kernel_in_the_results_breaks_its_budget():
+    records = json.loads((RESULTS / "resources.json").read_text())["records"]
+    assert {r["target"] for r in records} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert not [record for record in records if record["broken"]]
