@@ -21,7 +21,7 @@ class Matrix(NamedTuple):
     inner: int  # rows in a group; 1 where all rows are one stride apart
     outer_stride: int
     inner_stride: int
-    col_stride: object  # None where the vocabulary is contiguous
+    col_stride: int  # 1 where the vocabulary is contiguous, which Triton then compiles in
 
 
 def matrix(x: torch.Tensor) -> Matrix | None:
@@ -36,7 +36,7 @@ def matrix(x: torch.Tensor) -> Matrix | None:
             groups.append([size, stride])
     if len(groups) > 2:
         return None
-    col_stride = None if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.stride(-1)
+    col_stride = 1 if x.shape[-1] <= 1 else x.stride(-1)
     if len(groups) == 2:
         return Matrix(x, groups[1][0], groups[0][1], groups[1][1], col_stride)
     return Matrix(x, 1, groups[0][1] if groups else 0, 0, col_stride)
@@ -75,7 +75,4 @@ def row_pointer(m, i_row, ALIGN: tl.constexpr):
 
 @triton.jit
 def column_offset(m, o_col):
-    if m.col_stride is not None:
-        return o_col.to(tl.int64) * m.col_stride
-    else:
-        return o_col
+    return o_col.to(tl.int64) * m.col_stride
