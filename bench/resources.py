@@ -242,7 +242,7 @@ def main() -> int:
 
 def _print(records: list[dict[str, Any]]) -> None:
     table = Table(title=f"{len(records)} kernels compiled with Triton {triton.__version__}")
-    for name in ("target", "kernel", "form", "compiled", "registers", "spills", "stack", "broken"):
+    for name in ("target", "kernel", "form", "n", "registers", "spills", "stack", "broken"):
         table.add_column(name, justify="left" if name in ("target", "kernel", "form") else "right")
     keys = sorted({(r["target"], r["kernel"], r["form"]) for r in records})
     for key in keys:
