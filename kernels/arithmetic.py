@@ -128,7 +128,9 @@ def accumulate(carry, b_x, o_col, m_col, y, reference, b_w, opt, ENTROPY: tl.con
     b_e = tl.where(o_col == y, 0.0, exp(b_s - origin))
     if ENTROPY:
         b_t = tl.where(b_e > 0.0, (b_s - origin) * b_e, 0.0)  # 0 x -inf is 0
-        t_o = shrink * (t_o + (finite_or_zero(top) - origin) * s_o) + tl.sum(b_t, 0)
+        # Where all that was seen vanishes, so does its term: 0 x (a difference of 1e38) is 0.
+        moved = shrink * (t_o + (finite_or_zero(top) - origin) * s_o)
+        t_o = tl.where(shrink > 0.0, moved, 0.0) + tl.sum(b_t, 0)
     s_o = shrink * s_o + tl.sum(b_e, 0)
     if opt.label_smoothing is not None:
         b_k = b_s - reference

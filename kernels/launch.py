@@ -55,6 +55,7 @@ RESIDENT = (
 )
 STREAMING_PLAIN = Line("streaming", 16_384, 1_024)
 STREAMING = Line("streaming", 8_192, 512)
+STREAMING_NARROW = Line("streaming", 4_096, 512)  # accesses of one element need more registers
 RESIDENT_LIMIT = RESIDENT[-1].BV
 
 # Contracting x * scale - max into one rounding would make the largest exponent a rounding error
@@ -62,12 +63,14 @@ RESIDENT_LIMIT = RESIDENT[-1].BV
 COMPILE = {"enable_fp_fusion": False}
 
 
-def choose(V: int, *, plain: bool, form: str | None = None) -> Line:
+def choose(V: int, *, plain: bool, narrow: bool, form: str | None = None) -> Line:
     """The line for rows of V columns; `form` or SGP_ROW_FORM forces resident or streaming.
 
     Args:
         V: the vocabulary.
         plain: no softcap, smoothing, class weights or statistics.
+        narrow: accesses narrower than 16 bytes: V or a stride that 8 does not divide, or a
+            vocabulary that is not contiguous.
         form: "auto", "resident" or "streaming"; None asks SGP_ROW_FORM.
 
     Raises:
@@ -82,6 +85,8 @@ def choose(V: int, *, plain: bool, form: str | None = None) -> Line:
             "use 'auto' or 'streaming'"
         )
     if form == "streaming" or V > RESIDENT_LIMIT:
+        if narrow:
+            return STREAMING_NARROW
         return STREAMING_PLAIN if plain else STREAMING
     return next(line for line in RESIDENT if line.BV >= V)
 
@@ -114,10 +119,12 @@ def row_forward(
     warp_size: int | None = None,
 ) -> Call:
     """Loss and, where asked for, statistics and gradient of every row."""
-    line = choose(V, plain=stats is None and opt.is_plain)
+    align = alignment(V, logits, dlogits)
+    plain = stats is None and opt.is_plain
+    line = choose(V, plain=plain, narrow=_is_narrow(align, logits, dlogits))
     kernel = row_resident if line.form == "resident" else row_streaming
     arguments = (logits, dlogits, target, loss, saved, stats, opt, ignore_index, V)
-    constants = _constants(line, alignment(V, logits, dlogits), warp_size)
+    constants = _constants(line, align, warp_size)
     return Call(kernel, (target.numel(),), arguments, constants)
 
 
@@ -133,9 +140,10 @@ def row_gradient(
     warp_size: int | None = None,
 ) -> Call:
     """The gradient of every row from its saved statistics."""
-    line = choose(V, plain=opt.is_plain)
+    align = alignment(V, logits, dlogits)
+    line = choose(V, plain=opt.is_plain, narrow=_is_narrow(align, logits, dlogits))
     arguments = (logits, dlogits, target, saved, opt, ignore_index, V)
-    constants = _constants(line, alignment(V, logits, dlogits), warp_size)
+    constants = _constants(line, align, warp_size)
     return Call(row_backward, (target.numel(),), arguments, constants)
 
 
@@ -149,9 +157,10 @@ def multiply(
     warp_size: int | None = None,
 ) -> Call:
     """Multiply the kept rows of dlogits by factor (0-d, fp32, on the device) in place."""
-    line = choose(V, plain=True)
+    align = alignment(V, dlogits)
+    line = choose(V, plain=True, narrow=_is_narrow(align, dlogits))
     arguments = (dlogits, target, factor, ignore_index, V)
-    constants = _constants(line, alignment(V, dlogits), warp_size)
+    constants = _constants(line, align, warp_size)
     return Call(multiply_rows, (target.numel(),), arguments, constants)
 
 
@@ -160,13 +169,15 @@ def runs_interpreted() -> bool:
     return not isinstance(row_streaming, triton.runtime.JITFunction)
 
 
+def _is_narrow(align: int, *matrices: Matrix | None) -> bool:
+    return align < 8 or any(m is not None and m.col_stride != 1 for m in matrices)
+
+
 def _constants(line: Line, align: int, warp_size: int | None) -> dict[str, Any]:
     if warp_size is None:
         warp_size = 64 if torch.version.hip else 32
     constants = {"BV": line.BV, "ALIGN": align, **COMPILE}
     if warp_size == 64:  # AMD: half the columns a thread, at most 1024 threads
-        if line == STREAMING and align < 8:  # narrow accesses take registers for their addresses
-            constants["BV"] = line.BV // 2
         return {**constants, "num_warps": min(16, line.threads // 32)}
     # All the registers that so many threads can have: ptxas alone sometimes stops at half of them
     # and spills (seen with Triton 3.9 for sm_80, sm_90 and sm_100).

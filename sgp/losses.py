@@ -77,7 +77,8 @@ def cross_entropy(
 
     Takes what `torch.nn.functional.cross_entropy` takes, by the same names and with the same
     meaning. Rows whose target is ignored are never read, whatever they hold (NaN included), and
-    their gradient is exactly zero. On a GPU one kernel launch gives loss and gradient.
+    their gradient is exactly zero. On a GPU one kernel launch over the logits gives loss and
+    gradient; besides it there are only operations on N numbers.
 
     Example:
         >>> import torch, sgp
@@ -279,11 +280,14 @@ def _check_inplace(input: Tensor) -> None:  # noqa: A002
             "requires grad or a view of one, with its gradient; pass the output of a layer, or "
             "inplace=False"
         )
-    if any(n > 1 and s == 0 for n, s in zip(input.shape, input.stride(), strict=True)):
-        raise ValueError(
-            f"{NAME}: inplace=True needs one place for each gradient, but input "
-            f"{tuple(input.shape)} has strides {input.stride()}: an expanded tensor"
-        )
+    reach = 0  # how far the dimensions of smaller stride go
+    for stride, size in sorted(zip(input.stride(), input.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise ValueError(
+                f"{NAME}: inplace=True needs one place for each gradient, but input "
+                f"{tuple(input.shape)} with strides {input.stride()} overlaps itself"
+            )
+        reach += (size - 1) * stride
 
 
 class CrossEntropyLoss(nn.Module):

@@ -122,9 +122,7 @@ def row_backward(
     """The gradient (..., V) of every row from row_forward's `saved`; row_weight has the factor."""
     recipe = Recipe(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
     dlogits = logits.new_empty(logits.shape)
-    _implementation(logits).backward(
-        logits, dlogits, target, saved, weight, row_weight, None, recipe
-    )
+    _implementation(logits).backward(logits, dlogits, target, saved, weight, row_weight, recipe)
     return dlogits
 
 
@@ -148,9 +146,7 @@ def row_backward_(
 ) -> None:
     """As row_backward, the gradient written over the logits."""
     recipe = Recipe(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
-    _implementation(logits).backward(
-        logits, logits, target, saved, weight, row_weight, None, recipe
-    )
+    _implementation(logits).backward(logits, logits, target, saved, weight, row_weight, recipe)
 
 
 @torch.library.custom_op("sgp::multiply_rows_", mutates_args={"dlogits"})

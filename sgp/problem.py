@@ -73,6 +73,7 @@ def make_problem(
             )
         rows = target.reshape(-1).to(torch.int64).contiguous()
     if token_weight is not None:
+        _check_tensor(name, "token_weight", token_weight)
         if tuple(token_weight.shape) != lead:
             raise ValueError(
                 f"{name}: token_weight is {tuple(token_weight.shape)}; expected {lead}, one a token"
@@ -137,8 +138,7 @@ def _from_selection(
 
 
 def _check_tensors(name: str, input: Tensor, target: Tensor | Selection) -> None:  # noqa: A002
-    if not isinstance(input, Tensor):
-        raise TypeError(f"{name}: input is a {type(input).__name__}; expected a torch.Tensor")
+    _check_tensor(name, "input", input)
     if not isinstance(target, (Tensor, Selection)):
         raise TypeError(
             f"{name}: target is a {type(target).__name__}; expected a torch.Tensor or sgp.Selection"
@@ -158,6 +158,11 @@ def _check_tensors(name: str, input: Tensor, target: Tensor | Selection) -> None
             raise ValueError(f"{name}: target requires grad; class probabilities are constants")
 
 
+def _check_tensor(name: str, label: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: {label} is a {type(value).__name__}; expected a torch.Tensor")
+
+
 def _check_constant(name: str, label: str, value: Tensor, input: Tensor) -> None:  # noqa: A002
     if value.requires_grad:
         raise ValueError(f"{name}: {label} requires grad; it is a constant, detach it")
@@ -173,6 +178,7 @@ def _class_weight(name: str, weight: Tensor | None, logits: Tensor) -> Tensor | 
         raise ValueError(f"{name}: input {tuple(logits.shape)} has a vocabulary of 0")
     if weight is None:
         return None
+    _check_tensor(name, "weight", weight)
     if tuple(weight.shape) != (V,):
         raise ValueError(
             f"{name}: weight is {tuple(weight.shape)}; expected ({V},), one a class of input "

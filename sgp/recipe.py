@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import numbers
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,15 @@ class Recipe(NamedTuple):
     lse_square_scale: float = 0.0
 
     def check(self, name: str) -> Recipe:
-        """Itself; raises ValueError where a constant has no meaning."""
+        """Itself; raises ValueError or TypeError where a constant has no meaning."""
+        for label, value in self._asdict().items():
+            expected: Any = int if label == "ignore_index" else numbers.Real
+            if isinstance(value, bool) or not (
+                isinstance(value, expected) or (label == "softcap" and value is None)
+            ):
+                raise TypeError(f"{name}: {label} = {value!r}; expected a number")
+        if not -(2**63) <= self.ignore_index < 2**63:
+            raise ValueError(f"{name}: ignore_index = {self.ignore_index} is no int64")
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(f"{name}: label_smoothing = {self.label_smoothing}; expected 0 to 1")
         if self.softcap is not None and not 0.0 < self.softcap < math.inf:

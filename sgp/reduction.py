@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def check_reduction(name: str, reduction: str, denominator: float | Tensor | Non
             f"{name}: denominator replaces the divisor of reduction='mean'; it has no meaning with "
             f"reduction={reduction!r}"
         )
-    if not isinstance(denominator, (Tensor, int, float)):
+    if not isinstance(denominator, (Tensor, numbers.Real)):
         raise TypeError(
             f"{name}: denominator is {denominator!r}; expected a number or a 0-d tensor"
         )

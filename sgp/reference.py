@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sgp.problem import Problem, check_mean_weights, check_targets, make_problem
-from sgp.recipe import Recipe, accumulation_dtype, probability_rows, score
+from sgp.recipe import Recipe, accumulation_dtype
 from sgp.reduction import check_reduction
 from sgp.selection import Selection
 
@@ -67,13 +67,18 @@ def cross_entropy(
     logits, y, w = problem.logits.reshape(-1, V), problem.target, problem.weight
     if problem.has_probabilities:
         kept = torch.arange(len(logits), device=logits.device)
-        rows = probability_rows(score(logits, recipe), y, w, recipe)
+        s = _score(logits, recipe)
+        q = (1 - label_smoothing) * y.to(s.dtype) + label_smoothing / V
+        log_p = F.log_softmax(s, -1)
+        rows = -(q * log_p * (s.new_ones(V) if w is None else w)).sum(1)
+        if lse_square_scale:
+            rows = rows + lse_square_scale * s.logsumexp(1) ** 2
         divisor = torch.ones_like(rows)
     else:
         check_targets(name, y, V, ignore)
         kept = (y != ignore).nonzero().squeeze(1)
         y = y[kept]
-        s = score(logits[kept], recipe)
+        s = _score(logits[kept], recipe)
         w = s.new_ones(V) if w is None else w.to(s.dtype)
         log_p = F.log_softmax(s, -1)
         nll = -log_p.gather(1, y[:, None]).squeeze(1)
@@ -147,7 +152,7 @@ def token_log_probs(
     logits = problem.logits.reshape(-1, V)
     kept = (problem.target != ignore).nonzero().squeeze(1)
     y = problem.target[kept]
-    s = score(logits[kept], recipe) / temperature
+    s = _score(logits[kept], recipe) / temperature
     log_p = F.log_softmax(s, -1)
     p = log_p.exp()
     values = (
@@ -186,6 +191,12 @@ def linear_token_log_probs(
         logits, selection, temperature=temperature, softcap=softcap, logit_scale=logit_scale
     )
     return TokenLogProbs(*(value.reshape(target.shape) for value in values))
+
+
+def _score(logits: Tensor, recipe: Recipe) -> Tensor:
+    """Stored logits -> scored logits: scale, then softcap."""
+    s = logits.to(accumulation_dtype(logits.dtype)) * recipe.logit_scale
+    return s if recipe.softcap is None else recipe.softcap * torch.tanh(s / recipe.softcap)
 
 
 def _select(

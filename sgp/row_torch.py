@@ -113,7 +113,6 @@ def backward(
     saved: Tensor,
     weight: Tensor | None,
     row_weight: Tensor | None,
-    scale: Tensor | None,
     recipe: Recipe,
 ) -> None:
     """Fill `dlogits`, which may be `logits` itself, from what the forward saved."""
@@ -129,7 +128,7 @@ def backward(
         r = _row_factor(row_weight, rows, p)
         _gradient(
             dlogits, rows, x, p, p_y, y, valid, inv_d, so_d, top,
-            r if scale is None else r * scale, weight, recipe,
+            r, weight, recipe,
         )  # fmt: skip
 
 

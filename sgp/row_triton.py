@@ -58,7 +58,6 @@ def backward(
     saved: Tensor,
     weight: Tensor | None,
     row_weight: Tensor | None,
-    scale: Tensor | None,
     recipe: Recipe,
 ) -> None:
     """Fill `dlogits`, which may be `logits` itself, from what the forward saved."""
@@ -71,7 +70,7 @@ def backward(
             sink.matrix,
             target,
             saved,
-            _options(weight, row_weight, scale, recipe),
+            _options(weight, row_weight, None, recipe),
             V=logits.shape[-1],
             ignore_index=recipe.ignore_index,
         ).launch()

@@ -528,7 +528,9 @@ def test_statistics_are_those_of_the_reference(reduction, dtype, backend, row_fo
         assert torch.equal(getattr(stats, field), getattr(frozen, field))
 
 
-@pytest.mark.parametrize("order", ["rising", "falling", "after a block of -inf"])
+@pytest.mark.parametrize(
+    "order", ["rising", "falling", "after a block of -inf", "after the least number"]
+)
 def test_statistics_of_a_row_of_many_blocks(order, backend, device):
     """The entropy's running sum is moved to each new maximum, block by block."""
     V = 40_000
@@ -537,6 +539,8 @@ def test_statistics_of_a_row_of_many_blocks(order, backend, device):
     logits += ramp if order == "rising" else ramp.flip(0)
     if order == "after a block of -inf":
         logits[:, : V // 2] = -math.inf
+    if order == "after the least number":  # masks made with torch.finfo(dtype).min
+        logits[:, : V // 2] = torch.finfo(torch.float32).min
     target = torch.tensor([V - 1], device=device)
     truth = sgp.reference.token_log_probs(logits.double(), target)
     _, stats = sgp.cross_entropy(logits, target, return_stats=True)

@@ -27,7 +27,13 @@ def test_no_spills_and_16_byte_accesses_without_a_gpu(target, tmp_path):
     )
     assert run.returncode == 0, run.stdout + run.stderr
     records = json.loads(output.read_text())["records"]
-    assert {r["kernel"] for r in records} == {"forward", "statistics", "backward", "factor"}
+    assert {r["kernel"] for r in records} == {
+        "forward",
+        "statistics",
+        "loss",
+        "backward",
+        "factor",
+    }
     assert {r["form"] for r in records} == {"resident", "streaming"}
     assert {r["dtype"] for r in records} == {"bf16", "fp16", "fp32"}
 
@@ -38,8 +44,10 @@ def test_a_broken_budget_is_seen():
 
     case = resources.Case("forward", 50_264, "bf16", "plain")
     call = resources._call(case, 32)
-    record = {"form": "streaming", "num_warps": 32, "loads_16": 1, "stores_16": 4}
+    record = {"form": "streaming", "num_warps": 32, "loads_16": 1, "stores_16": 4, "narrow": 9}
     spilled = record | {"spills": 2, "stack": 8}
     assert len(resources._broken_budgets(case, call, spilled, nvidia=True)) == 2
+    narrow = record | {"spills": 0, "stack": 0, "loads_16": 4, "narrow": 32}
+    assert len(resources._broken_budgets(case, call, narrow, nvidia=True)) == 1
     fine = record | {"spills": 0, "stack": 0, "loads_16": 4}
     assert resources._broken_budgets(case, call, fine, nvidia=True) == []

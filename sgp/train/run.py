@@ -73,7 +73,7 @@ def run(options: Options) -> int:
     setup = prepare(options, lambda text: console.print(text, soft_wrap=True))
     with at_most(cores.count()):
         job = _start(setup, options, console)
-        options.out.mkdir(parents=True, exist_ok=True)
+        _make_folder(options.out)
         before = _evaluate(job)
         with StopRequest(errors.print) as stop:
             curves = _train(job, options, stop, errors)
@@ -112,7 +112,7 @@ def _start(setup: Setup, options: Options, console: Console) -> _Job:
         f"{report.device_name(device)}"
     )
     comparison = compare(parts, first)
-    console.print(report.comparison_heading(comparison), soft_wrap=True)
+    console.print(report.comparison_heading(comparison))
     console.print(report.comparison_table(comparison))
     held_out = [
         collate(group, pad=pad).to(device)
@@ -223,6 +223,13 @@ def _require_packages() -> None:
         raise UserError(
             f"needs {' and '.join(missing)}; install them with: pip install 'sgp-kernels[train]'"
         )
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made: {error.strerror}") from error
 
 
 def _check_folder(out: Path) -> None:
