@@ -107,7 +107,7 @@ def cases() -> Iterator[Case]:
             yield Case(kernel, V, dtype, options, layout)
         yield Case("forward", V, dtype, "weighted", layout)
     for dtype, layout in itertools.product(wide, ("strided", "in place")):
-        yield Case("forward", 8_192, dtype, "all", layout)
+        yield Case("forward", 4_096, dtype, "all", layout)
     for kernel, options in itertools.product(("forward", "backward"), ("plain", "all")):
         yield Case(kernel, 50_264, "fp16", options)
 

@@ -57,6 +57,7 @@ STREAMING_PLAIN = Line("streaming", 16_384, 1_024)
 STREAMING = Line("streaming", 8_192, 512)
 STREAMING_NARROW = Line("streaming", 4_096, 512)  # accesses of one element need more registers
 RESIDENT_LIMIT = RESIDENT[-1].BV
+RESIDENT_NARROW_LIMIT = RESIDENT[-2].BV  # 8 191 odd columns spilled on sm_80 with every option on
 
 # Contracting x * scale - max into one rounding would make the largest exponent a rounding error
 # instead of 0 (3e-5 at logits near 1000), so every kernel forbids it.
@@ -78,13 +79,16 @@ def choose(V: int, *, plain: bool, narrow: bool, form: str | None = None) -> Lin
     """
     form = form or os.environ.get("SGP_ROW_FORM", "auto")
     if form not in ("auto", "resident", "streaming"):
-        raise ValueError(f"SGP_ROW_FORM = {form!r}; expected 'auto', 'resident' or 'streaming'")
-    if form == "resident" and V > RESIDENT_LIMIT:
         raise ValueError(
-            f"SGP_ROW_FORM = 'resident' holds rows of at most {RESIDENT_LIMIT} columns, got {V}; "
-            "use 'auto' or 'streaming'"
+            f"sgp: SGP_ROW_FORM = {form!r}; expected 'auto', 'resident' or 'streaming'"
         )
-    if form == "streaming" or V > RESIDENT_LIMIT:
+    limit = RESIDENT_NARROW_LIMIT if narrow else RESIDENT_LIMIT
+    if form == "resident" and V > limit:
+        raise ValueError(
+            f"sgp: SGP_ROW_FORM = 'resident' holds rows of at most {limit} columns"
+            f"{' of this layout' if narrow else ''}, got {V}; use 'auto' or 'streaming'"
+        )
+    if form == "streaming" or V > limit:
         if narrow:
             return STREAMING_NARROW
         return STREAMING_PLAIN if plain else STREAMING

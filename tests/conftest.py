@@ -7,6 +7,7 @@ Tests run the kernels in Triton's interpreter, on any machine: there every acces
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read once, by the first profiler in a process
 
 import pytest
 

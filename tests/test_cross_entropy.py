@@ -200,7 +200,7 @@ def test_vocabulary_and_dtype(V, option, dtype, backend, row_form, device):
     N = 3
     logits, target = batch(N, V, device, dtype)
     if row_form == "resident" and RESIDENT_LIMIT < V:
-        with pytest.raises(ValueError, match=f"rows of at most {RESIDENT_LIMIT} columns, got {V}"):
+        with pytest.raises(ValueError, match=f"rows of at most .* columns.*, got {V}"):
             sgp.cross_entropy(logits, target)
         return
     target[2] = V - 1  # the last column of the last block
