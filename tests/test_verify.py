@@ -3,6 +3,7 @@
 import json
 import os
 
+import pytest
 import torch
 
 from sgp import backend, doctor, losses, verify
@@ -21,17 +22,32 @@ def test_verify_passes_here_and_records_every_case(tmp_path, capsys, monkeypatch
     assert all(case["passed"] for case in record["cases"])
 
 
-def test_verify_fails_when_a_kernel_is_wrong(capsys, monkeypatch):
-    """A gradient 1 % off, and a gradient on a context row, are both found."""
+@pytest.mark.parametrize("fault", ["gradient 1 % off", "loss 0.05 % off", "entropy 0.01 % off"])
+def test_verify_fails_when_a_kernel_is_wrong(fault, capsys, monkeypatch):
     monkeypatch.setattr(verify, "QUICK", (7,))
     right = losses.cross_entropy
 
     def slightly_off(logits, target, **options):
-        return right(logits, target, **options) + 0.01 * (logits - logits.detach()).sum()
+        result = right(logits, target, **options)
+        if options.get("return_stats"):
+            loss, stats = result
+            factor = 1.0001 if fault.startswith("entropy") else 1.0
+            return loss, stats._replace(entropy=factor * stats.entropy)
+        if fault.startswith("gradient"):
+            return result + 0.01 * (result - result.detach())
+        return 1.0005 * result if fault.startswith("loss") else result
 
     monkeypatch.setattr(verify, "cross_entropy", slightly_off)
     assert verify.run(quick=True) == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_verify_says_where_it_cannot_run(capsys, monkeypatch, tmp_path):
+    assert verify.run(quick=True, output=tmp_path / "missing" / "x.json") == 2
+    assert "is no folder" in capsys.readouterr().out
+    monkeypatch.setattr(backend, "has_triton", lambda: False)
+    assert verify.run(quick=True) == 2
+    assert "Triton is not installed" in capsys.readouterr().out
 
 
 def test_verify_leaves_the_environment_as_it_was(monkeypatch):
