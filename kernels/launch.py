@@ -40,7 +40,7 @@ class Line(NamedTuple):
 
 # The table. Registers, stack and access widths of every line on sm_80, sm_90, sm_100 and gfx942
 # are in bench/results/resources.json, written by `python -m bench resources`: no line spills, and
-# accesses are 16 bytes wide. Not timed on any GPU yet.
+# where V is a multiple of 8 and contiguous, accesses are 16 bytes wide. Not timed on any GPU yet.
 #
 # A thread holds 8 or 16 columns: one to four 16-byte accesses in flight, and room for every option
 # in its registers. A streaming row gets 1024 threads where the options leave room for that, so
