@@ -157,7 +157,7 @@ def _call(case: Case, warp_size: int) -> launch.Call:
     if case.kernel == "backward":
         return launch.row_gradient(logits, dlogits, target, empty(N, 3), options, **shared)
     if case.kernel == "factor":
-        return launch.multiply(dlogits, target, empty(), **shared)
+        return launch.multiply(dlogits, target, empty(), N=N, **shared)
     with_stats = case.options in ("all", "reported")
     stats = Statistics(row, row, row, empty(N, dtype=torch.bool)) if with_stats else None
     sink = dlogits if case.kernel == "forward" else None

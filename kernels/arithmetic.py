@@ -11,6 +11,11 @@ optional). With ``max = max_j s_j``, ``e_j = exp(s_j - max)``, ``s_o = sum_{j !=
     grad_y = (a - b) p_y - b s_o / d - c w_y / V
     b = r (1 - eps) w_y,   c = r eps,   a = b + c mean(w) + 2 zeta lse r
 
+Log-probability, entropy ``H = log(d) - sum_j p_j (s_j - max)`` and lse are differentiated by the
+same formula: an upstream gradient ``u`` of the log-probability is ``r = -u``, ``l`` of lse adds to
+``a``, and ``h`` of the entropy adds ``-h p_j (log p_j + H)``. A temperature divides s, after the
+softcap.
+
 ``r`` is the row's weight, ``w`` the class weights, ``eps`` label smoothing, ``zeta`` z-loss
 (Chowdhery et al. 2022, PaLM, section 5). The choice: the target is left out of the sum, so that
 neither ``p_y - 1`` nor ``lse - s_y`` is ever computed; both lose every digit as p_y approaches 1.
@@ -39,11 +44,16 @@ class Options(NamedTuple):
     lse_square_scale: object = None  # float
     softcap: object = None  # float > 0
     logit_scale: object = None  # float
+    inverse_temperature: object = None  # float > 0
+    lse_weight: object = None  # (N,) fp32: upstream gradient of lse; backward only
+    entropy_weight: object = None  # (N,) fp32: upstream gradient of the entropy; backward only
+    entropy: object = None  # (N,) fp32: H; given exactly when `entropy_weight` is
 
     @property
     def is_plain(self) -> bool:
         """Whether nothing is on that costs registers in every lane."""
-        return self.weight is None and self.label_smoothing is None and self.softcap is None
+        costly = (self.weight, self.label_smoothing, self.softcap, self.entropy_weight)
+        return all(option is None for option in costly)
 
 
 class Statistics(NamedTuple):
@@ -94,12 +104,14 @@ def transform(b_x, opt):
         b_t = opt.softcap * tanh_from(u, exp(-2.0 * u))
         b_s = tl.where(b_s < 0.0, -b_t, b_t)
         b_s = tl.where(u != u, u, b_s)  # noqa: PLR0124  (NaN stays NaN)
+    if opt.inverse_temperature is not None:
+        b_s = b_s * opt.inverse_temperature
     return b_s
 
 
 @triton.jit
 def transform_slope(b_x, opt):
-    """d(scored logit) / d(stored logit), without the factor `logit_scale`."""
+    """The softcap's part of d(scored logit) / d(stored logit)."""
     b_s = b_x.to(tl.float32)
     if opt.logit_scale is not None:
         b_s = b_s * opt.logit_scale
@@ -204,8 +216,17 @@ def finish_ignored(i_row, p_loss, p_saved, stats):
 
 
 @triton.jit
-def coefficients(top, inv_d, so_d, m_y, r, w_y, w_mean, V, opt):
-    """(a, a - b, b s_o / d, c / V): where every option of the loss meets; NaN for a bad target."""
+def log_of_sum(inv_d, so_d):
+    """log(d) from what is saved: as log1p(s_o) where the target has most of the mass."""
+    return tl.where(so_d < 0.5, log1p(so_d / inv_d), -tl.log(inv_d))
+
+
+@triton.jit
+def coefficients(i_row, top, inv_d, so_d, m_y, r, w_y, w_mean, V, opt):
+    """(a, a - b, b s_o / d, c / V, h, H - log d): where every option of the loss meets.
+
+    NaN for a bad target.
+    """
     if opt.scale is not None:
         r = r * tl.load(opt.scale)
     r = tl.where(m_y, r, float("nan"))
@@ -219,15 +240,23 @@ def coefficients(top, inv_d, so_d, m_y, r, w_y, w_mean, V, opt):
         a_minus_b = r * opt.label_smoothing * w_mean
         c_over_v = r * opt.label_smoothing / V
     if opt.lse_square_scale is not None:
-        a_minus_b += 2.0 * opt.lse_square_scale * (top - tl.log(inv_d)) * r
+        a_minus_b += 2.0 * opt.lse_square_scale * (top + log_of_sum(inv_d, so_d)) * r
+    if opt.lse_weight is not None:
+        a_minus_b += tl.load(opt.lse_weight + i_row)
+    h = 0.0
+    h_origin = 0.0
+    if opt.entropy_weight is not None:
+        h = tl.load(opt.entropy_weight + i_row)
+        h_origin = tl.load(opt.entropy + i_row) - log_of_sum(inv_d, so_d)
     a = b + a_minus_b
-    return a, a_minus_b, b * so_d, c_over_v
+    return a, a_minus_b, b * so_d, c_over_v, h, h_origin
 
 
 @triton.jit
-def gradient(b_x, o_col, y, top, inv_d, a, a_minus_b, b_so_d, c_over_v, b_w, opt):
-    """The gradient of one block, float32; scale and softcap multiply last."""
-    b_p = exp(transform(b_x, opt) - top) * inv_d
+def gradient(b_x, o_col, y, top, inv_d, a, a_minus_b, b_so_d, c_over_v, h, h_origin, b_w, opt):
+    """The gradient of one block, float32; scale, softcap and temperature multiply last."""
+    b_z = transform(b_x, opt) - top
+    b_p = exp(b_z) * inv_d
     m_target = o_col == y
     b_g = tl.where(m_target, a_minus_b, a) * b_p - tl.where(m_target, b_so_d, 0.0)
     if opt.label_smoothing is not None:
@@ -235,8 +264,12 @@ def gradient(b_x, o_col, y, top, inv_d, a, a_minus_b, b_so_d, c_over_v, b_w, opt
             b_g -= c_over_v * b_w
         else:
             b_g -= c_over_v
+    if opt.entropy_weight is not None:
+        b_g -= h * tl.where(b_p > 0.0, b_p * (b_z + h_origin), 0.0)  # 0 x -inf is 0
     if opt.softcap is not None:
         b_g = b_g * transform_slope(b_x, opt)
     if opt.logit_scale is not None:
         b_g = b_g * opt.logit_scale
+    if opt.inverse_temperature is not None:
+        b_g = b_g * opt.inverse_temperature
     return b_g

@@ -14,7 +14,7 @@ from sgp.kernels.layout import aligned, column_offset, row_pointer
 @triton.jit
 def multiply_rows(
     dlogits,  # Matrix (N, V) bf16 | fp32, read and written
-    target,  # (N,) int64
+    target,  # (N,) int64; None: no row is ignored
     factor,  # () fp32
     ignore_index,
     V,
@@ -25,7 +25,10 @@ def multiply_rows(
     V = aligned(V, ALIGN)
     f = tl.load(factor)
     if f != 1.0:
-        if tl.load(target + i_row) != ignore_index:
+        kept = True
+        if target is not None:
+            kept = tl.load(target + i_row) != ignore_index
+        if kept:
             p_g = row_pointer(dlogits, i_row, ALIGN)
             for start in range(0, V, BV):
                 o_col = start + tl.arange(0, BV)

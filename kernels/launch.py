@@ -153,19 +153,20 @@ def row_gradient(
 
 def multiply(
     dlogits: Matrix,
-    target: torch.Tensor,
+    target: torch.Tensor | None,
     factor: torch.Tensor,
     *,
+    N: int,
     V: int,
     ignore_index: int,
     warp_size: int | None = None,
 ) -> Call:
-    """Multiply the kept rows of dlogits by factor (0-d, fp32, on the device) in place."""
+    """Multiply the N rows of dlogits by factor (0-d, fp32, on the device), except ignored ones."""
     align = alignment(V, dlogits)
     line = choose(V, plain=True, narrow=_is_narrow(align, dlogits))
     arguments = (dlogits, target, factor, ignore_index, V)
     constants = _constants(line, align, warp_size)
-    return Call(multiply_rows, (target.numel(),), arguments, constants)
+    return Call(multiply_rows, (N,), arguments, constants)
 
 
 def runs_interpreted() -> bool:

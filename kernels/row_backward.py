@@ -1,7 +1,7 @@
 """The gradient of a row from what the forward saved, where the upstream factor came later.
 
-For upstream gradients that differ by row (`reduction="none"`, per-sequence losses) and for
-float16, whose small gradients must not be rounded before the loss scaler's factor is known. Reads
+For upstream gradients that differ by row (`reduction="none"`, per-sequence losses,
+log-probabilities with their entropy) and for float16, whose small gradients must not be rounded before the loss scaler's factor is known. Reads
 each kept logit once, writes every gradient once: `(1 + f) N V` elements. The row's own
 `(max, 1/d, s_o/d)` are saved, 12 bytes, never the log-sum-exp alone: the third cannot be rebuilt
 from the others when the target's probability is near 1.
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from sgp.kernels.arithmetic import load_row_scalars
 from sgp.kernels.layout import aligned
-from sgp.kernels.row_streaming import write_gradient, zero_row
+from sgp.kernels.row_pieces import write_gradient, zero_row
 
 
 @triton.jit

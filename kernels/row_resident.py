@@ -21,7 +21,7 @@ from sgp.kernels.arithmetic import (
     transform,
 )
 from sgp.kernels.layout import aligned, column_offset, row_pointer
-from sgp.kernels.row_streaming import load_class_weight, zero_row
+from sgp.kernels.row_pieces import load_class_weight, wait_for_loads, zero_row
 
 
 @triton.jit
@@ -64,9 +64,12 @@ def row_resident(
             carry, s_y, reference, r, w_y, w_mean, i_row, loss, saved, stats, V, opt
         )
         if dlogits is not None:
-            a, a_minus_b, b_so_d, c_over_v = coefficients(
-                top, inv_d, so_d, m_y, r, w_y, w_mean, V, opt
+            a, a_minus_b, b_so_d, c_over_v, h, h_origin = coefficients(
+                i_row, top, inv_d, so_d, m_y, r, w_y, w_mean, V, opt
             )
-            b_g = gradient(b_x, o_col, i_y, top, inv_d, a, a_minus_b, b_so_d, c_over_v, b_w, opt)
+            b_g = gradient(
+                b_x, o_col, i_y, top, inv_d, a, a_minus_b, b_so_d, c_over_v, h, h_origin, b_w, opt
+            )
             p_g = row_pointer(dlogits, i_row, ALIGN)
+            wait_for_loads(p_x, p_g)
             tl.store(p_g + column_offset(dlogits, o_col), b_g.to(p_g.dtype.element_ty), mask=m_col)

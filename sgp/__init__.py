@@ -1,10 +1,14 @@
 """Selective Gradient Propagation: the loss of the tokens you train on, for the price of those.
 
-`cross_entropy` replaces `torch.nn.functional.cross_entropy`; `Selection` says which tokens carry
-loss; `reference` is the definition of both in plain PyTorch. Kernels are imported at first use.
+`cross_entropy` replaces `torch.nn.functional.cross_entropy`, `linear_cross_entropy` the head before
+it too; `token_log_probs` and `linear_token_log_probs` give each token's log-probability;
+`Selection` says which tokens carry loss; `reference` is the definition of all in plain PyTorch.
+Kernels are imported at first use.
 """
 
 from sgp import reference
+from sgp.linear import LinearCrossEntropyLoss, linear_cross_entropy
+from sgp.log_probs import linear_token_log_probs, token_log_probs
 from sgp.losses import CrossEntropyLoss, cross_entropy
 from sgp.reference import TokenLogProbs
 from sgp.selection import Selection
@@ -12,8 +16,12 @@ from sgp.selection import Selection
 __version__ = "0.1.0"
 __all__ = [
     "CrossEntropyLoss",
+    "LinearCrossEntropyLoss",
     "Selection",
     "TokenLogProbs",
     "cross_entropy",
+    "linear_cross_entropy",
+    "linear_token_log_probs",
     "reference",
+    "token_log_probs",
 ]

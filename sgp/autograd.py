@@ -1,10 +1,12 @@
-"""How the row operators meet autograd: two functions, by when the upstream gradient is known.
+"""How the row operators meet autograd, by when the upstream gradient is known.
 
 `ScalarLoss` computes the gradient in forward, as one launch with the loss, and multiplies it by
 the upstream factor in backward, which for a plain `loss.backward()` is 1 and costs nothing.
 `RowLoss` returns one loss a row and computes the gradient in backward: for upstream gradients that
 differ by row, and for float16, whose gradients must not be rounded before the loss scaler's factor
-is in them.
+is in them. `RowStatistics` does the same for log-probability, entropy and log-sum-exp.
+
+What closes a gradient to a second derivative, for these and for the linear head, is here too.
 """
 
 from __future__ import annotations
@@ -13,22 +15,41 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sgp import operators
 from sgp.recipe import Recipe
 
-Stats = tuple[Tensor, Tensor, Tensor, Tensor]
+CROSS_ENTROPY = "sgp.cross_entropy"
+TOKEN_LOG_PROBS = "sgp.token_log_probs"
 
 USED_UP = (
-    "sgp.cross_entropy: backward a second time through a {what}, whose gradient was computed with "
+    "{name}: backward a second time through a {what}, whose gradient was computed with "
     "the loss and has been handed over. Compute the loss again, or sum the losses before one "
     "backward; reduction='none' (summed by hand) keeps what a second backward needs"
 )
 NOT_TWICE = (
-    "sgp.cross_entropy has no second derivative: its gradient is computed with the loss. For "
-    "create_graph=True, gradient penalties and Hessians use torch.nn.functional.cross_entropy or "
-    "sgp.reference.cross_entropy"
+    "{name} has no second derivative: its gradient is no differentiable operation. For "
+    "create_graph=True, gradient penalties and Hessians use torch.nn.functional or "
+    "sgp.reference{function}"
 )
+NOT_FORWARD = (
+    "{name} has no forward-mode derivative (jvp, jacfwd, hessian, dual numbers); use "
+    "torch.nn.functional or sgp.reference{function}"
+)
+
+
+def _message(text: str, name: str) -> str:
+    return text.format(name=name, function=name.removeprefix("sgp"))
+
+
+def refuse_forward_mode(name: str, *inputs: Tensor | None) -> None:
+    """Raise RuntimeError for a dual number, whose tangent would be lost."""
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise RuntimeError(_message(NOT_FORWARD, name))
+
 
 
 class _Once(torch.autograd.Function):
@@ -39,37 +60,37 @@ class _Once(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(gradient: Tensor, *anchors: Tensor) -> Tensor:
+    def forward(name: str, gradient: Tensor, *anchors: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        pass
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.name = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        raise RuntimeError(NOT_TWICE)
+        raise RuntimeError(_message(NOT_TWICE, ctx.name))
 
 
-def anchor(logits: Tensor) -> Tensor | None:
-    """An empty tensor with the logits' place in the graph, and none of their memory."""
-    return None if torch.compiler.is_compiling() else logits[..., :0].clone()
+def anchor(x: Tensor) -> Tensor | None:
+    """An empty tensor with x's place in the graph, and none of its memory."""
+    return None if torch.compiler.is_compiling() else x[..., :0].clone()
 
 
-def _once(gradient: Tensor, *anchors: Tensor | None) -> Tensor:
+def once(name: str, gradient: Tensor, *anchors: Tensor | None) -> Tensor:
     """The gradient, closed to a second derivative where one is being recorded."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return gradient
-    return _Once.apply(gradient, *anchors)  # type: ignore[no-any-return,no-untyped-call]
+    return _Once.apply(name, gradient, *anchors)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def _saved(ctx: Any, what: str) -> tuple[Tensor, ...]:
+def saved_tensors(ctx: Any, name: str, what: str) -> tuple[Any, ...]:
     """The saved tensors; our message where our own first backward has written over them."""
     try:
         saved = tuple(ctx.saved_tensors)
     except RuntimeError as error:
         if getattr(ctx, "used", False) and "inplace operation" in str(error):
-            raise RuntimeError(USED_UP.format(what=what)) from error
+            raise RuntimeError(USED_UP.format(name=name, what=what)) from error
         raise
     if not torch.compiler.is_compiling():
         ctx.used = True
@@ -116,11 +137,11 @@ class ScalarLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
             return (None,) * 9
-        dlogits, target, origin = _saved(ctx, "'mean' or 'sum' loss")
+        dlogits, target, origin = saved_tensors(ctx, CROSS_ENTROPY, "'mean' or 'sum' loss")
         with torch.no_grad():
             dlogits = dlogits.detach()
             operators.multiply_rows_(dlogits, target, grads[0], ctx.ignore_index)
-        return (_once(dlogits, origin, grads[0]), *(None,) * 8)
+        return (once(CROSS_ENTROPY, dlogits, origin, grads[0]), *(None,) * 8)
 
 
 class RowLoss(torch.autograd.Function):
@@ -155,13 +176,65 @@ class RowLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
             return (None,) * 8
-        logits, target, weight, row_weight, saved, origin = _saved(ctx, "loss with inplace=True")
+        logits, target, weight, row_weight, saved, origin = saved_tensors(ctx, CROSS_ENTROPY, "loss with inplace=True")
         with torch.no_grad():
             factor = grads[0] if row_weight is None else grads[0] * row_weight
-            arguments = (target, saved, weight, factor.contiguous(), *ctx.recipe)
+            upstream = (factor.contiguous(), None, None, None)
+            arguments = (target, saved, weight, *upstream, *ctx.recipe)
             if ctx.inplace:
                 dlogits = logits.detach()
                 operators.row_backward_(dlogits, *arguments)
             else:
                 dlogits = operators.row_backward(logits, *arguments)
-        return (_once(dlogits, origin, grads[0]), *(None,) * 7)
+        return (once(CROSS_ENTROPY, dlogits, origin, grads[0]), *(None,) * 7)
+
+
+class RowStatistics(torch.autograd.Function):
+    """(log_prob, entropy, lse, is_top1, saved) of every row; the first three differentiable."""
+
+    @staticmethod
+    def forward(
+        logits: Tensor, target: Tensor, recipe: Recipe, origin: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        _, saved, *stats, _ = operators.row_forward(
+            logits, target, None, None, None, *recipe, False, True, True
+        )
+        return *stats, saved
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        logits, target, recipe, origin = inputs
+        _, entropy, _, is_top1, saved = output
+        ctx.mark_non_differentiable(is_top1, saved)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, target, saved, entropy, origin)
+        ctx.recipe = recipe
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        upstream = grads[:3]
+        if all(gradient is None for gradient in upstream):
+            return (None,) * 4
+        logits, target, saved, entropy, origin = ctx.saved_tensors
+        with torch.no_grad():
+            dlogits = operators.row_backward(
+                logits, target, saved, None, *row_upstream(upstream, saved, entropy), *ctx.recipe
+            )
+        return once(TOKEN_LOG_PROBS, dlogits, origin, *upstream), None, None, None
+
+
+def row_upstream(
+    upstream: tuple[Tensor | None, ...], saved: Tensor, entropy: Tensor
+) -> tuple[Tensor | None, ...]:
+    """(row_weight, lse_weight, entropy_weight, entropy) of the gradients of the statistics.
+
+    A loss is -log_prob, so the row weight is the log-probability's gradient with the sign turned.
+    """
+    of_log_prob, of_entropy, of_lse = upstream
+    r = saved.new_zeros(saved.shape[0]) if of_log_prob is None else -of_log_prob
+    return (
+        r.contiguous(),
+        None if of_lse is None else of_lse.contiguous(),
+        None if of_entropy is None else of_entropy.contiguous(),
+        None if of_entropy is None else entropy,
+    )

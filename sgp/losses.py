@@ -6,13 +6,13 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from sgp import backend, operators
-from sgp.autograd import RowLoss, ScalarLoss, anchor
+from sgp.autograd import RowLoss, ScalarLoss, anchor, refuse_forward_mode
+from sgp.divisor import mean_scale
 from sgp.problem import Problem, check_mean_weights, make_problem
-from sgp.recipe import Recipe, accumulation_dtype, probability_rows, score
-from sgp.reduction import check_reduction, per_sequence, reciprocal
+from sgp.recipe import Recipe, probability_rows, score
+from sgp.reduction import check_reduction, per_sequence, reciprocal, reduce_rows
 from sgp.reference import TokenLogProbs
 from sgp.selection import Selection
 
@@ -132,7 +132,7 @@ def cross_entropy(
     check_reduction(NAME, reduction, denominator)
     need_grad = torch.is_grad_enabled() and input.requires_grad
     if not torch.compiler.is_compiling():
-        _refuse_forward_mode(input)
+        refuse_forward_mode(NAME, input)
     if inplace and need_grad:
         _check_inplace(input)
     if problem.has_probabilities:
@@ -145,7 +145,7 @@ def cross_entropy(
         return _probability_loss(problem, reduction, denominator)
     # Only these two are one number times the sum over rows, whatever comes upstream.
     scalar = reduction in ("mean", "sum")
-    scale = _scale(problem, denominator) if reduction == "mean" else None
+    scale = mean_scale(NAME, problem, denominator) if reduction == "mean" else None
     fused = (
         scalar
         and need_grad
@@ -154,7 +154,7 @@ def cross_entropy(
     )
     loss, stats = _row_losses(problem, scale, fused, need_grad, return_stats, inplace)
     if not fused:
-        loss = _reduce(problem, loss, reduction, scale)
+        loss = reduce_rows(problem, loss, reduction, scale)
     if not return_stats:
         return loss
     return loss, TokenLogProbs(*(value.view(problem.shape) for value in stats))
@@ -173,7 +173,7 @@ def _row_losses(
     out: tuple[Tensor, ...]
     if fused:
         out = ScalarLoss.apply(  # type: ignore[no-untyped-call]
-            p.logits,
+            p.input,
             p.target,
             p.weight,
             p.token_weight,
@@ -181,64 +181,26 @@ def _row_losses(
             p.recipe,
             need_stats,
             inplace,
-            anchor(p.logits),
+            anchor(p.input),
         )
         return out[0], out[1:5]
     if need_grad:
         out = RowLoss.apply(  # type: ignore[no-untyped-call]
-            p.logits,
+            p.input,
             p.target,
             p.weight,
             p.token_weight,
             p.recipe,
             need_stats,
             inplace,
-            anchor(p.logits),
+            anchor(p.input),
         )
         return out[0], out[1:5]
     loss, _, *stats, _ = operators.row_forward(
-        p.logits.detach(), p.target, p.weight, p.token_weight, None, *p.recipe,
+        p.input.detach(), p.target, p.weight, p.token_weight, None, *p.recipe,
         False, False, need_stats,
     )  # fmt: skip
     return loss, tuple(stats)
-
-
-def _reduce(problem: Problem, rows: Tensor, reduction: str, scale: Tensor | None) -> Tensor:
-    if reduction == "none":
-        return rows.view(problem.shape)
-    if reduction in ("mean", "sum"):
-        return rows.sum() if scale is None else rows.sum() * scale
-    sums = per_sequence(problem, rows)
-    if reduction == "sequence_sum":
-        return sums
-    return sums * reciprocal(per_sequence(problem, _divisors(problem, rows)), rows.dtype)
-
-
-def _divisors(problem: Problem, rows: Tensor) -> Tensor:
-    """(N,): by how much each row counts in a mean."""
-    kept = problem.target != problem.recipe.ignore_index
-    counts = kept.to(rows.dtype)
-    if problem.weight is not None:
-        counts = counts * problem.weight[problem.target.clamp(0, problem.weight.numel() - 1)]
-    if problem.token_weight is not None:
-        counts = torch.where(kept, counts * problem.token_weight, 0)
-    return counts
-
-
-def _scale(problem: Problem, denominator: float | Tensor | None) -> Tensor:
-    """1 / divisor of the mean, () on the logits' device, without waiting for it."""
-    p = problem
-    dtype = accumulation_dtype(p.logits.dtype)
-    if denominator is None:
-        counted: Tensor = operators.mean_scale(
-            p.logits.detach(), p.target, p.weight, p.token_weight, p.recipe.ignore_index, NAME
-        )
-        return counted
-    if not isinstance(denominator, Tensor):
-        # Filled on the device: a copy from the host could not be captured in a CUDA graph.
-        scale = 1.0 / denominator if denominator else 0.0
-        return torch.full((), scale, dtype=dtype, device=p.logits.device)
-    return reciprocal(denominator, dtype).to(p.logits.device, non_blocking=True)
 
 
 def _probability_loss(
@@ -246,8 +208,8 @@ def _probability_loss(
 ) -> Tensor:
     """Class probabilities: PyTorch's operators in float32, on all rows."""
     p = problem
-    V = p.logits.shape[-1]
-    scored = score(p.logits.reshape(-1, V), p.recipe)
+    V = p.input.shape[-1]
+    scored = score(p.input.reshape(-1, V), p.recipe)
     rows = probability_rows(scored, p.target, p.weight, p.recipe)
     counts = torch.ones_like(rows)
     if p.token_weight is not None:
@@ -259,15 +221,7 @@ def _probability_loss(
         return rows.sum() * reciprocal(divisor, rows.dtype)
     if reduction == "sequence_mean":
         return per_sequence(p, rows) * reciprocal(per_sequence(p, counts), rows.dtype)
-    return _reduce(p, rows, reduction, None)
-
-
-def _refuse_forward_mode(input: Tensor) -> None:  # noqa: A002
-    if forward_ad.unpack_dual(input).tangent is not None:
-        raise RuntimeError(
-            f"{NAME} has no forward-mode derivative (jvp, jacfwd, hessian, dual numbers); use "
-            "torch.nn.functional.cross_entropy or sgp.reference.cross_entropy"
-        )
+    return reduce_rows(p, rows, reduction, None)
 
 
 def _check_inplace(input: Tensor) -> None:  # noqa: A002

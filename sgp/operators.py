@@ -17,12 +17,13 @@ from sgp import backend, row_torch
 from sgp.problem import check_mean_weights, check_targets
 from sgp.recipe import Recipe, accumulation_dtype
 from sgp.reduction import reciprocal
-from sgp.row_torch import RowOutputs, new_outputs
+from sgp.row_torch import RowOutputs, Upstream, new_outputs
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _implementation(logits: Tensor) -> ModuleType:
+def implementation(logits: Tensor) -> ModuleType:
+    """The module, row_triton or row_torch, that does these rows."""
     if backend.choose(logits.device, logits.dtype) == "triton":
         from sgp import row_triton  # noqa: PLC0415  (imports Triton)
 
@@ -42,6 +43,7 @@ def row_forward(
     softcap: float | None,
     logit_scale: float,
     lse_square_scale: float,
+    temperature: float,
     need_grad: bool,
     need_saved: bool,
     need_stats: bool,
@@ -54,16 +56,19 @@ def row_forward(
         weight: (V,) class weights in the accumulation dtype.
         row_weight: (N,) weights in the accumulation dtype; they multiply loss and gradient.
         scale: () in the accumulation dtype; multiplies the gradient only.
-        ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale: the Recipe.
+        ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, temperature: the
+            Recipe.
         need_grad, need_saved, need_stats: which outputs are wanted; the rest come empty.
     """
-    recipe = Recipe(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
+    recipe = Recipe(
+        ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, temperature
+    )
     check_targets("sgp", target, logits.shape[-1], ignore_index)
     out = new_outputs(
         logits, target.numel(), need_grad=need_grad, need_saved=need_saved, need_stats=need_stats
     )
     dlogits = out.dlogits if need_grad else None
-    _implementation(logits).forward(logits, dlogits, target, weight, row_weight, scale, recipe, out)
+    implementation(logits).forward(logits, dlogits, target, weight, row_weight, scale, recipe, out)
     return out
 
 
@@ -87,15 +92,18 @@ def row_forward_(
     softcap: float | None,
     logit_scale: float,
     lse_square_scale: float,
+    temperature: float,
     need_stats: bool,
 ) -> Outputs:
     """As row_forward with need_grad, the gradient written over the logits."""
-    recipe = Recipe(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
+    recipe = Recipe(
+        ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, temperature
+    )
     check_targets("sgp", target, logits.shape[-1], ignore_index)
     out = new_outputs(
         logits, target.numel(), need_grad=False, need_saved=False, need_stats=need_stats
     )
-    _implementation(logits).forward(logits, logits, target, weight, row_weight, scale, recipe, out)
+    implementation(logits).forward(logits, logits, target, weight, row_weight, scale, recipe, out)
     return out
 
 
@@ -113,16 +121,33 @@ def row_backward(
     saved: Tensor,
     weight: Tensor | None,
     row_weight: Tensor | None,
+    lse_weight: Tensor | None,
+    entropy_weight: Tensor | None,
+    entropy: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
     softcap: float | None,
     logit_scale: float,
     lse_square_scale: float,
+    temperature: float,
 ) -> Tensor:
-    """The gradient (..., V) of every row from row_forward's `saved`; row_weight has the factor."""
-    recipe = Recipe(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
+    """The gradient (..., V) of every row from row_forward's `saved`.
+
+    Args:
+        logits, target, weight: as in row_forward, and so is the Recipe.
+        saved: (N, 3) of row_forward.
+        row_weight: (N,) row weight times upstream gradient of the loss (of -log_prob).
+        lse_weight, entropy_weight: (N,) upstream gradients of the statistics.
+        entropy: (N,) of row_forward; given exactly when entropy_weight is.
+    """
+    recipe = Recipe(
+        ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, temperature
+    )
     dlogits = logits.new_empty(logits.shape)
-    _implementation(logits).backward(logits, dlogits, target, saved, weight, row_weight, recipe)
+    upstream = Upstream(lse_weight, entropy_weight, entropy)
+    implementation(logits).backward(
+        logits, dlogits, target, saved, weight, row_weight, recipe, upstream
+    )
     return dlogits
 
 
@@ -138,55 +163,66 @@ def row_backward_(
     saved: Tensor,
     weight: Tensor | None,
     row_weight: Tensor | None,
+    lse_weight: Tensor | None,
+    entropy_weight: Tensor | None,
+    entropy: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
     softcap: float | None,
     logit_scale: float,
     lse_square_scale: float,
+    temperature: float,
 ) -> None:
     """As row_backward, the gradient written over the logits."""
-    recipe = Recipe(ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale)
-    _implementation(logits).backward(logits, logits, target, saved, weight, row_weight, recipe)
+    recipe = Recipe(
+        ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, temperature
+    )
+    upstream = Upstream(lse_weight, entropy_weight, entropy)
+    implementation(logits).backward(
+        logits, logits, target, saved, weight, row_weight, recipe, upstream
+    )
 
 
 @torch.library.custom_op("sgp::multiply_rows_", mutates_args={"dlogits"})
-def multiply_rows_(dlogits: Tensor, target: Tensor, factor: Tensor, ignore_index: int) -> None:
-    """Multiply the kept rows of dlogits by factor (0-d) in place; nothing happens for 1."""
+def multiply_rows_(
+    dlogits: Tensor, target: Tensor | None, factor: Tensor, ignore_index: int
+) -> None:
+    """Multiply the kept rows of dlogits by factor (0-d) in place; nothing happens for 1.
+
+    Without a target every row is kept.
+    """
     factor = factor.to(accumulation_dtype(dlogits.dtype))
-    _implementation(dlogits).multiply(dlogits, target, factor, ignore_index)
+    implementation(dlogits).multiply(dlogits, target, factor, ignore_index)
 
 
 @torch.library.custom_op("sgp::mean_scale", mutates_args=())
 def mean_scale(
-    logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
     row_weight: Tensor | None,
     ignore_index: int,
+    dtype: torch.dtype,
     name: str,
 ) -> Tensor:
-    """1 / sum over kept rows of row_weight * weight[target], 0 for nothing; () in logits' dtype.
-
-    `logits` gives the accumulation dtype and the vocabulary; it is not read.
-    """
+    """1 / sum over kept rows of row_weight * weight[target], 0 for nothing; () in `dtype`."""
     kept = target != ignore_index
-    V = logits.shape[-1]
     counts = kept.to(torch.float64)
     if weight is not None:
-        counts = counts * weight[target.clamp(0, V - 1)]
+        counts = counts * weight[target.clamp(0, weight.numel() - 1)]
     if row_weight is not None:
         check_mean_weights(name, kept, row_weight)
         counts = torch.where(kept, counts * row_weight, 0)
-    return reciprocal(counts.sum(), accumulation_dtype(logits.dtype))
+    return reciprocal(counts.sum(), dtype)
 
 
 @mean_scale.register_fake
-def _(logits: Tensor, *_: Any) -> Tensor:
-    return logits.new_empty((), dtype=accumulation_dtype(logits.dtype))
+def _(target: Tensor, *options: Any) -> Tensor:
+    return target.new_empty((), dtype=options[-2])
 
 
 __all__ = [
     "RowOutputs",
+    "implementation",
     "mean_scale",
     "multiply_rows_",
     "row_backward",

@@ -1,4 +1,4 @@
-"""From what a caller passes to rows of logits with a target each; every check of shapes is here."""
+"""From what a caller passes to rows with a target each: what every form of the loss checks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Problem:
-    """Rows (..., V) whose leading dimensions flatten to N, and one target for each."""
+    """Rows whose leading dimensions flatten to N, and one target for each."""
 
-    logits: Tensor  # (..., V), vocabulary last, any strides
+    input: Tensor  # (..., V) logits, vocabulary last, or (..., D) under a linear head; any strides
     target: Tensor  # (N,) int64; or (N, V) probabilities
     shape: tuple[int, ...]  # of the per-token results
     recipe: Recipe
@@ -32,6 +32,11 @@ class Problem:
     def has_probabilities(self) -> bool:
         """Whether the target is a distribution over the vocabulary for each row."""
         return self.target.dim() == 2
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the losses, of the weights, and of the arithmetic."""
+        return accumulation_dtype(self.input.dtype)
 
 
 def make_problem(
@@ -47,7 +52,7 @@ def make_problem(
     Raises:
         ValueError, TypeError: with what was passed, what was expected, and what to do.
     """
-    _check_tensors(name, input, target)
+    check_input_and_target(name, input, target)
     recipe.check(name)
     if isinstance(target, Selection):
         return _from_selection(name, input, target, weight, token_weight, recipe)
@@ -66,40 +71,39 @@ def make_problem(
             )
         rows = target.movedim(class_dim, -1).reshape(-1, logits.shape[-1])
     else:
-        if target.dtype not in (torch.int64, torch.int32, torch.uint8, torch.int16, torch.int8):
-            raise TypeError(
-                f"{name}: target is {target.dtype}; expected int64 class indices of shape {lead} "
-                f"or floating-point class probabilities of shape {tuple(input.shape)}"
-            )
-        rows = target.reshape(-1).to(torch.int64).contiguous()
-    if token_weight is not None:
-        _check_tensor(name, "token_weight", token_weight)
-        if tuple(token_weight.shape) != lead:
-            raise ValueError(
-                f"{name}: token_weight is {tuple(token_weight.shape)}; expected {lead}, one a token"
-            )
-        _check_constant(name, "token_weight", token_weight, input)
-        token_weight = token_weight.reshape(-1).to(accumulation_dtype(input.dtype)).contiguous()
+        expected = (
+            f"int64 class indices of shape {lead} or floating-point class probabilities of shape "
+            f"{tuple(input.shape)}"
+        )
+        rows = flat_indices(name, target, expected)
     return Problem(
-        logits=logits,
+        input=logits,
         target=rows,
         shape=lead,
         recipe=recipe,
-        weight=_class_weight(name, weight, logits),
-        token_weight=token_weight,
+        weight=class_weight(name, weight, logits, logits.shape[-1]),
+        token_weight=flat_token_weight(name, token_weight, input, lead),
         boundaries=None,
         num_sequences=torch.Size(lead[:-1]).numel(),
     )
 
 
-def _from_selection(
+def flat_indices(name: str, target: Tensor, expected: str) -> Tensor:
+    """Class indices of any shape and integer dtype as (N,) int64."""
+    if target.dtype not in (torch.int64, torch.int32, torch.uint8, torch.int16, torch.int8):
+        raise TypeError(f"{name}: target is {target.dtype}; expected {expected}")
+    return target.reshape(-1).to(torch.int64).contiguous()
+
+
+def check_selection(
     name: str,
     input: Tensor,  # noqa: A002
     selection: Selection,
-    weight: Tensor | None,
     token_weight: Tensor | None,
     recipe: Recipe,
-) -> Problem:
+    last: str,
+) -> None:
+    """Refuse a Selection beside what it has decided, of another size, or on another device."""
     if token_weight is not None:
         raise ValueError(
             f"{name}: a Selection carries its own weights; pass token_weight to "
@@ -111,34 +115,49 @@ def _from_selection(
             "decided what is ignored; pass ignore_index to Selection.from_labels instead"
         )
     N = selection.num_tokens
-    lead = tuple(input.shape[:-1])
-    if input.dim() < 2 or torch.Size(lead).numel() != N:
+    if input.dim() < 2 or torch.Size(input.shape[:-1]).numel() != N:
         raise ValueError(
             f"{name}: input is {tuple(input.shape)} and the Selection has shape {selection.shape}; "
-            f"expected (N, V) or (..., V) whose leading dimensions flatten to N = {N}"
+            f"expected (N, {last}) or (..., {last}) whose leading dimensions flatten to N = {N}"
         )
     if selection.device != input.device:
         raise ValueError(
             f"{name}: input is on {input.device} and the Selection on {selection.device}; move it "
             "with selection.to(input.device)"
         )
+
+
+def _from_selection(
+    name: str,
+    input: Tensor,  # noqa: A002
+    selection: Selection,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    recipe: Recipe,
+) -> Problem:
+    check_selection(name, input, selection, token_weight, recipe, "V")
     dense_weight = selection.dense_weight
     if dense_weight is not None:
         dense_weight = dense_weight.to(accumulation_dtype(input.dtype))
     return Problem(
-        logits=input,
+        input=input,
         target=selection.dense_target,
         shape=selection.shape,
         recipe=recipe,
-        weight=_class_weight(name, weight, input),
+        weight=class_weight(name, weight, input, input.shape[-1]),
         token_weight=dense_weight,
         boundaries=selection.boundaries,
         num_sequences=selection.num_sequences,
     )
 
 
-def _check_tensors(name: str, input: Tensor, target: Tensor | Selection) -> None:  # noqa: A002
-    _check_tensor(name, "input", input)
+def check_input_and_target(
+    name: str,
+    input: Tensor,  # noqa: A002
+    target: Tensor | Selection,
+) -> None:
+    """Refuse what is no tensor, dtypes without a loss, and a target on another device."""
+    check_tensor(name, "input", input)
     if not isinstance(target, (Tensor, Selection)):
         raise TypeError(
             f"{name}: target is a {type(target).__name__}; expected a torch.Tensor or sgp.Selection"
@@ -158,12 +177,14 @@ def _check_tensors(name: str, input: Tensor, target: Tensor | Selection) -> None
             raise ValueError(f"{name}: target requires grad; class probabilities are constants")
 
 
-def _check_tensor(name: str, label: str, value: object) -> None:
+def check_tensor(name: str, label: str, value: object) -> None:
+    """Raise TypeError for what is no tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: {label} is a {type(value).__name__}; expected a torch.Tensor")
 
 
-def _check_constant(name: str, label: str, value: Tensor, input: Tensor) -> None:  # noqa: A002
+def check_constant(name: str, label: str, value: Tensor, input: Tensor) -> None:  # noqa: A002
+    """Refuse weights that require grad, are elsewhere, or are no real numbers."""
     if value.requires_grad:
         raise ValueError(f"{name}: {label} requires grad; it is a constant, detach it")
     if value.device != input.device:
@@ -172,20 +193,43 @@ def _check_constant(name: str, label: str, value: Tensor, input: Tensor) -> None
         raise TypeError(f"{name}: {label} is {value.dtype}; expected real numbers")
 
 
-def _class_weight(name: str, weight: Tensor | None, logits: Tensor) -> Tensor | None:
-    V = logits.shape[-1]
+def class_weight(
+    name: str,
+    weight: Tensor | None,
+    input: Tensor,  # noqa: A002
+    V: int,
+) -> Tensor | None:
+    """Class weights (V,) in the accumulation dtype."""
     if V == 0:
-        raise ValueError(f"{name}: input {tuple(logits.shape)} has a vocabulary of 0")
+        raise ValueError(f"{name}: input {tuple(input.shape)} has a vocabulary of 0")
     if weight is None:
         return None
-    _check_tensor(name, "weight", weight)
+    check_tensor(name, "weight", weight)
     if tuple(weight.shape) != (V,):
         raise ValueError(
             f"{name}: weight is {tuple(weight.shape)}; expected ({V},), one a class of input "
             "(token_weight is the one per token)"
         )
-    _check_constant(name, "weight", weight, logits)
-    return weight.to(accumulation_dtype(logits.dtype)).contiguous()
+    check_constant(name, "weight", weight, input)
+    return weight.to(accumulation_dtype(input.dtype)).contiguous()
+
+
+def flat_token_weight(
+    name: str,
+    token_weight: Tensor | None,
+    input: Tensor,  # noqa: A002
+    shape: tuple[int, ...],
+) -> Tensor | None:
+    """Token weights of the target's shape as (N,) in the accumulation dtype."""
+    if token_weight is None:
+        return None
+    check_tensor(name, "token_weight", token_weight)
+    if tuple(token_weight.shape) != shape:
+        raise ValueError(
+            f"{name}: token_weight is {tuple(token_weight.shape)}; expected {shape}, one a token"
+        )
+    check_constant(name, "token_weight", token_weight, input)
+    return token_weight.reshape(-1).to(accumulation_dtype(input.dtype)).contiguous()
 
 
 def _shape_message(

@@ -19,6 +19,7 @@ class Recipe(NamedTuple):
     softcap: float | None = None
     logit_scale: float = 1.0
     lse_square_scale: float = 0.0
+    temperature: float = 1.0
 
     def check(self, name: str) -> Recipe:
         """Itself; raises ValueError or TypeError where a constant has no meaning."""
@@ -34,6 +35,8 @@ class Recipe(NamedTuple):
             raise ValueError(f"{name}: label_smoothing = {self.label_smoothing}; expected 0 to 1")
         if self.softcap is not None and not 0.0 < self.softcap < math.inf:
             raise ValueError(f"{name}: softcap = {self.softcap}; expected a number above 0 or None")
+        if not 0.0 < self.temperature < math.inf:
+            raise ValueError(f"{name}: temperature = {self.temperature}; expected a number above 0")
         for label, value in (
             ("logit_scale", self.logit_scale),
             ("lse_square_scale", self.lse_square_scale),

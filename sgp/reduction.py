@@ -45,6 +45,29 @@ def reciprocal(divisor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(divisor == 0, 0, 1 / safe).to(dtype)
 
 
+def reduce_rows(problem: Problem, rows: Tensor, reduction: str, scale: Tensor | None) -> Tensor:
+    """Losses (N,) -> what `reduction` says; a mean is the sum times `scale` (0-d)."""
+    if reduction == "none":
+        return rows.view(problem.shape)
+    if reduction in ("mean", "sum"):
+        return rows.sum() if scale is None else rows.sum() * scale
+    sums = per_sequence(problem, rows)
+    if reduction == "sequence_sum":
+        return sums
+    return sums * reciprocal(per_sequence(problem, _divisors(problem, rows)), rows.dtype)
+
+
+def _divisors(problem: Problem, rows: Tensor) -> Tensor:
+    """(N,): by how much each row counts in a mean."""
+    kept = problem.target != problem.recipe.ignore_index
+    counts = kept.to(rows.dtype)
+    if problem.weight is not None:
+        counts = counts * problem.weight[problem.target.clamp(0, problem.weight.numel() - 1)]
+    if problem.token_weight is not None:
+        counts = torch.where(kept, counts * problem.token_weight, 0)
+    return counts
+
+
 def per_sequence(problem: Problem, rows: Tensor) -> Tensor:
     """(N,) -> (S,): the sum over each sequence, in a fixed order."""
     if problem.boundaries is None:

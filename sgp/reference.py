@@ -63,8 +63,8 @@ def cross_entropy(
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
     problem = make_problem(name, input, target, weight, token_weight, recipe)
     check_reduction(name, reduction, denominator)
-    V = problem.logits.shape[-1]
-    logits, y, w = problem.logits.reshape(-1, V), problem.target, problem.weight
+    V = problem.input.shape[-1]
+    logits, y, w = problem.input.reshape(-1, V), problem.target, problem.weight
     if problem.has_probabilities:
         kept = torch.arange(len(logits), device=logits.device)
         s = _score(logits, recipe)
@@ -147,9 +147,9 @@ def token_log_probs(
         raise TypeError(f"{name}: target is {problem.target.dtype}; expected class indices")
     if not 0.0 < temperature < math.inf:
         raise ValueError(f"{name}: temperature = {temperature}; expected a number above 0")
-    V = problem.logits.shape[-1]
+    V = problem.input.shape[-1]
     check_targets(name, problem.target, V, ignore)
-    logits = problem.logits.reshape(-1, V)
+    logits = problem.input.reshape(-1, V)
     kept = (problem.target != ignore).nonzero().squeeze(1)
     y = problem.target[kept]
     s = _score(logits[kept], recipe) / temperature
@@ -229,11 +229,12 @@ def _select(
             f"{name}: input is {tuple(hidden.shape)} and target {tuple(target.shape)}; expected "
             f"{lead}" + ("" if shift else f" or {flat}")
         )
+    shape = tuple(target.shape) or (1,)
     return Selection.from_labels(
-        target.reshape(lead or (1,)),
+        target.reshape(shape),
         ignore_index=ignore_index,
         shift=shift,
-        token_weight=None if token_weight is None else token_weight.reshape(lead or (1,)),
+        token_weight=None if token_weight is None else token_weight.reshape(shape),
     )
 
 

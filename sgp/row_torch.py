@@ -6,12 +6,15 @@ the working set stays in the cache. Rows without loss are not read; their gradie
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sgp.recipe import Recipe, accumulation_dtype
+
+Rows = Tensor | slice  # which rows: their numbers, or a range of them
 
 CHUNK_ELEMENTS = 1 << 20  # 4 MiB of float32: the fastest of 2^16 to 2^24 on two CPU cores
 
@@ -45,6 +48,17 @@ def new_outputs(
     )
 
 
+class Upstream(NamedTuple):
+    """Upstream gradients of a row's statistics; the one of its loss or log-probability is r."""
+
+    lse: Tensor | None = None  # (N,)
+    entropy: Tensor | None = None  # (N,)
+    entropy_value: Tensor | None = None  # (N,): H itself; given exactly when `entropy` is
+
+
+NOTHING = Upstream()
+
+
 def forward(
     logits: Tensor,
     dlogits: Tensor | None,
@@ -54,14 +68,18 @@ def forward(
     scale: Tensor | None,
     recipe: Recipe,
     out: RowOutputs,
+    *,
+    scratch: bool = False,
 ) -> None:
-    """Fill `out` and, unless it is None, `dlogits`, which may be `logits` itself."""
+    """Fill `out` and, unless it is None, `dlogits`, which may be `logits` itself.
+
+    `scratch` allows to overwrite the logits although no gradient is wanted.
+    """
     kept = _clear_ignored(dlogits, target, recipe)
     for values in (out.loss, out.saved, out.log_prob, out.entropy, out.lse, out.is_top1):
         values.zero_()
     V = logits.shape[-1]
-    for rows in kept.split(max(1, CHUNK_ELEMENTS // V)):
-        x = _gather(logits, rows)
+    for rows, x in _parts(logits, kept, overwrite=scratch or dlogits is logits):
         y, valid = _targets(target, rows, V)
         s = _score(x, recipe)
         s_y = s.gather(1, y).masked_fill_(~valid, torch.nan)
@@ -100,10 +118,11 @@ def forward(
             out.is_top1[rows] = (s_y == top).squeeze(1)
         if dlogits is not None:
             p = e.mul_(inv_d)  # the target's column is 0 and is written by _gradient
-            _gradient(
-                dlogits, rows, x, p, e_y * inv_d, y, valid, inv_d, s_o * inv_d, top,
+            g = _gradient(
+                p, x, e_y * inv_d, y, valid, inv_d, s_o * inv_d, top,
                 r if scale is None else r * scale, weight, recipe,
             )  # fmt: skip
+            _store(dlogits, rows, g)
 
 
 def backward(
@@ -114,32 +133,65 @@ def backward(
     weight: Tensor | None,
     row_weight: Tensor | None,
     recipe: Recipe,
+    upstream: Upstream = NOTHING,
 ) -> None:
     """Fill `dlogits`, which may be `logits` itself, from what the forward saved."""
     kept = _clear_ignored(dlogits, target, recipe)
     V = logits.shape[-1]
-    for rows in kept.split(max(1, CHUNK_ELEMENTS // V)):
-        x = _gather(logits, rows)
+    for rows, x in _parts(logits, kept, overwrite=dlogits is logits):
         y, valid = _targets(target, rows, V)
         top, inv_d, so_d = saved[rows].split(1, 1)
-        p = _score(x, recipe).sub_(top).exp_().mul_(inv_d)
+        z = _score(x, recipe).sub_(top)
+        entropy = None
+        if upstream.entropy is not None and upstream.entropy_value is not None:
+            log_p = z - _log_of_sum(inv_d, so_d)
+            p = log_p.exp()
+            log_p += upstream.entropy_value[rows, None]
+            entropy = p.mul_(log_p).masked_fill_(log_p == -torch.inf, 0.0)  # 0 x -inf is 0
+            entropy.mul_(upstream.entropy[rows, None])
+        p = z.exp_().mul_(inv_d)
         p_y = p.gather(1, y)
         p.scatter_(1, y, 0.0)
         r = _row_factor(row_weight, rows, p)
-        _gradient(
-            dlogits, rows, x, p, p_y, y, valid, inv_d, so_d, top,
-            r, weight, recipe,
+        from_lse = None if upstream.lse is None else upstream.lse[rows, None]
+        g = _gradient(
+            p, x, p_y, y, valid, inv_d, so_d, top, r, weight, recipe, from_lse, entropy
         )  # fmt: skip
+        _store(dlogits, rows, g)
 
 
-def multiply(dlogits: Tensor, target: Tensor, factor: Tensor, ignore_index: int) -> None:
+def multiply(dlogits: Tensor, target: Tensor | None, factor: Tensor, ignore_index: int) -> None:
     """Multiply the kept rows of dlogits by factor (0-d) in place; nothing to do for 1."""
     if dlogits.device.type == "cpu" and factor == 1.0:
         return
-    kept = (target != ignore_index).nonzero().squeeze(1)
     V = dlogits.shape[-1]
-    for rows in kept.split(max(1, CHUNK_ELEMENTS // V)):
-        _scatter(dlogits, rows, _gather(dlogits, rows) * factor)
+    if target is None:
+        for part in dlogits.split(_rows_at_a_time(V)):
+            part.copy_(part.to(factor.dtype).mul_(factor))
+        return
+    kept = (target != ignore_index).nonzero().squeeze(1)
+    for rows in kept.split(_rows_at_a_time(V)):
+        _store(dlogits, rows, _gather(dlogits, rows) * factor)
+
+
+def _rows_at_a_time(V: int) -> int:
+    return max(1, CHUNK_ELEMENTS // max(1, V))
+
+
+def _parts(logits: Tensor, kept: Tensor, *, overwrite: bool) -> Iterator[tuple[Rows, Tensor]]:
+    """The kept rows, some at a time, in the accumulation dtype.
+
+    Copies, or the logits' own memory where that may be overwritten and every row is kept.
+    """
+    step = _rows_at_a_time(logits.shape[-1])
+    plain = logits.dim() == 2 and logits.dtype == accumulation_dtype(logits.dtype)
+    if overwrite and plain and kept.numel() == logits.shape[0]:
+        for start in range(0, kept.numel(), step):
+            rows = slice(start, start + step)
+            yield rows, logits[rows]
+    else:
+        for some in kept.split(step):
+            yield some, _gather(logits, some)
 
 
 def _clear_ignored(dlogits: Tensor | None, target: Tensor, recipe: Recipe) -> Tensor:
@@ -164,25 +216,30 @@ def _gather(x: Tensor, rows: Tensor) -> Tensor:
     return x[_index(x, rows)].to(accumulation_dtype(x.dtype))
 
 
-def _scatter(x: Tensor, rows: Tensor, values: Tensor) -> None:
-    x[_index(x, rows)] = values.to(x.dtype)
+def _store(x: Tensor, rows: Rows, values: Tensor) -> None:
+    if isinstance(rows, Tensor):
+        x[_index(x, rows)] = values.to(x.dtype)
+    elif values.data_ptr() != x[rows].data_ptr():  # else computed in its place
+        x[rows] = values
 
 
-def _targets(target: Tensor, rows: Tensor, V: int) -> tuple[Tensor, Tensor]:
+def _targets(target: Tensor, rows: Rows, V: int) -> tuple[Tensor, Tensor]:
     y = target[rows, None]
     valid = (y >= 0) & (y < V)
     return y.clamp(0, V - 1), valid
 
 
-def _row_factor(row_weight: Tensor | None, rows: Tensor, like: Tensor) -> Tensor:
+def _row_factor(row_weight: Tensor | None, rows: Rows, like: Tensor) -> Tensor:
     return like.new_ones(()) if row_weight is None else row_weight[rows, None]
 
 
 def _score(x: Tensor, recipe: Recipe) -> Tensor:
     """Scored logits; in x's own place unless the softcap's slope will need x again."""
     if recipe.softcap is not None:
-        return (x * (recipe.logit_scale / recipe.softcap)).tanh_().mul_(recipe.softcap)
-    return x if recipe.logit_scale == 1.0 else x.mul_(recipe.logit_scale)
+        x = (x * (recipe.logit_scale / recipe.softcap)).tanh_().mul_(recipe.softcap)
+    elif recipe.logit_scale != 1.0:
+        x = x.mul_(recipe.logit_scale)
+    return x if recipe.temperature == 1.0 else x.mul_(1 / recipe.temperature)
 
 
 def _smoothing_sum(s: Tensor, reference: Tensor, weight: Tensor | None) -> Tensor:
@@ -198,11 +255,14 @@ def _entropy_sum(shifted: Tensor) -> Tensor:
     return torch.where(e > 0, shifted * e, 0.0).sum(1, keepdim=True)
 
 
+def _log_of_sum(inv_d: Tensor, so_d: Tensor) -> Tensor:
+    """log(d) from what is saved: as log1p(s_o) where the target has most of the mass."""
+    return torch.where(so_d < 0.5, (so_d / inv_d).log1p(), -inv_d.log())
+
+
 def _gradient(
-    dlogits: Tensor,
-    rows: Tensor,
-    x: Tensor,
     p: Tensor,
+    x: Tensor,
     p_y: Tensor,
     y: Tensor,
     valid: Tensor,
@@ -212,8 +272,10 @@ def _gradient(
     r: Tensor,
     weight: Tensor | None,
     recipe: Recipe,
-) -> None:
-    """Write the gradient of some rows; p is used up, its target column is taken from p_y."""
+    from_lse: Tensor | None = None,
+    from_entropy: Tensor | None = None,
+) -> Tensor:
+    """The gradient of some rows, in p's place; the target's column of p is taken from p_y."""
     V = x.shape[1]
     r = torch.where(valid, r, torch.nan)
     b = r if weight is None else r * weight[y]
@@ -223,14 +285,21 @@ def _gradient(
         w_mean = 1.0 if weight is None else weight.mean()
         a_minus_b = r * recipe.label_smoothing * w_mean
     if recipe.lse_square_scale:
-        a_minus_b = a_minus_b + 2 * recipe.lse_square_scale * (top - inv_d.log()) * r
+        lse = top + _log_of_sum(inv_d, so_d)
+        a_minus_b = a_minus_b + 2 * recipe.lse_square_scale * lse * r
+    if from_lse is not None:
+        a_minus_b = a_minus_b + from_lse
     g = p.mul_(b + a_minus_b)
     g.scatter_(1, y, a_minus_b * p_y - b * so_d)
     if recipe.label_smoothing:
         g.sub_(r * (recipe.label_smoothing / V) * (1.0 if weight is None else weight))
+    if from_entropy is not None:
+        g.sub_(from_entropy)
     if recipe.softcap is not None:
         e = (x.abs() * (-2 * abs(recipe.logit_scale) / recipe.softcap)).exp_()
         g.mul_(4 * e / (1 + e).square_())
     if recipe.logit_scale != 1.0:
         g.mul_(recipe.logit_scale)
-    _scatter(dlogits, rows, g)
+    if recipe.temperature != 1.0:
+        g.mul_(1 / recipe.temperature)
+    return g

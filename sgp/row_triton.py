@@ -15,7 +15,7 @@ from torch import Tensor
 from sgp.kernels import launch
 from sgp.kernels.layout import Matrix, matrix
 from sgp.recipe import Recipe
-from sgp.row_torch import RowOutputs
+from sgp.row_torch import NOTHING, RowOutputs, Upstream
 
 
 def forward(
@@ -27,8 +27,13 @@ def forward(
     scale: Tensor | None,
     recipe: Recipe,
     out: RowOutputs,
+    *,
+    scratch: bool = False,  # noqa: ARG001  (of use to row_torch only)
 ) -> None:
-    """Fill `out` and, unless it is None, `dlogits`, which may be `logits` itself."""
+    """Fill `out` and, unless it is None, `dlogits`.
+
+    It may be `logits` itself, or a view of bf16 or fp16 on the first half of each float32 row.
+    """
     with _device(logits):
         source = _matrix(logits)
         sink = _Sink(dlogits, logits, source)
@@ -59,8 +64,9 @@ def backward(
     weight: Tensor | None,
     row_weight: Tensor | None,
     recipe: Recipe,
+    upstream: Upstream = NOTHING,
 ) -> None:
-    """Fill `dlogits`, which may be `logits` itself, from what the forward saved."""
+    """Fill `dlogits`, in the same places as in `forward`, from what the forward saved."""
     with _device(logits):
         source = _matrix(logits)
         sink = _Sink(dlogits, logits, source)
@@ -70,20 +76,24 @@ def backward(
             sink.matrix,
             target,
             saved,
-            _options(weight, row_weight, None, recipe),
+            _options(weight, row_weight, None, recipe)._replace(
+                lse_weight=upstream.lse,
+                entropy_weight=upstream.entropy,
+                entropy=upstream.entropy_value,
+            ),
             V=logits.shape[-1],
             ignore_index=recipe.ignore_index,
         ).launch()
         sink.copy_back()
 
 
-def multiply(dlogits: Tensor, target: Tensor, factor: Tensor, ignore_index: int) -> None:
+def multiply(dlogits: Tensor, target: Tensor | None, factor: Tensor, ignore_index: int) -> None:
     """Multiply the kept rows of dlogits by factor (0-d) in place; nothing happens for 1."""
     with _device(dlogits):
         source = _matrix(dlogits)
-        launch.multiply(
-            source, target, factor, V=dlogits.shape[-1], ignore_index=ignore_index
-        ).launch()
+        V = dlogits.shape[-1]
+        N = dlogits.numel() // max(1, V)
+        launch.multiply(source, target, factor, N=N, V=V, ignore_index=ignore_index).launch()
         if source.ptr is not dlogits:
             dlogits.copy_(source.ptr)
 
@@ -121,6 +131,7 @@ def _options(
         lse_square_scale=recipe.lse_square_scale or None,
         softcap=recipe.softcap,
         logit_scale=None if recipe.logit_scale == 1.0 else recipe.logit_scale,
+        inverse_temperature=None if recipe.temperature == 1.0 else 1 / recipe.temperature,
     )
 
 

@@ -190,9 +190,7 @@ class Selection:
         boundaries, num_sequences = _boundaries(name, cu_seqlens, labels, kept)
         target = torch.where(kept, flat, IGNORE)
         if shift and flat.numel():
-            # Roll by one; the last row of every sequence predicts nothing.
-            target = target.roll(-1)
-            target.view(-1, length)[:, -1] = IGNORE
+            target = shifted(target, length, IGNORE)
             if boundaries is not None:
                 ends = boundaries[1:] - 1
                 target[ends[ends >= 0]] = IGNORE
@@ -313,6 +311,20 @@ class Selection:
         return cls._make(
             name, "input_ids", input_ids, shift=shift, cu_seqlens=cu_seqlens, mask=mask.bool()
         )
+
+
+def shifted(target: Tensor, length: int, ignore: int) -> Tensor:
+    """Targets (N,) moved to the rows that predict them, in sequences of `length` tokens.
+
+    The last row of a sequence predicts nothing.
+
+    Example:
+        >>> shifted(torch.tensor([1, 2, 3, 4]), 2, -100)
+        tensor([   2, -100,    4, -100])
+    """
+    moved = target.roll(-1)
+    moved.view(-1, length)[:, -1] = ignore
+    return moved
 
 
 def _position(flat: int, shape: torch.Size) -> str:

@@ -396,9 +396,11 @@ def operator_samples():
     x = torch.randn(N, V)
     y = torch.tensor([4, IGNORE, 0])
     weight, row_weight, scale = torch.rand(V), torch.rand(N), torch.tensor(0.5)
-    off = (IGNORE, 0.0, None, 1.0, 0.0)
-    on = (IGNORE, 0.1, 5.0, 2.0, 0.1)
-    saved = operators.row_forward(x, y, None, None, None, *off, False, True, False)[1]
+    off = (IGNORE, 0.0, None, 1.0, 0.0, 1.0)
+    on = (IGNORE, 0.1, 5.0, 2.0, 0.1, 0.7)
+    _, saved, _, entropy, *_ = operators.row_forward(
+        x, y, None, None, None, *off, False, True, True
+    )
     return {
         "row_forward, plain": (operators.row_forward, (x, y, None, None, None, *off, *[True] * 3)),
         "row_forward, all": (
@@ -417,18 +419,31 @@ def operator_samples():
             operators.row_forward_,
             (x.clone(), y, weight, row_weight, scale, *on, True),
         ),
-        "row_backward": (operators.row_backward, (x, y, saved, weight, row_weight, *on)),
-        "row_backward_": (operators.row_backward_, (x.clone(), y, saved, None, None, *off)),
+        "row_backward": (
+            operators.row_backward,
+            (x, y, saved, weight, row_weight, row_weight, row_weight, entropy, *on),
+        ),
+        "row_backward_": (
+            operators.row_backward_,
+            (x.clone(), y, saved, *[None] * 5, *off),
+        ),
         "multiply_rows_": (operators.multiply_rows_, (x.clone(), y, torch.tensor(3.0), IGNORE)),
+        "multiply_rows_, all rows": (
+            operators.multiply_rows_,
+            (x.clone(), None, torch.tensor(3.0), IGNORE),
+        ),
         "row_forward, bf16": (
             operators.row_forward,
             (x.bfloat16(), y, weight, row_weight, scale, *on, True, True, True),
         ),
         "mean_scale, bf16": (
             operators.mean_scale,
-            (x.bfloat16(), y, weight, row_weight, IGNORE, "sgp"),
+            (y, weight.bfloat16(), None, IGNORE, torch.float32, "sgp"),
         ),
-        "mean_scale": (operators.mean_scale, (x, y, weight, row_weight, IGNORE, "sgp")),
+        "mean_scale": (
+            operators.mean_scale,
+            (y, weight, row_weight, IGNORE, torch.float32, "sgp"),
+        ),
     }
 
 

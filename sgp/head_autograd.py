@@ -1,0 +1,285 @@
+"""How the linear head meets autograd, by when the upstream gradient is known.
+
+`HeadScalarLoss`: gradients in forward, three matmuls; in backward they are multiplied by the
+upstream factor, which for a plain `loss.backward()` is 1 and costs nothing. `HeadRowLoss`: one
+loss a row; in backward the logits are computed again, or, where only `input` requires grad, its
+gradient from forward is multiplied row by row. `HeadStatistics`: log-probability, entropy and
+log-sum-exp of each row.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sgp import head_operators, operators
+from sgp.autograd import anchor, once, row_upstream, saved_tensors
+from sgp.chunks import default_chunk_rows
+from sgp.head import Needs
+from sgp.head_problem import compute_dtype
+from sgp.problem import Problem
+from sgp.recipe import Recipe
+from sgp.selection import Selection
+
+LINEAR_CROSS_ENTROPY = "sgp.linear_cross_entropy"
+LINEAR_TOKEN_LOG_PROBS = "sgp.linear_token_log_probs"
+
+
+class HeadOptions(NamedTuple):
+    """What is no tensor."""
+
+    recipe: Recipe
+    compute_dtype: torch.dtype
+    chunk_rows: int
+    needs: Needs
+    need_stats: bool
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether gradients wait for the upstream factor in float32: those of float16 matmuls."""
+        return self.compute_dtype == torch.float16
+
+
+class LinearHead(NamedTuple):
+    """The linear map and which rows it is applied to."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    rows: Tensor  # (N,) int64: the kept rows, padded
+    count: Tensor  # () int64 on the CPU
+
+
+def linear_head(
+    weight: Tensor, bias: Tensor | None, target: Tensor | Selection, problem: Problem
+) -> LinearHead:
+    """The head of a problem; labels on a GPU are counted, which waits for it."""
+    if isinstance(target, Selection):
+        return LinearHead(weight, bias, target.padded_rows, target.count)
+    rows, count = head_operators.kept_rows(problem.target, problem.recipe.ignore_index)
+    return LinearHead(weight, bias, rows, count)
+
+
+def head_options(
+    problem: Problem, head: LinearHead, chunk_rows: int | None, *, need_stats: bool
+) -> HeadOptions:
+    """What this call computes, in which dtype, and how many rows at a time."""
+
+    def needed(x: Tensor | None) -> bool:
+        return x is not None and x.requires_grad and torch.is_grad_enabled()
+
+    x, V = problem.input, head.weight.shape[0]
+    return HeadOptions(
+        recipe=problem.recipe,
+        compute_dtype=compute_dtype(x),
+        chunk_rows=chunk_rows or default_chunk_rows(V, x.device.type),
+        needs=Needs(needed(x), needed(head.weight), needed(head.bias)),
+        need_stats=need_stats,
+    )
+
+
+class Origins(NamedTuple):
+    """Places in the graph of what requires grad, for second derivatives to be refused."""
+
+    input: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def origins(
+    input: Tensor,  # noqa: A002
+    head: LinearHead,
+    needs: Needs,
+) -> Origins:
+    """The anchors of the tensors that need a gradient."""
+    pairs = zip((input, head.weight, head.bias), needs, strict=True)
+    return Origins(*(anchor(x) if x is not None and needed else None for x, needed in pairs))
+
+
+def _give(
+    name: str, gradients: tuple[Tensor, ...], needs: Needs, *anchors: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The wanted gradients, closed to a second derivative; None for the others."""
+    pairs = zip(gradients, needs, strict=True)
+    return tuple(once(name, g, *anchors) if needed else None for g, needed in pairs)
+
+
+class HeadScalarLoss(torch.autograd.Function):
+    """(loss (), 4 statistics (N,), 3 gradients) of the sum over rows, times `scale`."""
+
+    @staticmethod
+    def forward(
+        input: Tensor,  # noqa: A002
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        target: Tensor,
+        rows: Tensor,
+        count: Tensor,
+        weight: Tensor | None,
+        row_weight: Tensor | None,
+        scale: Tensor | None,
+        options: HeadOptions,
+        of_input: Tensor | None,
+        of_weight: Tensor | None,
+        of_bias: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        o = options
+        loss, _, *rest = head_operators.head_forward(
+            input, linear_weight, linear_bias, target, rows, count, weight, row_weight, scale,
+            *o.recipe, o.compute_dtype, o.chunk_rows, *o.needs, o.is_wide, False, o.need_stats,
+        )  # fmt: skip
+        total = loss.sum()
+        return total if scale is None else total * scale, *rest
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        input_, weight, bias, target, *_, options, of_input, of_weight, of_bias = inputs
+        _, *stats, d_input, d_weight, d_bias = output
+        ctx.mark_non_differentiable(*stats, d_input, d_weight, d_bias)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(d_input, d_weight, d_bias, target, of_input, of_weight, of_bias)
+        ctx.options = options
+        ctx.dtypes = tuple(None if x is None else x.dtype for x in (input_, weight, bias))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        upstream = grads[0]
+        if upstream is None:
+            return (None,) * 13
+        *gradients, target, of_input, of_weight, of_bias = saved_tensors(
+            ctx, LINEAR_CROSS_ENTROPY, "'mean' or 'sum' loss"
+        )
+        options: HeadOptions = ctx.options
+        with torch.no_grad():
+            if options.is_wide:
+                gradients = [
+                    (g * upstream).to(dtype) if needed else g
+                    for g, dtype, needed in zip(gradients, ctx.dtypes, options.needs, strict=True)
+                ]
+            else:
+                # Ignored rows of d_input are zero already and are not read.
+                targets = (target, None, None)
+                gradients = [g.detach() for g in gradients]
+                for g, rows, needed in zip(gradients, targets, options.needs, strict=True):
+                    if needed:
+                        matrix = g if g.dim() > 1 else g[None]
+                        operators.multiply_rows_(
+                            matrix, rows, upstream, options.recipe.ignore_index
+                        )
+        anchors = (of_input, of_weight, of_bias, upstream)
+        given = _give(LINEAR_CROSS_ENTROPY, tuple(gradients), options.needs, *anchors)
+        return *given, *(None,) * 10
+
+
+class HeadRowLoss(torch.autograd.Function):
+    """(losses (N,), 4 statistics (N,), saved (N, 3), d_input) of each row, times its weight."""
+
+    @staticmethod
+    def forward(
+        input: Tensor,  # noqa: A002
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        target: Tensor,
+        rows: Tensor,
+        count: Tensor,
+        weight: Tensor | None,
+        row_weight: Tensor | None,
+        options: HeadOptions,
+        of_input: Tensor | None,
+        of_weight: Tensor | None,
+        of_bias: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        o = options
+        scaled = o.needs == Needs(input=True, weight=False, bias=False)  # d_input is row by row
+        loss, saved, *stats, d_input, _, _ = head_operators.head_forward(
+            input, linear_weight, linear_bias, target, rows, count, weight, row_weight, None,
+            *o.recipe, o.compute_dtype, o.chunk_rows,
+            scaled, False, False, o.is_wide, not scaled, o.need_stats,
+        )  # fmt: skip
+        return loss, *stats, saved, d_input
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, options, of_input, of_weight, of_bias = inputs
+        _, *stats, saved, d_input = output
+        ctx.mark_non_differentiable(*stats, saved, d_input)
+        ctx.set_materialize_grads(False)
+        ctx.options, ctx.dtype = options, tensors[0].dtype
+        ctx.scaled = options.needs == Needs(input=True, weight=False, bias=False)
+        target = tensors[3]
+        kept = (None, None, None, target, *(None,) * 4) if ctx.scaled else tensors
+        ctx.save_for_backward(*kept, saved, d_input, of_input, of_weight, of_bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        upstream = grads[0]
+        if upstream is None:
+            return (None,) * 12
+        *tensors, weight, row_weight, saved, d_input, of_input, of_weight, of_bias = (
+            ctx.saved_tensors
+        )
+        o: HeadOptions = ctx.options
+        gradients: tuple[Tensor, ...]
+        with torch.no_grad():
+            if ctx.scaled:
+                # An ignored row stays zero, whatever comes upstream.
+                ignored = tensors[3] == o.recipe.ignore_index
+                by_row = upstream.masked_fill(ignored, 0).view(*d_input.shape[:-1], 1)
+                gradients = ((d_input * by_row).to(ctx.dtype), saved, saved)
+            else:
+                factor = upstream if row_weight is None else upstream * row_weight
+                gradients = head_operators.head_backward(
+                    *tensors, saved, weight, factor.contiguous(), None, None, None,
+                    *o.recipe, o.compute_dtype, o.chunk_rows, *o.needs,
+                )  # fmt: skip
+        anchors = (of_input, of_weight, of_bias, upstream)
+        return *_give(LINEAR_CROSS_ENTROPY, gradients, o.needs, *anchors), *(None,) * 9
+
+
+class HeadStatistics(torch.autograd.Function):
+    """(log_prob, entropy, lse, is_top1, saved) of every row; the first three differentiable."""
+
+    @staticmethod
+    def forward(
+        input: Tensor,  # noqa: A002
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        target: Tensor,
+        rows: Tensor,
+        count: Tensor,
+        options: HeadOptions,
+        of_input: Tensor | None,
+        of_weight: Tensor | None,
+        of_bias: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        o = options
+        _, saved, *stats, _, _, _ = head_operators.head_forward(
+            input, linear_weight, linear_bias, target, rows, count, None, None, None,
+            *o.recipe, o.compute_dtype, o.chunk_rows, False, False, False, False, True, True,
+        )  # fmt: skip
+        return *stats, saved
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, options, of_input, of_weight, of_bias = inputs
+        _, entropy, _, is_top1, saved = output
+        ctx.mark_non_differentiable(is_top1, saved)
+        ctx.set_materialize_grads(False)
+        ctx.options = options
+        ctx.save_for_backward(*tensors, saved, entropy, of_input, of_weight, of_bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        upstream = grads[:3]
+        if all(gradient is None for gradient in upstream):
+            return (None,) * 10
+        *tensors, saved, entropy, of_input, of_weight, of_bias = ctx.saved_tensors
+        o: HeadOptions = ctx.options
+        with torch.no_grad():
+            gradients = head_operators.head_backward(
+                *tensors, saved, None, *row_upstream(upstream, saved, entropy),
+                *o.recipe, o.compute_dtype, o.chunk_rows, *o.needs,
+            )  # fmt: skip
+        anchors = (of_input, of_weight, of_bias, *upstream)
+        return *_give(LINEAR_TOKEN_LOG_PROBS, gradients, o.needs, *anchors), *(None,) * 7

@@ -1,0 +1,166 @@
+"""`torch.library` operators over the linear head: what autograd and torch.compile see.
+
+Kept rows come as they are stored in a Selection: padded to N, with their number as a tensor on the
+CPU that is read here, inside. So no shape depends on the mask, one compiled graph serves every
+mask, and nothing waits for a device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgp import head
+from sgp.head import Head, Needs
+from sgp.problem import check_targets
+from sgp.recipe import Recipe
+from sgp.row_torch import Upstream, new_outputs
+
+RowsAndGradients = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]  # loss, saved, log_prob, entropy, lse, is_top1; gradients of input, weight, bias
+
+
+@torch.library.custom_op("sgp::kept_rows", mutates_args=())
+def kept_rows(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """(rows of the target (N,) that are not ignored, padded to N; their number () on the CPU).
+
+    On a GPU this waits for the device, once: the number decides how much work there is.
+    """
+    rows = (target != ignore_index).nonzero().squeeze(1)
+    padded = target.new_zeros(target.shape)
+    padded[: rows.numel()] = rows
+    return padded, torch.tensor(rows.numel(), device="cpu")
+
+
+@kept_rows.register_fake
+def _(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    return target.new_empty(target.shape), torch.empty((), dtype=torch.int64, device="cpu")
+
+
+@torch.library.custom_op("sgp::head_forward", mutates_args=())
+def head_forward(
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    rows: Tensor,
+    count: Tensor,
+    weight: Tensor | None,
+    row_weight: Tensor | None,
+    scale: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+    lse_square_scale: float,
+    temperature: float,
+    compute_dtype: torch.dtype,
+    chunk_rows: int,
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool,
+    wide: bool,
+    need_saved: bool,
+    need_stats: bool,
+) -> RowsAndGradients:
+    """Loss, saved and reported statistics of every row, and the gradients of their weighted sum.
+
+    Args:
+        input: (..., D), any strides; leading dimensions flatten to N.
+        linear_weight, linear_bias: (V, D) and (V,).
+        target, rows, count: (N,) int64, (N,) int64 and () int64 on the CPU, as in a Selection.
+        weight, row_weight, scale: as in row_forward, and so is the Recipe.
+        compute_dtype: of the matmuls' operands; the autocast dtype, or the input's own.
+        chunk_rows: rows of logits held at once.
+        need_input, need_weight, need_bias: which gradients are wanted; the rest come empty.
+        wide: gradients in float32, for float16 operands whose upstream factor comes later.
+        need_saved, need_stats: which row outputs are wanted.
+    """
+    recipe = Recipe(
+        ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, temperature
+    )
+    check_targets("sgp", target, linear_weight.shape[0], ignore_index)
+    whole = Head(
+        input, linear_weight, linear_bias, target, rows[: int(count)], weight, recipe,
+        compute_dtype, chunk_rows,
+    )  # fmt: skip
+    needs = Needs(need_input, need_weight, need_bias)
+    with torch.autocast(input.device.type, enabled=False):
+        out, gradients = head.forward(
+            whole, row_weight, scale, needs, wide=wide, need_saved=need_saved,
+            need_stats=need_stats,
+        )  # fmt: skip
+    return *out[:-1], *gradients
+
+
+@head_forward.register_fake
+def _(
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    *options: Any,
+) -> RowsAndGradients:
+    *needs, wide, need_saved, need_stats = options[-6:]
+    out = new_outputs(
+        input, target.numel(), need_grad=False, need_saved=need_saved, need_stats=need_stats
+    )
+    gradients = head.new_gradients(input, linear_weight, linear_bias, Needs(*needs), wide=wide)
+    return *out[:-1], *gradients
+
+
+@torch.library.custom_op("sgp::head_backward", mutates_args=())
+def head_backward(
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    rows: Tensor,
+    count: Tensor,
+    saved: Tensor,
+    weight: Tensor | None,
+    row_weight: Tensor | None,
+    lse_weight: Tensor | None,
+    entropy_weight: Tensor | None,
+    entropy: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+    lse_square_scale: float,
+    temperature: float,
+    compute_dtype: torch.dtype,
+    chunk_rows: int,
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of a head for an upstream gradient a row; its logits are computed again.
+
+    Arguments as in head_forward and row_backward.
+    """
+    recipe = Recipe(
+        ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, temperature
+    )
+    whole = Head(
+        input, linear_weight, linear_bias, target, rows[: int(count)], weight, recipe,
+        compute_dtype, chunk_rows,
+    )  # fmt: skip
+    upstream = Upstream(lse_weight, entropy_weight, entropy)
+    needs = Needs(need_input, need_weight, need_bias)
+    with torch.autocast(input.device.type, enabled=False):
+        return head.backward(whole, saved, row_weight, upstream, needs)
+
+
+@head_backward.register_fake
+def _(
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs = Needs(*options[-3:])
+    return head.new_gradients(input, linear_weight, linear_bias, needs, wide=False)

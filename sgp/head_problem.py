@@ -1,0 +1,135 @@
+"""From what a caller passes to a linear head's rows; the checks that only a head needs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sgp.problem import (
+    Problem,
+    check_input_and_target,
+    check_selection,
+    check_tensor,
+    class_weight,
+    flat_indices,
+    flat_token_weight,
+)
+from sgp.recipe import Recipe, accumulation_dtype
+from sgp.selection import Selection, shifted
+
+
+def make_head_problem(
+    name: str,
+    input: Tensor,  # noqa: A002  (PyTorch's name)
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor | Selection,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    recipe: Recipe,
+    *,
+    shift: bool,
+) -> Problem:
+    """Check every shape, dtype and device; labels are shifted here, and `input` never is.
+
+    Raises:
+        ValueError, TypeError: with what was passed, what was expected, and what to do.
+    """
+    check_input_and_target(name, input, target)
+    recipe.check(name)
+    check_linear(name, input, linear_weight, linear_bias)
+    V = linear_weight.shape[0]
+    weight = class_weight(name, weight, input, V)
+    if isinstance(target, Selection):
+        if shift:
+            raise ValueError(
+                f"{name}: shift=True together with a Selection, which has been shifted or not by "
+                "its constructor; pass shift to Selection.from_labels instead"
+            )
+        check_selection(name, input, target, token_weight, recipe, "D")
+        dense = target.dense_weight
+        return Problem(
+            input=input,
+            target=target.dense_target,
+            shape=target.shape,
+            recipe=recipe,
+            weight=weight,
+            token_weight=None if dense is None else dense.to(accumulation_dtype(input.dtype)),
+            boundaries=target.boundaries,
+            num_sequences=target.num_sequences,
+        )
+    lead = tuple(input.shape[:-1])
+    flat = (torch.Size(lead).numel(),)
+    shape = tuple(target.shape)
+    expected = f"class indices of shape {lead}" + (f" or {flat}" if flat != lead else "")
+    if shape not in (lead, flat):
+        raise ValueError(
+            f"{name}: input is {tuple(input.shape)} and target {shape} ({target.dtype}); expected "
+            f"{expected}"
+        )
+    rows = flat_indices(name, target, expected)
+    row_weight = flat_token_weight(name, token_weight, input, shape)
+    if shift:
+        if shape != lead or not lead:
+            raise ValueError(
+                f"{name}: shift=True needs a target of shape (T,) or (..., T) like input, whose "
+                f"last dimension is time; input is {tuple(input.shape)} and target {shape}"
+            )
+        if rows.numel():
+            rows = shifted(rows, lead[-1], recipe.ignore_index)
+            row_weight = None if row_weight is None else row_weight.roll(-1)
+    return Problem(
+        input=input,
+        target=rows,
+        shape=shape,
+        recipe=recipe,
+        weight=weight,
+        token_weight=row_weight,
+        boundaries=None,
+        num_sequences=torch.Size(shape[:-1]).numel(),
+    )
+
+
+def check_linear(
+    name: str,
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+) -> None:
+    """Refuse a weight (V, d1, ..., D) or bias (V, d1, ...) that does not fit input (..., D)."""
+    check_tensor(name, "linear_weight", linear_weight)
+    given = [("linear_weight", linear_weight)]
+    if linear_weight.dim() < 2 or linear_weight.shape[-1] != input.shape[-1]:
+        raise ValueError(
+            f"{name}: input is {tuple(input.shape)} and linear_weight "
+            f"{tuple(linear_weight.shape)}; expected (..., D) and (V, D)"
+        )
+    if linear_bias is not None:
+        check_tensor(name, "linear_bias", linear_bias)
+        given.append(("linear_bias", linear_bias))
+        if linear_bias.shape != linear_weight.shape[:-1]:
+            raise ValueError(
+                f"{name}: linear_bias is {tuple(linear_bias.shape)}; expected "
+                f"{tuple(linear_weight.shape[:-1])}, as linear_weight is "
+                f"{tuple(linear_weight.shape)}"
+            )
+    for label, value in given:
+        if value.device != input.device:
+            raise ValueError(
+                f"{name}: input is on {input.device} and {label} on {value.device}; move one"
+            )
+        if value.dtype != input.dtype and compute_dtype(input) == input.dtype:
+            raise TypeError(
+                f"{name}: input is {input.dtype} and {label} {value.dtype}; convert one, or use "
+                "torch.autocast"
+            )
+        if not value.is_floating_point():
+            raise TypeError(f"{name}: {label} is {value.dtype}; expected floating point")
+
+
+def compute_dtype(input: Tensor) -> torch.dtype:  # noqa: A002
+    """Of the matmuls' operands: the autocast dtype where autocast is on, as for F.linear."""
+    device = input.device.type
+    if input.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return input.dtype

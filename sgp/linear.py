@@ -1,0 +1,370 @@
+"""`linear_cross_entropy`: a linear head and its loss over the tokens that carry loss."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sgp import head_operators
+from sgp.autograd import refuse_forward_mode
+from sgp.chunks import check_chunk_rows
+from sgp.divisor import mean_scale
+from sgp.head_autograd import (
+    LINEAR_CROSS_ENTROPY,
+    HeadOptions,
+    HeadRowLoss,
+    HeadScalarLoss,
+    LinearHead,
+    head_options,
+    linear_head,
+    origins,
+)
+from sgp.head_problem import check_linear, make_head_problem
+from sgp.losses import cross_entropy
+from sgp.problem import Problem, check_input_and_target
+from sgp.recipe import Recipe
+from sgp.reduction import check_reduction, reduce_rows
+from sgp.reference import TokenLogProbs
+from sgp.selection import Selection
+
+NAME = LINEAR_CROSS_ENTROPY
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | Selection,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    token_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    lse_square_scale: float = 0.0,
+    shift: bool = False,
+    chunk_rows: int | None = None,
+    return_stats: Literal[False] = False,
+    options: object = None,
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | Selection,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    token_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    lse_square_scale: float = 0.0,
+    shift: bool = False,
+    chunk_rows: int | None = None,
+    return_stats: Literal[True],
+    options: object = None,
+) -> tuple[Tensor, TokenLogProbs]: ...
+
+
+def linear_cross_entropy(
+    input: Tensor,  # noqa: A002  (PyTorch's name)
+    linear_weight: Tensor,
+    target: Tensor | Selection,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    token_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    lse_square_scale: float = 0.0,
+    shift: bool = False,
+    chunk_rows: int | None = None,
+    return_stats: bool = False,
+    options: object = None,
+) -> Tensor | tuple[Tensor, TokenLogProbs]:
+    """`cross_entropy(input @ linear_weight.T + linear_bias, target)` without the N x V logits.
+
+    Takes what `torch.nn.functional.linear_cross_entropy` takes, by the same names and with the
+    same meaning. Rows whose target is ignored are never read, whatever they hold (NaN included):
+    the M kept rows are gathered first, and their logits are made, used and forgotten `chunk_rows`
+    at a time. Under `torch.autocast` the matmuls' operands have the autocast dtype.
+
+    Example:
+        >>> import torch, sgp
+        >>> hidden = torch.randn(2, 5, 8, requires_grad=True)       # (B, T, D) of a backbone
+        >>> head = torch.nn.Linear(8, 11, bias=False)               # (V, D)
+        >>> labels = torch.randint(11, (2, 5))                      # token ids: shift them
+        >>> labels[:, :3] = -100                                    # context
+        >>> loss = sgp.linear_cross_entropy(hidden, head.weight, labels, shift=True)
+        >>> loss.backward()
+        >>> hidden.grad.abs().sum(-1) > 0                # the row before a token predicts it
+        tensor([[False, False,  True,  True, False],
+                [False, False,  True,  True, False]])
+
+    Args:
+        input: hidden states, float32, float64, bfloat16 or float16; (D,), (N, D) or (..., D), any
+            strides, never copied as a whole.
+        linear_weight: (V, D), in the dtype of `input` unless autocast is on.
+        target: class indices of `input`'s leading shape, or flattened to (N,); or a Selection of N
+            tokens. Labels on a GPU cost one wait for the device, which counts them; a Selection
+            costs none. Class probabilities, and PyTorch's K-dimensional `linear_weight`
+            (V, d1, ..., D), run `F.linear` and `cross_entropy` on whole logits.
+        linear_bias: (V,) or None.
+        weight, ignore_index, reduction, label_smoothing, token_weight, denominator, softcap,
+            logit_scale, lse_square_scale: as in `cross_entropy`.
+        shift: labels[..., t] is token t itself (Hugging Face's convention), so the row before it
+            predicts it; labels and weights are moved, `input` is not.
+        chunk_rows: the most rows of logits held at once, `4 V` bytes each. None: 4096, fewer where
+            these would take more than 4 GiB; on a CPU what fits 256 MiB (`sgp/chunks.py`).
+        return_stats: return (loss, TokenLogProbs), detached, from the same pass.
+        options: PyTorch's, accepted and ignored.
+
+    Returns:
+        The loss in nats, float32 (float64 for float64 input); shapes as in `cross_entropy`.
+
+    Cost: matmuls take `6 M V D` floating-point operations with gradients for "mean" and "sum",
+    `4 M V D` with one side frozen, `2 M V D` without gradients. Reductions with an upstream
+    gradient a token or a sequence make the logits again in backward: `8 M V D` (`4 M V D` where
+    only `input` requires grad). Memory beyond inputs and gradients: `4 chunk_rows V` bytes of
+    logits and, for a bf16 or fp16 `linear_weight` and several chunks, `4 V D` bytes in which its
+    gradient is summed; the rest is in `sgp.chunks.extra_bytes`.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or constants that do not fit.
+        IndexError: a target outside [0, V), on a CPU or with SGP_CHECK=1. On a GPU the loss and
+            gradients become NaN.
+        RuntimeError: a second backward through "mean" or "sum", or a second derivative.
+
+    Source: the row's formulas are in `kernels/arithmetic.py`; gradients in forward, a few rows at
+    a time, as in Hsu et al. 2024 (Liger Kernel) and Wijmans et al. 2024 (Cut Your Losses).
+    """
+    del options
+    ignore = -100 if ignore_index is None else ignore_index
+    recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
+    check_reduction(NAME, reduction, denominator)
+    check_chunk_rows(NAME, chunk_rows)
+    check_input_and_target(NAME, input, target)
+    check_linear(NAME, input, linear_weight, linear_bias)
+    refuse_forward_mode(NAME, input, linear_weight, linear_bias)
+    if linear_weight.dim() > 2 or (isinstance(target, Tensor) and target.is_floating_point()):
+        return _whole_logits(
+            input, linear_weight, target, linear_bias, shift, weight,
+            ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
+            token_weight=token_weight, denominator=denominator, softcap=softcap,
+            logit_scale=logit_scale, lse_square_scale=lse_square_scale, return_stats=return_stats,
+        )  # fmt: skip
+    problem = make_head_problem(
+        NAME, input, linear_weight, linear_bias, target, weight, token_weight, recipe, shift=shift
+    )
+    scale = mean_scale(NAME, problem, denominator) if reduction == "mean" else None
+    head = linear_head(linear_weight, linear_bias, target, problem)
+    chosen = head_options(problem, head, chunk_rows, need_stats=return_stats)
+    if (
+        reduction in ("mean", "sum")
+        and any(chosen.needs)
+        and not torch._C._are_functorch_transforms_active()  # noqa: SLF001  (no public name)
+    ):
+        loss, stats = _scalar_loss(problem, head, scale, chosen)
+    else:
+        rows, stats = _row_losses(problem, head, chosen)
+        loss = reduce_rows(problem, rows, reduction, scale)
+    if not return_stats:
+        return loss
+    return loss, TokenLogProbs(*(value.view(problem.shape) for value in stats))
+
+
+def _scalar_loss(
+    problem: Problem, head: LinearHead, scale: Tensor | None, options: HeadOptions
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(loss (), the four statistics), the gradients computed with them."""
+    p = problem
+    out: tuple[Tensor, ...] = HeadScalarLoss.apply(  # type: ignore[no-untyped-call]
+        p.input, head.weight, head.bias, p.target, head.rows, head.count, p.weight,
+        p.token_weight, scale, options, *origins(p.input, head, options.needs),
+    )  # fmt: skip
+    return out[0], out[1:5]
+
+
+def _row_losses(
+    problem: Problem, head: LinearHead, options: HeadOptions
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(one loss a row (N,), the four statistics), the gradients computed in backward."""
+    p, o = problem, options
+    out: tuple[Tensor, ...]
+    if any(o.needs):
+        out = HeadRowLoss.apply(  # type: ignore[no-untyped-call]
+            p.input, head.weight, head.bias, p.target, head.rows, head.count, p.weight,
+            p.token_weight, o, *origins(p.input, head, o.needs),
+        )  # fmt: skip
+        return out[0], out[1:5]
+    bias = None if head.bias is None else head.bias.detach()
+    loss, _, *stats, _, _, _ = head_operators.head_forward(
+        p.input.detach(), head.weight.detach(), bias, p.target, head.rows, head.count, p.weight,
+        p.token_weight, None, *o.recipe, o.compute_dtype, o.chunk_rows, *o.needs, False, False,
+        o.need_stats,
+    )  # fmt: skip
+    return loss, tuple(stats)
+
+
+def _whole_logits(
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    target: Tensor | Selection,
+    linear_bias: Tensor | None,
+    shift: bool,
+    weight: Tensor | None,
+    **loss: Any,
+) -> Tensor | tuple[Tensor, TokenLogProbs]:
+    """K-dimensional weights and class probabilities, by `F.linear` and `cross_entropy`."""
+    if shift or isinstance(target, Selection):
+        raise ValueError(
+            f"{NAME}: shift and Selection need class indices and a linear_weight (V, D); got "
+            f"linear_weight {tuple(linear_weight.shape)} and shift={shift}"
+        )
+    *places, D = linear_weight.shape
+    size = math.prod(places)
+    bias = None if linear_bias is None else linear_bias.reshape(size)
+    logits = F.linear(input, linear_weight.reshape(size, D), bias)
+    if len(places) > 1 and input.dim() != 2:
+        raise ValueError(
+            f"{NAME}: input is {tuple(input.shape)}; a linear_weight of "
+            f"{tuple(linear_weight.shape)} needs input (N, D)"
+        )
+    logits = logits.unflatten(-1, places) if len(places) > 1 else logits
+    if input.dim() > 2:  # cross_entropy has the classes second
+        logits, target = logits.movedim(-1, 1), target.movedim(-1, 1)
+    result: Tensor | tuple[Tensor, TokenLogProbs] = cross_entropy(logits, target, weight, **loss)
+    return result
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    """`linear_cross_entropy` with the head inside, drop-in for PyTorch's module of that name.
+
+    Example:
+        >>> loss_function = sgp.LinearCrossEntropyLoss(8, 11)       # self.linear: 8 -> 11
+        >>> loss_function(torch.zeros(2, 8), torch.tensor([1, -100]))
+        tensor(2.3979, grad_fn=<HeadScalarLossBackward>)
+        >>> loss_function.linear = torch.nn.Linear(8, 11)           # or a model's own head
+
+    Args:
+        in_features: D.
+        num_classes: V.
+        out_features: PyTorch's K further dimensions of the weight, usually none.
+        bias: whether the head has one.
+        device, dtype: of the head.
+        weight: (V,) class weights, a buffer that moves with the module.
+        reduction, ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, shift,
+            chunk_rows, return_stats, options: as in `linear_cross_entropy`.
+
+    `token_weight` and `denominator` change from batch to batch: give them to the call.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        lse_square_scale: float = 0.0,
+        shift: bool = False,
+        chunk_rows: int | None = None,
+        return_stats: bool = False,
+        options: object = None,
+    ) -> None:
+        super().__init__()
+        name = "sgp.LinearCrossEntropyLoss"
+        check_reduction(name, reduction, None)
+        check_chunk_rows(name, chunk_rows)
+        ignore = -100 if ignore_index is None else ignore_index
+        Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale).check(name)
+        if weight is not None and tuple(weight.shape) != (num_classes,):
+            raise ValueError(
+                f"{name}: weight is {tuple(weight.shape)}; expected ({num_classes},), one a class"
+            )
+        self.register_buffer("weight", weight)
+        self.num_classes, self.out_features = num_classes, tuple(out_features)
+        size = math.prod(self.out_features, start=num_classes)
+        self.linear = nn.Linear(in_features, size, bias=bias, device=device, dtype=dtype)
+        self.reduction, self.ignore_index = reduction, ignore
+        self.label_smoothing, self.softcap = label_smoothing, softcap
+        self.logit_scale, self.lse_square_scale = logit_scale, lse_square_scale
+        self.shift, self.chunk_rows, self.return_stats = shift, chunk_rows, return_stats
+        self.options = options
+
+    def forward(
+        self,
+        input: Tensor,  # noqa: A002
+        target: Tensor | Selection,
+        *,
+        token_weight: Tensor | None = None,
+        denominator: float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, TokenLogProbs]:
+        """The loss of these hidden states; shapes and errors as in `linear_cross_entropy`."""
+        head_weight, head_bias = self.linear.weight, self.linear.bias
+        if self.out_features:
+            places = (self.num_classes, *self.out_features)
+            head_weight = head_weight.unflatten(0, places)
+            head_bias = None if head_bias is None else head_bias.unflatten(0, places)
+        return linear_cross_entropy(  # type: ignore[call-overload,misc,no-any-return]
+            input,
+            head_weight,
+            target,
+            linear_bias=head_bias,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            token_weight=token_weight,
+            denominator=denominator,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            lse_square_scale=self.lse_square_scale,
+            shift=self.shift,
+            chunk_rows=self.chunk_rows,
+            return_stats=self.return_stats,
+        )
+
+    def extra_repr(self) -> str:
+        """The options that are not at their default."""
+        defaults = {
+            "ignore_index": -100,
+            "reduction": "mean",
+            "label_smoothing": 0.0,
+            "softcap": None,
+            "logit_scale": 1.0,
+            "lse_square_scale": 0.0,
+            "shift": False,
+            "chunk_rows": None,
+            "return_stats": False,
+        }
+        shown = {k: getattr(self, k) for k, v in defaults.items() if getattr(self, k) != v}
+        return ", ".join(f"{k}={v!r}" for k, v in shown.items())

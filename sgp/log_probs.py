@@ -1,0 +1,142 @@
+"""Per-token log-probability, entropy and log-sum-exp, differentiable: what DPO and GRPO train on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sgp import head_operators, operators
+from sgp.autograd import TOKEN_LOG_PROBS, RowStatistics, anchor, refuse_forward_mode
+from sgp.chunks import check_chunk_rows
+from sgp.head_autograd import (
+    LINEAR_TOKEN_LOG_PROBS,
+    HeadStatistics,
+    head_options,
+    linear_head,
+    origins,
+)
+from sgp.head_problem import make_head_problem
+from sgp.problem import make_problem
+from sgp.recipe import Recipe
+from sgp.reference import TokenLogProbs
+from sgp.selection import Selection
+
+
+def token_log_probs(
+    input: Tensor,  # noqa: A002  (PyTorch's name)
+    target: Tensor | Selection,
+    *,
+    ignore_index: int | None = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> TokenLogProbs:
+    """What each row of logits says about its target, from one read of the kept rows.
+
+    Example:
+        >>> logits = torch.log(torch.tensor([[0.8, 0.2], [0.5, 0.5]]))
+        >>> result = sgp.token_log_probs(logits, torch.tensor([1, -100]))
+        >>> result.log_prob.exp()
+        tensor([0.2000, 1.0000])
+        >>> result.entropy, result.is_top1          # -0.8 log 0.8 - 0.2 log 0.2
+        (tensor([0.5004, 0.0000]), tensor([False, False]))
+
+    Args:
+        input: logits as in `sgp.cross_entropy`: (V,), (N, V), (N, V, d1, ...); with a Selection
+            (..., V). Ignored rows are not read.
+        target: class indices, or a Selection.
+        ignore_index: targets of this value get zeros; None means -100.
+        temperature: divides the scored logits, after scale and softcap.
+        softcap, logit_scale: as in `sgp.cross_entropy`.
+
+    Returns:
+        TokenLogProbs of the target's shape: `log_prob`, `entropy` and `lse` in nats, float32
+        (float64 for float64 input), differentiable; `is_top1`, whether no class is more probable
+        than the target. Zero (False) where ignored. The backward reads the logits once more and
+        serves any upstream gradient of the three; it can be repeated with retain_graph=True.
+
+    Raises:
+        ValueError, TypeError, IndexError: as `sgp.cross_entropy`.
+        RuntimeError: a second derivative.
+
+    Source: the formulas are in `kernels/arithmetic.py`.
+    """
+    ignore = -100 if ignore_index is None else ignore_index
+    recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
+    problem = make_problem(TOKEN_LOG_PROBS, input, target, None, None, recipe)
+    if problem.has_probabilities:
+        raise TypeError(
+            f"{TOKEN_LOG_PROBS}: target is {problem.target.dtype}; expected class indices"
+        )
+    refuse_forward_mode(TOKEN_LOG_PROBS, input)
+    out: tuple[Tensor, ...]
+    if torch.is_grad_enabled() and input.requires_grad:
+        out = RowStatistics.apply(  # type: ignore[no-untyped-call]
+            problem.input, problem.target, recipe, anchor(problem.input)
+        )[:4]
+    else:
+        _, _, *out, _ = operators.row_forward(  # type: ignore[assignment]
+            problem.input.detach(), problem.target, None, None, None, *recipe, False, False, True
+        )
+    return TokenLogProbs(*(values.view(problem.shape) for values in out))
+
+
+def linear_token_log_probs(
+    input: Tensor,  # noqa: A002  (PyTorch's name)
+    linear_weight: Tensor,
+    target: Tensor | Selection,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int | None = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    shift: bool = False,
+    chunk_rows: int | None = None,
+) -> TokenLogProbs:
+    """`token_log_probs(input @ linear_weight.T + linear_bias, target)` without N x V logits.
+
+    Example:
+        >>> hidden, head = torch.randn(2, 5, 8), torch.randn(11, 8)
+        >>> completions = torch.randint(11, (2, 5))
+        >>> completions[:, :3] = -100
+        >>> result = sgp.linear_token_log_probs(hidden, head, completions, shift=True)
+        >>> result.log_prob.sum(1).shape            # one number a completion
+        torch.Size([2])
+
+    Args:
+        input, linear_weight, target, linear_bias, shift, chunk_rows: as in
+            `sgp.linear_cross_entropy`, class indices or a Selection only.
+        ignore_index, temperature, softcap, logit_scale: as in `token_log_probs`.
+
+    Returns:
+        TokenLogProbs as `token_log_probs`. Matmuls: `2 M V D` floating-point operations forward,
+        and in backward, which makes the logits again, `6 M V D` (`4 M V D` with one side frozen).
+
+    Raises:
+        ValueError, TypeError, IndexError: as `sgp.linear_cross_entropy`.
+        RuntimeError: a second derivative.
+    """
+    name = LINEAR_TOKEN_LOG_PROBS
+    ignore = -100 if ignore_index is None else ignore_index
+    recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
+    check_chunk_rows(name, chunk_rows)
+    problem = make_head_problem(
+        name, input, linear_weight, linear_bias, target, None, None, recipe, shift=shift
+    )
+    refuse_forward_mode(name, input, linear_weight, linear_bias)
+    head = linear_head(linear_weight, linear_bias, target, problem)
+    o = head_options(problem, head, chunk_rows, need_stats=True)
+    shared = (problem.target, head.rows, head.count)
+    out: tuple[Tensor, ...]
+    if any(o.needs):
+        out = HeadStatistics.apply(  # type: ignore[no-untyped-call]
+            input, linear_weight, linear_bias, *shared, o, *origins(input, head, o.needs)
+        )[:4]
+    else:
+        bias = None if linear_bias is None else linear_bias.detach()
+        _, _, *out, _, _, _ = head_operators.head_forward(  # type: ignore[assignment]
+            input.detach(), linear_weight.detach(), bias, *shared, None, None, None,
+            *recipe, o.compute_dtype, o.chunk_rows, *o.needs, False, False, True,
+        )  # fmt: skip
+    return TokenLogProbs(*(values.view(problem.shape) for values in out))

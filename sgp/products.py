@@ -1,0 +1,102 @@
+"""The matmuls of a linear head: bf16 or fp16 in, float32 out, on every device.
+
+Float32 logits from bf16 inputs need a matmul with a wider result. CUDA has one
+(`torch.mm(..., out_dtype=)`), and so has ROCm from torch 2.9 or 2.10 on; a probe of 16 x 16 asks.
+Elsewhere, on a CPU above all, slices of the vocabulary are converted to float32 and multiplied.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+SLICE = 1 << 21  # elements converted at once: 8 MiB of float32
+
+
+def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Out (m, V) = hidden (m, D) @ weight (V, D)^T + bias (V,)."""
+    if hidden.dtype == out.dtype:
+        torch.mm(hidden, weight.t(), out=out)
+    elif _has_wide(hidden, "mm"):
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+    else:
+        wide = hidden.to(out.dtype)
+        for part in _slices(weight, hidden):
+            torch.mm(wide, weight[part].to(out.dtype).t(), out=out[:, part])
+    if bias is not None:
+        out.add_(bias)
+
+
+def input_gradient(g: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """g (m, V) @ weight (V, D), accumulated in float32, in `dtype` (m, D)."""
+    if g.dtype == weight.dtype == dtype:
+        return torch.mm(g, weight)
+    if g.dtype == weight.dtype and _has_wide(g, "mm"):
+        return torch.mm(g, weight, out_dtype=torch.float32).to(dtype)
+    total = g.new_zeros(g.shape[0], weight.shape[1], dtype=torch.float32)
+    for part in _slices(weight, g):
+        total.addmm_(g[:, part].float(), weight[part].float())
+    return total.to(dtype)
+
+
+def add_weight_gradient(g: Tensor, hidden: Tensor, out: Tensor, *, first: bool) -> None:
+    """Out (V, D) = or += g (m, V)^T @ hidden (m, D), accumulated in float32.
+
+    Several chunks need a float32 `out`; one may write bf16 or fp16, rounded once.
+    """
+    if g.dtype == hidden.dtype == out.dtype:
+        if first:
+            torch.mm(g.t(), hidden, out=out)
+        else:
+            out.addmm_(g.t(), hidden)
+    elif g.dtype == hidden.dtype and _has_wide(g, "mm"):
+        _add_wide(g, hidden, out, first=first)
+    else:
+        wide = hidden.float()
+        for part in _slices(out, g):
+            if out.dtype != torch.float32:
+                out[part] = torch.mm(g[:, part].float().t(), wide)
+            elif first:
+                torch.mm(g[:, part].float().t(), wide, out=out[part])
+            else:
+                out[part].addmm_(g[:, part].float().t(), wide)
+
+
+def _add_wide(g: Tensor, hidden: Tensor, out: Tensor, *, first: bool) -> None:
+    if first:
+        torch.mm(g.t(), hidden, out_dtype=out.dtype, out=out)
+    elif _has_wide(g, "addmm"):
+        torch.addmm(out, g.t(), hidden, out_dtype=out.dtype, out=out)
+    else:
+        for part in _slices(out, g):
+            out[part] += torch.mm(g[:, part].t(), hidden, out_dtype=out.dtype)
+
+
+def _slices(weight: Tensor, rows: Tensor) -> Iterator[slice]:
+    """Ranges of the vocabulary whose part of (V, D), and of (m, V), is at most SLICE elements."""
+    V, D = weight.shape
+    step = max(64, SLICE // max(1, D, rows.shape[0]))
+    for start in range(0, V, step):
+        yield slice(start, min(start + step, V))
+
+
+def _has_wide(x: Tensor, name: str) -> bool:
+    """Whether a float32 result of bf16 or fp16 operands exists on x's device."""
+    return x.is_cuda and _probe(x.device, x.dtype, name)
+
+
+@functools.cache
+def _probe(device: torch.device, dtype: torch.dtype, name: str) -> bool:
+    a = torch.zeros(16, 16, dtype=dtype, device=device)
+    wide = torch.zeros(16, 16, dtype=torch.float32, device=device)
+    try:
+        if name == "mm":
+            torch.mm(a, a, out_dtype=torch.float32, out=wide)
+        else:
+            torch.addmm(wide, a, a, out_dtype=torch.float32, out=wide)
+    except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
+        return False
+    return True
