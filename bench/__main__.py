@@ -7,6 +7,7 @@ import sys
 
 COMMANDS = {
     "traffic": "bytes that each kernel asks for and touches, counted under the interpreter",
+    "head": "time and memory of a linear head and its loss, side by side",
     "resources": "registers, spills and access widths of every kernel, compiled without a GPU",
 }
 

@@ -53,8 +53,19 @@ class Case(NamedTuple):
     kernel: str  # forward | statistics | loss | backward | factor
     V: int
     dtype: str
-    options: str  # plain | weighted | reported | all, or the name of one option
-    layout: str = "rows"  # rows | strided | in place (strided, and so is the gradient)
+    options: str  # plain | weighted | reported | log-probs | all, or the name of one option
+    layout: str = "rows"  # rows | strided | in place (strided, and so is the gradient) | head
+    # head: a bf16 gradient in the first half of float32 rows, as the linear head has it
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether 16-byte accesses are promised."""
+        return self.V % 8 == 0 and self.layout in ("rows", "head")
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """What the gradient is stored in."""
+        return torch.bfloat16 if self.layout == "head" else DTYPES[self.dtype]
 
 
 class _NamedTarget:
@@ -80,9 +91,15 @@ EVERY_KERNEL = (  # each kernel with nothing on and with everything on
     ("backward", "all"),
     ("factor", "plain"),
 )
+HEAD_KERNELS = (
+    ("forward", "plain"),
+    ("forward", "all"),
+    ("backward", "plain"),
+    ("backward", "all"),
+)
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Iterator[Case]:  # noqa: C901  (a list, written as loops)
     """Every line of the table with every kernel that uses it, options off, on and one by one.
 
     fp16 has bf16's width and another conversion: it is compiled at the two ends. 262 144 is not
@@ -102,6 +119,10 @@ def cases() -> Iterator[Case]:
         yield Case("statistics", V, dtype, "plain")
         yield Case("loss", V, dtype, "plain")
         yield Case("backward", V, dtype, "plain")
+        yield Case("backward", V, dtype, "log-probs")
+    sizes = (*(line.BV for line in launch.RESIDENT), 151_936, 50_264, 50_257)
+    for (kernel, options), V in itertools.product(HEAD_KERNELS, sizes):
+        yield Case(kernel, V, "fp32", options, "head")
     for V, dtype, layout in itertools.product((50_264, 50_257), wide, ("strided", "in place")):
         for kernel, options in EVERY_KERNEL:
             yield Case(kernel, V, dtype, options, layout)
@@ -118,8 +139,9 @@ def compile_case(case: Case, target_name: str) -> dict[str, Any]:
     triton.runtime.driver.set_active(_NamedTarget(target))
     call = _call(case, target.warp_size)
     kernel = call.kernel.warmup(*call.arguments, grid=call.grid, **call.constants)
-    wide = case.V % 8 == 0 and case.layout == "rows"
-    found = _read_nvidia(kernel, wide=wide) if target.backend == "cuda" else _read_amd(kernel)
+    found = (
+        _read_nvidia(kernel, wide=case.is_wide) if target.backend == "cuda" else _read_amd(kernel)
+    )
     form = "resident" if call.kernel is launch.row_resident else "streaming"
     record: dict[str, Any] = {
         "target": target_name,
@@ -140,10 +162,14 @@ def _call(case: Case, warp_size: int) -> launch.Call:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     V, dtype = case.V, DTYPES[case.dtype]
-    logits = _matrix(case, dtype, strided=case.layout != "rows")
+    logits = _matrix(case, dtype, strided=case.layout in ("strided", "in place"))
     dlogits = _matrix(case, dtype, strided=case.layout == "in place")
+    if case.layout == "head":
+        dlogits = _first_halves(case)
     target, row = empty(N, dtype=torch.int64), empty(N)
-    everything = Options(empty(V), empty(), row, empty(), 0.1, 1e-4, 30.0, 0.5)
+    everything = Options(empty(V), empty(), row, empty(), 0.1, 1e-4, 30.0, 0.5, 0.7)
+    if case.kernel == "backward":
+        everything = everything._replace(lse_weight=row, entropy_weight=row, entropy=row)
     options = {
         "plain": Options(scale=empty()),
         "reported": Options(scale=empty()),
@@ -151,6 +177,9 @@ def _call(case: Case, warp_size: int) -> launch.Call:
         "softcap": Options(scale=empty(), softcap=30.0),
         "smoothing": Options(scale=empty(), label_smoothing=0.1),
         "class weight": Options(weight=empty(V), weight_mean=empty(), scale=empty()),
+        "log-probs": Options(
+            row_weight=row, inverse_temperature=0.7, lse_weight=row, entropy_weight=row, entropy=row
+        ),
         "all": everything,
     }[case.options]
     shared = {"V": V, "ignore_index": -100, "warp_size": warp_size}
@@ -172,6 +201,13 @@ def _matrix(case: Case, dtype: torch.dtype, *, strided: bool) -> Matrix:
         x = torch.empty(N, case.V, dtype=dtype, device="meta")
     found = matrix(x)
     assert found is not None, f"{case.layout}: has more than two levels of rows"  # noqa: S101
+    return found
+
+
+def _first_halves(case: Case) -> Matrix:
+    rows = torch.empty(N, 2 * case.V, dtype=case.gradient_dtype, device="meta")
+    found = matrix(rows[:, : case.V])
+    assert found is not None, "one stride between rows"  # noqa: S101
     return found
 
 
@@ -224,13 +260,14 @@ def _broken_budgets(
     broken = []
     if record["spills"] or record["stack"]:
         broken.append(f"{record['spills']} spills, {record['stack']} bytes of stack")
-    if nvidia and case.V % 8 == 0 and case.layout == "rows":
+    if nvidia and case.is_wide:
         # 16-byte accesses that one pass of a thread over its block takes.
-        threads = 32 * record["num_warps"]
-        one = call.constants["BV"] * DTYPES[case.dtype].itemsize // (16 * threads)
+        columns = call.constants["BV"] // (32 * record["num_warps"])
+        one = columns * DTYPES[case.dtype].itemsize // 16
+        store = columns * case.gradient_dtype.itemsize // 16
         passes = 2 if (case.kernel, record["form"]) == ("forward", "streaming") else 1
         stores = {"forward": 2, "backward": 2, "factor": 1}.get(case.kernel, 0)
-        for kind, expected in (("loads", passes * one), ("stores", stores * one)):
+        for kind, expected in (("loads", passes * one), ("stores", stores * store)):
             if record[f"{kind}_16"] < expected:
                 broken.append(f"{record[f'{kind}_16']} {kind} of 16 bytes, expected {expected}")
         if record["narrow"] > SCALARS:

@@ -54,6 +54,7 @@ RESIDENT = (
     Line("resident", 8_192, 512),
 )
 STREAMING_PLAIN = Line("streaming", 16_384, 1_024)
+STREAMING_HALVING = Line("streaming", 8_192, 1_024)  # 16 384 spilled 2 registers on sm_90
 STREAMING = Line("streaming", 8_192, 512)
 STREAMING_NARROW = Line("streaming", 4_096, 512)  # accesses of one element need more registers
 RESIDENT_LIMIT = RESIDENT[-1].BV
@@ -64,7 +65,9 @@ RESIDENT_NARROW_LIMIT = RESIDENT[-2].BV  # 8 191 odd columns spilled on sm_80 wi
 COMPILE = {"enable_fp_fusion": False}
 
 
-def choose(V: int, *, plain: bool, narrow: bool, form: str | None = None) -> Line:
+def choose(
+    V: int, *, plain: bool, narrow: bool, halving: bool = False, form: str | None = None
+) -> Line:
     """The line for rows of V columns; `form` or SGP_ROW_FORM forces resident or streaming.
 
     Args:
@@ -72,6 +75,7 @@ def choose(V: int, *, plain: bool, narrow: bool, form: str | None = None) -> Lin
         plain: no softcap, smoothing, class weights or statistics.
         narrow: accesses narrower than 16 bytes: V or a stride that 8 does not divide, or a
             vocabulary that is not contiguous.
+        halving: a bf16 or fp16 gradient of float32 logits.
         form: "auto", "resident" or "streaming"; None asks SGP_ROW_FORM.
 
     Raises:
@@ -91,7 +95,9 @@ def choose(V: int, *, plain: bool, narrow: bool, form: str | None = None) -> Lin
     if form == "streaming" or V > limit:
         if narrow:
             return STREAMING_NARROW
-        return STREAMING_PLAIN if plain else STREAMING
+        if not plain:
+            return STREAMING
+        return STREAMING_HALVING if halving else STREAMING_PLAIN
     return next(line for line in RESIDENT if line.BV >= V)
 
 
@@ -125,7 +131,12 @@ def row_forward(
     """Loss and, where asked for, statistics and gradient of every row."""
     align = alignment(V, logits, dlogits)
     plain = stats is None and opt.is_plain
-    line = choose(V, plain=plain, narrow=_is_narrow(align, logits, dlogits))
+    line = choose(
+        V,
+        plain=plain,
+        narrow=_is_narrow(align, logits, dlogits),
+        halving=_is_halving(logits, dlogits),
+    )
     kernel = row_resident if line.form == "resident" else row_streaming
     arguments = (logits, dlogits, target, loss, saved, stats, opt, ignore_index, V)
     constants = _constants(line, align, warp_size)
@@ -145,7 +156,12 @@ def row_gradient(
 ) -> Call:
     """The gradient of every row from its saved statistics."""
     align = alignment(V, logits, dlogits)
-    line = choose(V, plain=opt.is_plain, narrow=_is_narrow(align, logits, dlogits))
+    line = choose(
+        V,
+        plain=opt.is_plain,
+        narrow=_is_narrow(align, logits, dlogits),
+        halving=_is_halving(logits, dlogits),
+    )
     arguments = (logits, dlogits, target, saved, opt, ignore_index, V)
     constants = _constants(line, align, warp_size)
     return Call(row_backward, (target.numel(),), arguments, constants)
@@ -176,6 +192,10 @@ def runs_interpreted() -> bool:
 
 def _is_narrow(align: int, *matrices: Matrix | None) -> bool:
     return align < 8 or any(m is not None and m.col_stride != 1 for m in matrices)
+
+
+def _is_halving(logits: Matrix, dlogits: Matrix | None) -> bool:
+    return dlogits is not None and dlogits.ptr.dtype != logits.ptr.dtype
 
 
 def _constants(line: Line, align: int, warp_size: int | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ Two levels of rows are what the field's views need: ``logits[:, :-1]`` keeps its
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,7 +17,7 @@ import triton.language as tl
 class Matrix(NamedTuple):
     """A view (N, V) of logits or their gradient; strides in elements."""
 
-    ptr: object
+    ptr: Any  # a tensor here, a pointer inside a kernel
     inner: int  # rows in a group; 1 where all rows are one stride apart
     outer_stride: int
     inner_stride: int

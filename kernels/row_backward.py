@@ -1,10 +1,10 @@
 """The gradient of a row from what the forward saved, where the upstream factor came later.
 
 For upstream gradients that differ by row (`reduction="none"`, per-sequence losses,
-log-probabilities with their entropy) and for float16, whose small gradients must not be rounded before the loss scaler's factor is known. Reads
-each kept logit once, writes every gradient once: `(1 + f) N V` elements. The row's own
-`(max, 1/d, s_o/d)` are saved, 12 bytes, never the log-sum-exp alone: the third cannot be rebuilt
-from the others when the target's probability is near 1.
+log-probabilities with their entropy) and for float16, whose small gradients must not be rounded
+before the loss scaler's factor is known. Reads each kept logit once, writes every gradient once:
+`(1 + f) N V` elements. The row's own `(max, 1/d, s_o/d)` are saved, 12 bytes, never the log-sum-exp
+alone: the third cannot be rebuilt from the others when the target's probability is near 1.
 """
 
 import triton

@@ -21,7 +21,7 @@ from sgp import operators
 from sgp.recipe import Recipe
 
 CROSS_ENTROPY = "sgp.cross_entropy"
-TOKEN_LOG_PROBS = "sgp.token_log_probs"
+LOG_PROBS = "sgp.token_log_probs"
 
 USED_UP = (
     "{name}: backward a second time through a {what}, whose gradient was computed with "
@@ -49,7 +49,6 @@ def refuse_forward_mode(name: str, *inputs: Tensor | None) -> None:
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
         raise RuntimeError(_message(NOT_FORWARD, name))
-
 
 
 class _Once(torch.autograd.Function):
@@ -176,7 +175,9 @@ class RowLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
             return (None,) * 8
-        logits, target, weight, row_weight, saved, origin = saved_tensors(ctx, CROSS_ENTROPY, "loss with inplace=True")
+        logits, target, weight, row_weight, saved, origin = saved_tensors(
+            ctx, CROSS_ENTROPY, "loss with inplace=True"
+        )
         with torch.no_grad():
             factor = grads[0] if row_weight is None else grads[0] * row_weight
             upstream = (factor.contiguous(), None, None, None)
@@ -220,7 +221,7 @@ class RowStatistics(torch.autograd.Function):
             dlogits = operators.row_backward(
                 logits, target, saved, None, *row_upstream(upstream, saved, entropy), *ctx.recipe
             )
-        return once(TOKEN_LOG_PROBS, dlogits, origin, *upstream), None, None, None
+        return once(LOG_PROBS, dlogits, origin, *upstream), None, None, None
 
 
 def row_upstream(

@@ -130,17 +130,11 @@ def forward(
     for chunk in _chunks(head):
         some, logits = chunk.rows, chunk.logits
         m = some.numel()
-        here = new_outputs(
-            logits, m, need_grad=False, need_saved=need_saved, need_stats=need_stats
-        )
+        here = new_outputs(logits, m, need_grad=False, need_saved=need_saved, need_stats=need_stats)
         g = _place_of_gradient(head, logits) if any(needs) else None
         weights = None if row_weight is None else row_weight[some]
-        rows = implementation(logits)
-        if separate is None:
-            factors = (weights, scale)
-        else:
-            factors = (None, None)
-        rows.forward(
+        factors = (weights, scale) if separate is None else (None, None)
+        implementation(logits).forward(
             logits, g, head.target[some], head.class_weight, *factors, head.recipe, here,
             scratch=True,
         )  # fmt: skip

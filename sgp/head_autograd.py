@@ -24,7 +24,7 @@ from sgp.recipe import Recipe
 from sgp.selection import Selection
 
 LINEAR_CROSS_ENTROPY = "sgp.linear_cross_entropy"
-LINEAR_TOKEN_LOG_PROBS = "sgp.linear_token_log_probs"
+LINEAR_LOG_PROBS = "sgp.linear_token_log_probs"
 
 
 class HeadOptions(NamedTuple):
@@ -48,7 +48,7 @@ class LinearHead(NamedTuple):
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
     rows: Tensor  # (N,) int64: the kept rows, padded
-    count: Tensor  # () int64 on the CPU
+    num_kept: Tensor  # () int64 on the CPU
 
 
 def linear_head(
@@ -282,4 +282,4 @@ class HeadStatistics(torch.autograd.Function):
                 *o.recipe, o.compute_dtype, o.chunk_rows, *o.needs,
             )  # fmt: skip
         anchors = (of_input, of_weight, of_bias, *upstream)
-        return *_give(LINEAR_TOKEN_LOG_PROBS, gradients, o.needs, *anchors), *(None,) * 7
+        return *_give(LINEAR_LOG_PROBS, gradients, o.needs, *anchors), *(None,) * 7

@@ -36,7 +36,7 @@ def kept_rows(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
 
 
 @kept_rows.register_fake
-def _(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _(target: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return target.new_empty(target.shape), torch.empty((), dtype=torch.int64, device="cpu")
 
 

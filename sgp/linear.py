@@ -197,7 +197,7 @@ def _scalar_loss(
     """(loss (), the four statistics), the gradients computed with them."""
     p = problem
     out: tuple[Tensor, ...] = HeadScalarLoss.apply(  # type: ignore[no-untyped-call]
-        p.input, head.weight, head.bias, p.target, head.rows, head.count, p.weight,
+        p.input, head.weight, head.bias, p.target, head.rows, head.num_kept, p.weight,
         p.token_weight, scale, options, *origins(p.input, head, options.needs),
     )  # fmt: skip
     return out[0], out[1:5]
@@ -211,13 +211,13 @@ def _row_losses(
     out: tuple[Tensor, ...]
     if any(o.needs):
         out = HeadRowLoss.apply(  # type: ignore[no-untyped-call]
-            p.input, head.weight, head.bias, p.target, head.rows, head.count, p.weight,
+            p.input, head.weight, head.bias, p.target, head.rows, head.num_kept, p.weight,
             p.token_weight, o, *origins(p.input, head, o.needs),
         )  # fmt: skip
         return out[0], out[1:5]
     bias = None if head.bias is None else head.bias.detach()
     loss, _, *stats, _, _, _ = head_operators.head_forward(
-        p.input.detach(), head.weight.detach(), bias, p.target, head.rows, head.count, p.weight,
+        p.input.detach(), head.weight.detach(), bias, p.target, head.rows, head.num_kept, p.weight,
         p.token_weight, None, *o.recipe, o.compute_dtype, o.chunk_rows, *o.needs, False, False,
         o.need_stats,
     )  # fmt: skip

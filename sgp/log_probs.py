@@ -1,4 +1,4 @@
-"""Per-token log-probability, entropy and log-sum-exp, differentiable: what DPO and GRPO train on."""
+"""Per-token log-probability, entropy and log-sum-exp: what DPO, GRPO and KTO train on."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from sgp import head_operators, operators
-from sgp.autograd import TOKEN_LOG_PROBS, RowStatistics, anchor, refuse_forward_mode
+from sgp.autograd import LOG_PROBS, RowStatistics, anchor, refuse_forward_mode
 from sgp.chunks import check_chunk_rows
 from sgp.head_autograd import (
-    LINEAR_TOKEN_LOG_PROBS,
+    LINEAR_LOG_PROBS,
     HeadStatistics,
     head_options,
     linear_head,
@@ -63,21 +63,20 @@ def token_log_probs(
     """
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
-    problem = make_problem(TOKEN_LOG_PROBS, input, target, None, None, recipe)
+    problem = make_problem(LOG_PROBS, input, target, None, None, recipe)
     if problem.has_probabilities:
-        raise TypeError(
-            f"{TOKEN_LOG_PROBS}: target is {problem.target.dtype}; expected class indices"
-        )
-    refuse_forward_mode(TOKEN_LOG_PROBS, input)
+        raise TypeError(f"{LOG_PROBS}: target is {problem.target.dtype}; expected class indices")
+    refuse_forward_mode(LOG_PROBS, input)
     out: tuple[Tensor, ...]
     if torch.is_grad_enabled() and input.requires_grad:
         out = RowStatistics.apply(  # type: ignore[no-untyped-call]
             problem.input, problem.target, recipe, anchor(problem.input)
         )[:4]
     else:
-        _, _, *out, _ = operators.row_forward(  # type: ignore[assignment]
+        _, _, *stats, _ = operators.row_forward(
             problem.input.detach(), problem.target, None, None, None, *recipe, False, False, True
         )
+        out = tuple(stats)
     return TokenLogProbs(*(values.view(problem.shape) for values in out))
 
 
@@ -117,7 +116,7 @@ def linear_token_log_probs(
         ValueError, TypeError, IndexError: as `sgp.linear_cross_entropy`.
         RuntimeError: a second derivative.
     """
-    name = LINEAR_TOKEN_LOG_PROBS
+    name = LINEAR_LOG_PROBS
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
     check_chunk_rows(name, chunk_rows)
@@ -127,7 +126,7 @@ def linear_token_log_probs(
     refuse_forward_mode(name, input, linear_weight, linear_bias)
     head = linear_head(linear_weight, linear_bias, target, problem)
     o = head_options(problem, head, chunk_rows, need_stats=True)
-    shared = (problem.target, head.rows, head.count)
+    shared = (problem.target, head.rows, head.num_kept)
     out: tuple[Tensor, ...]
     if any(o.needs):
         out = HeadStatistics.apply(  # type: ignore[no-untyped-call]
@@ -135,8 +134,9 @@ def linear_token_log_probs(
         )[:4]
     else:
         bias = None if linear_bias is None else linear_bias.detach()
-        _, _, *out, _, _, _ = head_operators.head_forward(  # type: ignore[assignment]
+        _, _, *stats, _, _, _ = head_operators.head_forward(
             input.detach(), linear_weight.detach(), bias, *shared, None, None, None,
             *recipe, o.compute_dtype, o.chunk_rows, *o.needs, False, False, True,
         )  # fmt: skip
+        out = tuple(stats)
     return TokenLogProbs(*(values.view(problem.shape) for values in out))

@@ -31,7 +31,7 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> 
 
 
 def input_gradient(g: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """g (m, V) @ weight (V, D), accumulated in float32, in `dtype` (m, D)."""
+    """Product (m, D) = g (m, V) @ weight (V, D), accumulated in float32, in `dtype`."""
     if g.dtype == weight.dtype == dtype:
         return torch.mm(g, weight)
     if g.dtype == weight.dtype and _has_wide(g, "mm"):
