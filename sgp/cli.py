@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Fine-tune a small causal language model on prompt/completion pairs, once with PyTorch's "
-        "loss and once with sgp's, on the same batches; print both side by side and save the "
+        "loss and once with another, on the same batches; print both side by side and save the "
         "model, a picture of both loss curves and a summary. By default the data are the "
         "functions of the Python standard library."
     )
@@ -71,6 +71,13 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="PATH", help="folder or hub name of a causal model, else a tiny Llama")
     add("--steps", type=_count, default=60, metavar="N", help="optimizer steps")
     add("--batch-size", type=_count, default=4, metavar="B", help="sequences a step")
+    add(
+        "--loss",
+        choices=("pytorch", "sgp", "sgp-linear"),
+        default="sgp-linear",
+        help="of the second copy, which is saved: the usual loss (a control), sgp's on the kept "
+        "rows' logits, or sgp's with the head inside",
+    )
     add("--seed", type=int, default=0, help="of the weights and the order of the data")
     add("--out", type=Path, default=Path("sgp-out"), metavar="FOLDER", help="where files are saved")
     add("--max-length", type=_count, metavar="T", help="window in tokens, 128 if not given")
@@ -92,6 +99,7 @@ def _train(arguments: argparse.Namespace) -> int:
         out=arguments.out,
         max_length=arguments.max_length,
         lr=arguments.lr,
+        loss=arguments.loss,
     )
     try:
         return run(options)

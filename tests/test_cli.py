@@ -73,8 +73,8 @@ def test_arguments_reach_the_run(monkeypatch):
     calls = []
     monkeypatch.setattr(run, "run", lambda options: calls.append(options) or 0)
     words = "train --data d --model m --steps 7 --batch-size 3 --seed -1 --out o --max-length 9"
-    assert cli.main([*words.split(), "--lr", "1e-3"]) == 0
-    assert calls == [Options(Path("d"), "m", 7, 3, -1, Path("o"), 9, 1e-3)]
+    assert cli.main([*words.split(), "--lr", "1e-3", "--loss", "sgp"]) == 0
+    assert calls == [Options(Path("d"), "m", 7, 3, -1, Path("o"), 9, 1e-3, loss="sgp")]
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,7 @@ def test_arguments_reach_the_run(monkeypatch):
         ("--lr", "nan"),
         ("--lr", "inf"),
         ("--lr", "fast"),
+        ("--loss", "other"),
     ],
 )
 def test_bad_value_is_refused_and_repeated(option, value, capsys):
@@ -237,7 +238,7 @@ def test_whole_run(model, data, tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "1 line skipped: broken JSON (line 41)" in out
-    for text in ("kept)", "PyTorch, all rows", "sgp, kept rows", "held-out loss", "saved in"):
+    for text in ("kept)", "PyTorch, all rows", "sgp, linear head", "held-out loss", "saved in"):
         assert text in out
     assert "3/3" in err, "the progress bar"
     assert len(err.splitlines()) == 1, "nothing but the progress bar"
@@ -252,7 +253,7 @@ def test_ctrl_c_from_outside(model, data, tmp_path):
     """The signal comes at a time of its own choosing; the run ends with 130 and whole files."""
     process = start(model, data, tmp_path / "out", "--steps", "1000000")
     for line in process.stdout:
-        if line.startswith(" sgp, kept rows"):
+        if line.startswith(" sgp, linear head"):
             break  # the table of heads: what follows is the training
     try:
         process.communicate(timeout=2)

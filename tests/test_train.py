@@ -20,7 +20,7 @@ from sgp.train.batch import Example, collate
 from sgp.train.compare import Comparison, Row, compare
 from sgp.train.errors import UserError
 from sgp.train.interrupt import StopRequest
-from sgp.train.loop import Curves, make_learners, pytorch_loss, schedule, sgp_loss, train
+from sgp.train.loop import LOSSES, Curves, make_learners, pytorch_loss, schedule, train
 from sgp.train.memory import cpu_peak
 from sgp.train.model import check_head, load, save, split_model, tiny_llama
 from sgp.train.options import Options
@@ -134,7 +134,7 @@ def test_model_without_head_or_backbone_is_refused(model):
 # -- the two losses ---------------------------------------------------------------------------
 
 
-def test_both_losses_are_the_mean_over_output_tokens(model, batch, device):
+def test_every_loss_is_the_mean_over_output_tokens(model, batch, device):
     parts = split_model(model.to(device).eval())
     with torch.no_grad():
         log_prob = parts.head(parts.hidden(batch)).double().log_softmax(-1)
@@ -145,14 +145,16 @@ def test_both_losses_are_the_mean_over_output_tokens(model, batch, device):
         ]
         each = [-log_prob[r, c - 1, batch.input_ids[r, c]] for r, c in outputs]
     truth = float(torch.stack(each).mean())
-    for loss in (pytorch_loss, sgp_loss):
+    for loss, _ in LOSSES.values():
         mean, total = (loss(parts, batch, reduction).detach() for reduction in ("mean", "sum"))
         assert float(mean) == pytest.approx(truth, rel=1e-5)
         assert float(total) == pytest.approx(truth * len(each), rel=1e-5)
 
 
-def test_lockstep_trains_two_copies_alike(model, batch):
-    learners = make_learners(model, lr=1e-2, steps=10)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_lockstep_trains_two_copies_alike(loss, model, batch):
+    learners = make_learners(model, lr=1e-2, steps=10, loss=loss)
+    assert learners["sgp"].loss is LOSSES[loss][0]
     assert learners["sgp"].parts.model is model
     assert learners["pytorch"].parts.model is not model
     before = learners["sgp"].evaluate([batch])
@@ -160,6 +162,7 @@ def test_lockstep_trains_two_copies_alike(model, batch):
         curves = train(learners, iter([batch] * 20), steps=10, stop=stop)
     assert len(curves) == 10
     assert max(curves.differences) < 1e-4
+    assert loss != "pytorch" or max(curves.differences) == 0, "the control has no difference"
     assert curves.sgp[0] == pytest.approx(before, rel=1e-6)
     assert curves.sgp[-1] < before - 0.5, "did not learn"
     after = {name: learner.evaluate([batch]) for name, learner in learners.items()}
@@ -216,12 +219,13 @@ def test_comparison_measures_three_heads(model, batch, device):
     result = compare(split_model(model.to(device).eval()), batch)
     assert (result.num_tokens, result.num_kept, result.num_padding) == (21, 7, 6)
     assert (result.vocabulary, result.width) == (V, 16)
-    all_rows, kept_rows, of_sgp = result.rows
+    all_rows, kept_rows, of_sgp, linear = result.rows
     for row in result.rows:
         assert row.loss == pytest.approx(all_rows.loss, rel=1e-5)
         assert 0 <= row.loss_error < 1e-5
         assert 0 < row.gradient_error < 1e-4
         assert row.seconds > 0
+    assert linear.peak_bytes < all_rows.peak_bytes
     assert of_sgp.peak_bytes < all_rows.peak_bytes
     assert kept_rows.peak_bytes < all_rows.peak_bytes
 
@@ -277,7 +281,7 @@ def test_threads_are_at_most_the_free_cores_and_restored(free, count):
 def test_table_fits_a_narrow_terminal():
     from rich.console import Console
 
-    names = ("PyTorch, all rows", "PyTorch, kept rows", "sgp, kept rows")
+    names = ("PyTorch, all rows", "PyTorch, kept rows", "sgp, kept rows", "sgp, linear head")
     rows = [Row(name, 10.123456, 1.2e-7, 3.4e-7, 1.2345, 123_456_789_012) for name in names]
     rows[1] = rows[1]._replace(peak_bytes=None)
     comparison = Comparison(rows, 1000, 250, 100, 262_144, 4096)
@@ -302,7 +306,7 @@ def test_run_learns_and_writes_every_file(options, capsys):
     assert "80 functions" not in out
     assert "81 functions of the Python standard library" in out
     assert "1 pair with a context that fills the window of 128: skipped" in out
-    for text in ("% kept)", "sgp, kept rows", "held-out loss", "largest difference", "saved in"):
+    for text in ("% kept)", "sgp, linear head", "held-out loss", "largest difference", "saved in"):
         assert text in out
     written = summary(options)
     assert written["ended"] == "complete"
@@ -313,7 +317,7 @@ def test_run_learns_and_writes_every_file(options, capsys):
     assert after["sgp"] == pytest.approx(after["pytorch"], abs=1e-3)
     assert written["data"]["context_fills_window"] == 1
     assert written["data"]["train"] + written["data"]["held_out"] == 80
-    assert [row["name"] for row in written["head"]["rows"]][-1] == "sgp, kept rows"
+    assert [row["name"] for row in written["head"]["rows"]][-1] == "sgp, linear head"
     assert written["arguments"]["lr"] == 1e-2
     assert written["environment"]["versions"]["torch"] == metadata.version("torch")
     image = (options.out / "loss.png").read_bytes()
@@ -360,7 +364,7 @@ def interrupting(monkeypatch, action, at):
     from sgp.train import loop
 
     calls = []
-    original = loop.sgp_loss
+    original, name = loop.LOSSES["sgp-linear"]
 
     def loss(parts, batch, reduction="mean"):
         if reduction == "mean":
@@ -369,7 +373,7 @@ def interrupting(monkeypatch, action, at):
                 action()
         return original(parts, batch, reduction)
 
-    monkeypatch.setattr(loop, "sgp_loss", loss)
+    monkeypatch.setitem(loop.LOSSES, "sgp-linear", (loss, name))
 
 
 def press():

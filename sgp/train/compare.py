@@ -1,4 +1,4 @@
-"""One loss head on one real batch, three ways: loss, gradient error, time and peak memory."""
+"""One loss head on one real batch, four ways: loss, gradient error, time and peak memory."""
 
 import statistics
 import time
@@ -69,6 +69,11 @@ def sgp_rows(x: Inputs) -> Tensor:
     return sgp.cross_entropy(functional.linear(hidden, x.weight, x.bias), x.selection.target)
 
 
+def sgp_linear(x: Inputs) -> Tensor:
+    """The M kept rows with the head inside the loss."""
+    return sgp.linear_cross_entropy(x.hidden, x.weight, x.selection, linear_bias=x.bias)
+
+
 Head = Callable[[Inputs], Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]  # loss, d_hidden, d_weight
 
@@ -76,11 +81,12 @@ HEADS: dict[str, Head] = {
     "PyTorch, all rows": all_rows,
     "PyTorch, kept rows": kept_rows,
     "sgp, kept rows": sgp_rows,
+    "sgp, linear head": sgp_linear,
 }
 
 
 def compare(parts: Parts, batch: Batch) -> Comparison:
-    """Run the three heads forward and backward on a batch, from the model's hidden states.
+    """Run the four heads forward and backward on a batch, from the model's hidden states.
 
     Times are medians over repetitions in which the heads take turns, after one run of each that
     is not timed.

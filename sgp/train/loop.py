@@ -1,4 +1,4 @@
-"""Training in lockstep: the same model twice, the same batches, PyTorch's loss and sgp's."""
+"""Training in lockstep: the same model twice, the same batches, PyTorch's loss and another."""
 
 import copy
 import math
@@ -34,6 +34,25 @@ def sgp_loss(parts: Parts, batch: Batch, reduction: str = "mean") -> Tensor:
     """The same loss from the kept rows alone: gather the hidden states, then the head."""
     hidden = parts.hidden(batch).flatten(0, 1)[batch.selection.rows]  # (M, D)
     return sgp.cross_entropy(parts.head(hidden), batch.selection.target, reduction=reduction)
+
+
+def sgp_linear_loss(parts: Parts, batch: Batch, reduction: str = "mean") -> Tensor:
+    """The same loss with the head inside: no logits of the whole batch."""
+    return sgp.linear_cross_entropy(
+        parts.hidden(batch),
+        parts.head.weight,
+        batch.selection,
+        linear_bias=parts.head.bias,
+        reduction=reduction,
+    )
+
+
+# `--loss`, the loss itself, and its name in tables and pictures.
+LOSSES = {
+    "pytorch": (pytorch_loss, "PyTorch, all rows"),
+    "sgp": (sgp_loss, "sgp, kept rows"),
+    "sgp-linear": (sgp_linear_loss, "sgp, linear head"),
+}
 
 
 @dataclass
@@ -108,11 +127,20 @@ def schedule(step: int, steps: int) -> float:
     return 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2
 
 
-def make_learners(model: Any, *, lr: float, steps: int) -> dict[str, Learner]:
-    """Return two copies of one model that differ in their loss only; "sgp" has the original."""
+def make_learners(
+    model: Any, *, lr: float, steps: int, loss: str = "sgp-linear"
+) -> dict[str, Learner]:
+    """Return two copies of one model that differ in their loss only; "sgp" has the original.
+
+    Args:
+        model: Trained in place as "sgp", and as a copy with PyTorch's loss as "pytorch".
+        lr: Largest learning rate.
+        steps: Optimizer steps of the schedule.
+        loss: A key of LOSSES; "pytorch" makes a control, both copies with PyTorch's loss.
+    """
     return {
         "pytorch": Learner(copy.deepcopy(model), pytorch_loss, lr=lr, steps=steps),
-        "sgp": Learner(model, sgp_loss, lr=lr, steps=steps),
+        "sgp": Learner(model, LOSSES[loss][0], lr=lr, steps=steps),
     }
 
 

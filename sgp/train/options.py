@@ -22,6 +22,8 @@ class Options:
         lr: Largest learning rate; None: 4e-3 for the tiny Llama, 5e-5 for a given model.
         vocabulary: Size of the tokenizer trained on the standard library.
         hidden: Width D of the tiny Llama.
+        loss: "pytorch", "sgp" or "sgp-linear": of the model that is saved; PyTorch's is trained
+            beside it.
         library: Folder read in place of the standard library's.
     """
 
@@ -36,6 +38,7 @@ class Options:
     vocabulary: int = VOCABULARY
     hidden: int = HIDDEN
     library: Path | None = None
+    loss: str = "sgp-linear"
 
     @property
     def learning_rate(self) -> float:

@@ -4,13 +4,19 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sgp.train.loop import Curves
+from sgp.train.loop import LOSSES, Curves
 
 _PALE, _DARK, _HELD_OUT = "#f2b98a", "#1f3b73", "#2a7f62"
 
 
 def draw(
-    curves: Curves, path: Path, *, title: str, before: float | None, after: float | None
+    curves: Curves,
+    path: Path,
+    *,
+    title: str,
+    before: float | None,
+    after: float | None,
+    loss: str = "sgp-linear",
 ) -> None:
     """Draw the two curves above their difference, as a PNG.
 
@@ -20,6 +26,7 @@ def draw(
         title: One line about the run.
         before: Held-out loss before training, None to leave it out.
         after: Held-out loss afterwards, None to leave it out.
+        loss: The loss of the second curve, a key of LOSSES.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  # slow import
     from matplotlib.figure import Figure  # noqa: PLC0415  # slow import
@@ -30,10 +37,10 @@ def draw(
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     steps = range(1, len(curves) + 1)
     marker = "o" if len(curves) < 3 else None
-    top.plot(steps, curves.pytorch, color=_PALE, lw=6, marker=marker, label="PyTorch, all rows")
+    top.plot(steps, curves.pytorch, color=_PALE, lw=6, marker=marker, label=LOSSES["pytorch"][1])
     top.plot(
         steps, curves.sgp, color=_DARK, lw=1.4, ls=(0, (4, 2)), marker=marker, ms=3,
-        label="sgp, kept rows",
+        label=LOSSES[loss][1],
     )  # fmt: skip
     _mark_held_out(top, before, 0, "before")
     _mark_held_out(top, after, len(curves), "after")

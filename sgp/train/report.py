@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from sgp.train.compare import Comparison
-from sgp.train.loop import Curves
+from sgp.train.loop import LOSSES, Curves
 
 
 def comparison_heading(comparison: Comparison) -> str:
@@ -28,7 +28,7 @@ def comparison_heading(comparison: Comparison) -> str:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """Return the three heads as a table; the two ratios compare with the first row.
+    """Return the four heads as a table; the two ratios compare with the first row.
 
     It is at most 80 columns wide: what a pipe or a small window shows.
     """
@@ -55,10 +55,10 @@ def comparison_table(comparison: Comparison) -> Table:
     return table
 
 
-def held_out_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
-    """Return the held-out loss of both copies before and after training."""
+def held_out_table(before: Mapping[str, float], after: Mapping[str, float], loss: str) -> Table:
+    """Return the held-out loss of both copies before and after training; `loss` is `--loss`."""
     table = _table("trained with", "before", "after", "change")
-    for key, name in (("pytorch", "PyTorch, all rows"), ("sgp", "sgp, kept rows")):
+    for key, name in (("pytorch", LOSSES["pytorch"][1]), ("sgp", LOSSES[loss][1])):
         if key in after:
             change = f"{after[key] - before[key]:+.4f}"
             table.add_row(name, f"{before[key]:.4f}", f"{after[key]:.4f}", change)

@@ -39,7 +39,7 @@ class _Job(NamedTuple):
     batches: Iterator[Batch]
     held_out: list[Batch]
     comparison: Comparison
-    learners: dict[str, Learner]  # "pytorch" and "sgp"
+    learners: dict[str, Learner]  # "pytorch", and as "sgp" the loss of `--loss`
 
 
 class _Result(NamedTuple):
@@ -118,7 +118,9 @@ def _start(setup: Setup, options: Options, console: Console) -> _Job:
         collate(group, pad=pad).to(device)
         for group in grouped(setup.held_out[:_HELD_OUT_PAIRS], max(size, 8))
     ]
-    learners = make_learners(model, lr=options.learning_rate, steps=options.steps)
+    learners = make_learners(
+        model, lr=options.learning_rate, steps=options.steps, loss=options.loss
+    )
     return _Job(setup, device, chain([first], batches), held_out, comparison, learners)
 
 
@@ -137,7 +139,7 @@ def _train(job: _Job, options: Options, stop: StopRequest, errors: Console) -> C
 
         def on_step(number: int, of_pytorch: Tensor, of_sgp: Tensor) -> None:
             if number % every == 0 or number == options.steps:
-                text = f"loss: PyTorch {float(of_pytorch):.4f}, sgp {float(of_sgp):.4f}"
+                text = f"loss: PyTorch {float(of_pytorch):.4f}, {options.loss} {float(of_sgp):.4f}"
                 progress.update(task, losses=text)
             progress.update(task, completed=number)
 
@@ -161,6 +163,7 @@ def _write(job: _Job, options: Options, result: _Result, *, seconds: float) -> N
         ),
         before=result.before["sgp"],
         after=result.after.get("sgp"),
+        loss=options.loss,
     )
     arguments = {
         key: str(value) if isinstance(value, Path) else value
@@ -203,7 +206,7 @@ def _print(
         f"\nheld-out loss in nats per output token, on {min(all_held_out, _HELD_OUT_PAIRS)} of "
         f"{all_held_out} held-out pairs"
     )
-    console.print(report.held_out_table(result.before, result.after))
+    console.print(report.held_out_table(result.before, result.after, options.loss))
     console.print(
         f"largest difference of the two training losses: {max(curves.differences):.1e} nats "
         f"in {len(curves)} steps"
