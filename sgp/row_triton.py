@@ -17,6 +17,8 @@ from sgp.kernels.layout import Matrix, matrix
 from sgp.recipe import Recipe
 from sgp.row_torch import NOTHING, RowOutputs, Upstream
 
+LONG_ROW = 1 << 16  # elements
+
 
 def forward(
     logits: Tensor,
@@ -90,12 +92,22 @@ def backward(
 def multiply(dlogits: Tensor, target: Tensor | None, factor: Tensor, ignore_index: int) -> None:
     """Multiply the kept rows of dlogits by factor (0-d) in place; nothing happens for 1."""
     with _device(dlogits):
-        source = _matrix(dlogits)
-        V = dlogits.shape[-1]
+        matrix_of_rows = dlogits if target is not None else _long_rows(dlogits)
+        source = _matrix(matrix_of_rows)
+        V = matrix_of_rows.shape[-1]
         N = dlogits.numel() // max(1, V)
         launch.multiply(source, target, factor, N=N, V=V, ignore_index=ignore_index).launch()
-        if source.ptr is not dlogits:
-            dlogits.copy_(source.ptr)
+        if source.ptr is not matrix_of_rows:
+            matrix_of_rows.copy_(source.ptr)
+
+
+def _long_rows(x: Tensor) -> Tensor:
+    """A view of a contiguous matrix (V, D) with fewer and longer rows, for fewer programs."""
+    if x.dim() != 2 or not x.is_contiguous() or not x.numel():
+        return x
+    V, D = x.shape
+    together = next(k for k in range(max(1, LONG_ROW // D), 0, -1) if V % k == 0)
+    return x.view(V // together, together * D)
 
 
 class _Sink:
