@@ -21,7 +21,7 @@ from torch import Tensor
 from sgp import backend, chunks, products
 from sgp.operators import implementation
 from sgp.recipe import Recipe, accumulation_dtype
-from sgp.row_torch import RowOutputs, Upstream, new_outputs
+from sgp.row_torch import RowOutputs, Upstream, new_outputs, row_index
 
 
 class Needs(NamedTuple):
@@ -212,9 +212,10 @@ def _chunks(head: Head) -> Iterator[_Chunk]:
 
 def _gather(x: Tensor, rows: Tensor) -> Tensor:
     """A copy (m, D) of some rows of x (..., D), whose other rows are not read."""
-    if x.dim() == 2:
-        return x.index_select(0, rows)
-    return x[torch.unravel_index(rows, x.shape[:-1])]
+    if x.is_contiguous():
+        return x.view(-1, x.shape[-1]).index_select(0, rows)
+    x = x[None] if x.dim() == 1 else x
+    return x[row_index(x, rows)]
 
 
 def _place_of_gradient(head: Head, logits: Tensor) -> Tensor:

@@ -202,23 +202,30 @@ def _clear_ignored(dlogits: Tensor | None, target: Tensor, recipe: Recipe) -> Te
         if dlogits.is_contiguous():
             dlogits.view(-1, dlogits.shape[-1]).index_fill_(0, rows, 0.0)
         else:
-            dlogits[_index(dlogits, rows)] = 0.0
+            dlogits[row_index(dlogits, rows)] = 0.0
     return (~ignored).nonzero().squeeze(1)
 
 
-def _index(x: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
-    """Rows of the flattened leading dimensions, as an index that needs no contiguous x."""
-    return torch.unravel_index(rows, x.shape[:-1]) if x.dim() > 2 else (rows,)
+def row_index(x: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+    """Rows of the flattened leading dimensions, as an index that needs no contiguous x.
+
+    By arithmetic on the device: `torch.unravel_index` copies the shape there and waits.
+    """
+    index: tuple[Tensor, ...] = ()
+    for size in reversed(x.shape[1:-1]):
+        index = (rows % size, *index)
+        rows = rows // size
+    return (rows, *index)
 
 
 def _gather(x: Tensor, rows: Tensor) -> Tensor:
     """A copy (m, V) of some rows in the accumulation dtype."""
-    return x[_index(x, rows)].to(accumulation_dtype(x.dtype))
+    return x[row_index(x, rows)].to(accumulation_dtype(x.dtype))
 
 
 def _store(x: Tensor, rows: Rows, values: Tensor) -> None:
     if isinstance(rows, Tensor):
-        x[_index(x, rows)] = values.to(x.dtype)
+        x[row_index(x, rows)] = values.to(x.dtype)
     elif values.data_ptr() != x[rows].data_ptr():  # else computed in its place
         x[rows] = values
 

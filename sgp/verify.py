@@ -126,7 +126,8 @@ def run(*, quick: bool = False, output: pathlib.Path | None = None) -> int:
         console.print("sgp verify: Triton is not installed; there is no kernel to verify")
         return 2
     if output is not None and not output.absolute().parent.is_dir():
-        console.print(f"sgp verify: --output {output}: {output.absolute().parent} is no folder")
+        folder = output.absolute().parent
+        console.print(f"sgp verify: --output {output}: {folder} is no folder", soft_wrap=True)
         return 2
     before = os.environ.get("SGP_BACKEND")
     os.environ["SGP_BACKEND"] = "triton"  # an error where the kernels cannot run, never a fallback

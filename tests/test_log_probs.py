@@ -7,6 +7,7 @@ input's own dtype (oracle.py).
 # ruff: noqa: ARG001  (fixtures are asked for by name, for what they do)
 
 import math
+import os
 
 import pytest
 import torch
@@ -17,12 +18,14 @@ from torch.nn import functional as F
 import sgp
 from bench.interpreter import watch_accesses
 from sgp import head_operators, operators, row_triton
+from sgp.tolerance import bound
 from tests.oracle import assert_no_worse, relative_error
 
 IGNORE = -100
 INF, NAN = math.inf, math.nan
 FIELDS = ("log_prob", "entropy", "lse")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+DEPRECATED = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside PyTorch itself
 LINEAR = {False: "token_log_probs", True: "linear_token_log_probs"}
 BOTH = pytest.mark.parametrize("linear", LINEAR, ids=LINEAR.values())
 OPTIONS = {
@@ -79,45 +82,62 @@ def run(function, tensors, target, upstream, **options):
     return result, {name: leaf.grad for name, leaf in leaves.items()}
 
 
-def by_row(gradient, name, linear):
-    """A gradient with one row a token (or class), so that every token is held to the bound."""
-    if name == "linear_bias" or gradient.dim() == 1:
-        return gradient
-    return gradient if linear else gradient.movedim(1, -1)
+def assert_good(linear, value, plain, truth, *, interpreted=False):
+    """No worse than PyTorch in the same dtype, each row by itself; a head's sums as a whole.
+
+    A head has matmuls, which round differently for every number of rows (twice the error in
+    float32), and stores the logits' gradient in bf16 or fp16 (a rounding more).
+    """
+    assert truth.isfinite().all() or not linear, "the truth itself is not finite"
+    if value.dtype == torch.float64:  # PyTorch's 1 - tanh^2 of a saturated softcap loses 4 digits
+        assert relative_error(value, truth) < 1e-11
+    elif not linear:
+        assert_no_worse(value, plain, truth, interpreted=interpreted)
+    else:
+        ours, theirs = (relative_error(x.flatten(), truth.flatten()) for x in (value, plain))
+        limit = bound(theirs, value.dtype, interpreted=interpreted, roundings=2)
+        limit = 2 * limit if value.dtype == torch.float32 else limit
+        assert ours <= limit, (
+            f"relative error {ours:.3g}, PyTorch's {theirs:.3g}, bound {limit:.3g}"
+        )
 
 
-def check(linear, tensors, target, fields=FIELDS, *, interpreted=False, how=None, **options):
+def check(linear, tensors, target, fields=FIELDS, *, how=None, **options):
     """Values and gradients of ours against the reference's; returns ours.
 
     `how` are keywords that say how to compute, which the reference does not have.
     """
     ours, reference = functions(linear)
-    upstream = upstream_of(fields, target)
+    labels = target
+    if options.get("shift"):
+        labels = target.roll(-1, -1)
+        labels[..., -1] = IGNORE
+    upstream = upstream_of(fields, labels)
     wide = {name: x.double() for name, x in tensors.items()}
     truth = run(reference, wide, target, upstream, **options)
     plain = run(reference, tensors, target, upstream, **options)
     result, grads = run(ours, tensors, target, upstream, **options, **(how or {}))
     dtype = tensors["input"].dtype
     for name in FIELDS:
-        values = (getattr(r, name).detach()[..., None] for r in (result, plain[0], truth[0]))
-        value, plain_value, exact = values  # each token by itself
+        values = (getattr(r, name).detach() for r in (result, plain[0], truth[0]))
+        value, plain_value, exact = (x if linear else x[..., None] for x in values)
         assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        assert value.shape[:-1] == target.shape
-        assert_no_worse(value, plain_value, exact)
+        assert getattr(result, name).shape == target.shape
+        assert_good(linear, value, plain_value, exact)
     assert torch.equal(result.is_top1, truth[0].is_top1)
+    interpreted = os.environ["SGP_BACKEND"] == "triton"
     for name, gradient in grads.items():
         assert gradient.dtype == dtype
-        rows = (by_row(g[name], name, linear) for g in (grads, plain[1], truth[1]))
-        gradient, plain_gradient, exact = rows
-        special = (~exact.isfinite()).any()
-        assert not special, f"{name}: the truth itself is not finite"
-        assert_no_worse(gradient, plain_gradient, exact, interpreted=interpreted)
-    if isinstance(target, torch.Tensor) and "shift" not in options:
-        ignored = target == options.get("ignore_index", IGNORE)
-        rows = by_row(grads["input"], "input", linear)
+        found = (gradient, plain[1][name], truth[1][name])
+        if not linear and gradient.dim() > 1 and isinstance(target, torch.Tensor):
+            found = (g.movedim(1, -1) for g in found)
+        assert_good(linear, *found, interpreted=interpreted)
+    if isinstance(target, torch.Tensor):
+        rows = grads["input"] if linear else grads["input"].movedim(min(1, target.dim()), -1)
+        ignored = (labels == IGNORE).view(rows.shape[:-1])
         assert not bits(rows[ignored]).any(), "+0.0 in ignored rows, bit by bit"
         for values in result:
-            assert not values[ignored].any(), "zero, False, where ignored"
+            assert not values[labels == IGNORE].any(), "zero, False, where ignored"
     return result, grads
 
 
@@ -130,38 +150,51 @@ def bits(tensor):
 
 
 @BOTH
-@pytest.mark.parametrize("fields", [*FIELDS, FIELDS], ids=[*FIELDS, "together"])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_fields_alone_and_together(option, fields, linear, backend):
+def test_options(option, linear, backend):
     tensors, target = problem(linear, 6, 77, bias=True)
-    check(linear, tensors, target, fields, **OPTIONS[option])
+    check(linear, tensors, target, **OPTIONS[option])
 
 
 @BOTH
-@pytest.mark.parametrize("option", ["plain", "all"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("option", ["plain", "cold", "all"])
+def test_each_field_alone(option, field, linear, backend):
+    tensors, target = problem(linear, 6, 77, bias=True)
+    check(linear, tensors, target, field, **OPTIONS[option])
+
+
+VOCABULARIES = {
+    1: "log_prob and entropy are 0, and only lse has a gradient",
+    2: "the smallest that says anything",
+    7: "narrow accesses",
+    300: "one block, with padding",
+    8_193: "the smallest row that is streamed, three blocks of 4096 columns",
+    20_000: "three blocks of 8192 columns",
+}
+
+
+@BOTH
 @pytest.mark.parametrize(
-    "V",
+    ("dtype", "option"),
     [
-        1,  # log_prob and entropy are 0, and only lse has a gradient
-        2,
-        7,  # narrow accesses
-        300,
-        8_193,  # the smallest row that is streamed
-        20_000,  # three blocks of 8192
+        (torch.float64, "all"),
+        (torch.float32, "plain"),
+        (torch.float32, "all"),
+        (torch.bfloat16, "all"),
+        (torch.float16, "plain"),
     ],
+    ids=str,
 )
+@pytest.mark.parametrize("V", VOCABULARIES)
 def test_vocabulary_and_dtype(V, dtype, option, linear, backend):
-    tensors, target = problem(linear, 4, V, dtype)
+    tensors, target = problem(linear, 3, V, dtype)
     if dtype == torch.float64 and backend == "triton":
-        with pytest.raises(RuntimeError, match="not torch.float64"):
+        with pytest.raises(RuntimeError, match=r"not torch\.float64"):
             functions(linear)[0](**tensors, target=target)
         return
     target[2] = V - 1  # the last column of the last block
-    # Chunks of bf16 and fp16 logits' gradients are stored in that dtype: one rounding more.
-    result, grads = check(
-        linear, tensors, target, interpreted=backend == "triton", **OPTIONS[option]
-    )
+    result, _ = check(linear, tensors, target, **OPTIONS[option])
     if V == 1:
         assert not result.log_prob.any()
         assert not result.entropy.any()
@@ -174,10 +207,7 @@ def test_chunks(bias, dtype, chunk_rows, backend):
     if dtype == torch.float64 and backend == "triton":
         return
     tensors, target = problem(True, 8, 40, dtype, bias=bias, ignored=(0, 4, 5))
-    check(
-        True, tensors, target, interpreted=backend == "triton", how={"chunk_rows": chunk_rows},
-        temperature=0.7,
-    )  # fmt: skip
+    check(True, tensors, target, how={"chunk_rows": chunk_rows}, temperature=0.7)
 
 
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (3, 5, 2), (2, 5, 3, 2), (0, 5)], ids=str)
@@ -230,18 +260,11 @@ def test_selections(kind, linear, backend):
     tensors, _ = problem(linear, selection.num_tokens, 9)
     if kind == "two-dimensional":
         tensors["input"] = tensors["input"].view(2, 4, -1)
-    function, reference = functions(linear)
-    upstream = upstream_of(FIELDS, selection)
-    wide = {name: x.double() for name, x in tensors.items()}
-    truth = run(reference, wide, selection, upstream)
-    plain = run(reference, tensors, selection, upstream)
-    ours = run(function, tensors, selection, upstream)
-    for name in FIELDS:
-        value, plain_value, exact = (getattr(r[0], name) for r in (ours, plain, truth))
-        assert value.shape == selection.shape
-        assert_no_worse(value, plain_value, exact)
-    for name, gradient in ours[1].items():
-        assert_no_worse(gradient, plain[1][name], truth[1][name])
+    result, grads = check(linear, tensors, selection)
+    ignored = selection.dense_target == IGNORE
+    assert not grads["input"].view(len(ignored), -1)[ignored].any()
+    for values in result:
+        assert not values.view(-1)[ignored].any()
 
 
 @BOTH
@@ -265,8 +288,6 @@ def test_gradcheck(fields, linear, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_ignored_rows_may_hold_anything(dtype, linear, backend):
     tensors, target = problem(linear, 4, 9, dtype)
-    clean = run(functions(linear)[0], tensors, target, upstream_of(FIELDS, target))
-    torch.manual_seed(1)
     upstream = upstream_of(FIELDS, target)
     clean = run(functions(linear)[0], tensors, target, upstream)
     for poison in (NAN, INF, -INF):
@@ -331,14 +352,14 @@ def test_is_top1_of_equal_logits(backend):
 # -- infinities, offsets, near-certain targets -----------------------------------------------------
 
 EXTREME = {
-    "most -inf": lambda x, y: x.masked_fill(torch.rand(x.shape) < 0.9, -INF),
-    "first half -inf": lambda x, y: x.index_fill(1, torch.arange(x.shape[1] // 2), -INF),
-    "all but the target -inf": lambda x, y: torch.full_like(x, -INF),
-    "all but one other -inf": lambda x, y: torch.full_like(x, -INF).index_fill(
+    "most -inf": lambda x: x.masked_fill(torch.rand(x.shape) < 0.9, -INF),
+    "first half -inf": lambda x: x.index_fill(1, torch.arange(x.shape[1] // 2), -INF),
+    "all but the target -inf": lambda x: torch.full_like(x, -INF),
+    "all but one other -inf": lambda x: torch.full_like(x, -INF).index_fill(
         1, torch.tensor([x.shape[1] // 3]), 1.5
     ),
-    "+1000": lambda x, y: x + 1000,
-    "-1000": lambda x, y: x - 1000,
+    "+1000": lambda x: x + 1000,
+    "-1000": lambda x: x - 1000,
 }
 
 
@@ -350,7 +371,7 @@ def test_extreme_logits(case, fields, V, backend):
     target = torch.tensor([V - 1, IGNORE, V // 2, V - 7])
     logits = torch.randn(4, V).mul(64).round().div(64)
     kept = target.clamp(0)[:, None]
-    logits = EXTREME[case](logits, target).scatter(1, kept, logits.gather(1, kept))
+    logits = EXTREME[case](logits).scatter(1, kept, logits.gather(1, kept))
     if case.endswith("1000"):
         logits.scatter_add_(1, kept, torch.full((4, 1), float(case)))
     result, grads = check(False, {"input": logits}, target, fields)
@@ -456,11 +477,11 @@ def test_losses_of_preference_and_reward(loss, dtype, backend):
     truth = value_and_grads(reference, {name: x.double() for name, x in tensors.items()})
     plain = value_and_grads(reference, tensors)
     ours = value_and_grads(sgp.linear_token_log_probs, tensors)
-    assert_no_worse(ours[0], plain[0], truth[0])
+    assert_good(True, ours[0], plain[0], truth[0])
     for name, gradient in ours[1].items():
         assert gradient.any()
         exact, expected = truth[1][name], plain[1][name]
-        assert_no_worse(gradient, expected, exact, interpreted=backend == "triton")
+        assert_good(True, gradient, expected, exact, interpreted=backend == "triton")
     assert not ours[1]["input"][:, :2].any(), "context carries no gradient"
 
 
@@ -530,25 +551,28 @@ def test_second_derivative_raises(fields, linear, backend):
                 torch.autograd.grad(gradient.square().sum(), of, retain_graph=True)
 
 
+@DEPRECATED
 @BOTH
 def test_forward_mode_raises(linear, backend):
     tensors, target = problem(linear, 3, 5, bias=True)
     match = rf"sgp\.{LINEAR[linear]} has no forward-mode derivative"
     for name, x in tensors.items():
         for requires_grad in (False, True):
-            with forward_ad.dual_level(), pytest.raises(RuntimeError, match=match):
+            with forward_ad.dual_level():
                 dual = forward_ad.make_dual(x.clone().requires_grad_(requires_grad), x)
-                functions(linear)[0](**{**tensors, name: dual}, target=target)
+                with pytest.raises(RuntimeError, match=match):
+                    functions(linear)[0](**{**tensors, name: dual}, target=target)
         with pytest.raises(RuntimeError, match=match):
             func.jvp(
-                lambda x, name=name: functions(linear)[0](
-                    **{**tensors, name: x}, target=target
-                ).lse,
+                lambda x, name=name: (
+                    functions(linear)[0](**{**tensors, name: x}, target=target).lse
+                ),
                 (x,),
                 (x,),
             )
 
 
+@DEPRECATED
 @BOTH
 def test_function_transforms(linear, backend):
     tensors, target = problem(linear, 4, 9, bias=True)
@@ -562,12 +586,12 @@ def test_function_transforms(linear, backend):
 
     ours, reference = (func.grad(objective(f))(tensors) for f in functions(linear))
     for name, gradient in ours.items():
-        assert relative_error(gradient, reference[name]) < 1e-6, name
-    with pytest.raises(RuntimeError, match="vmap|no second derivative"):
+        assert relative_error(gradient, reference[name]) < 1e-5, name
+    with pytest.raises(RuntimeError, match=r"vmap|no second derivative"):
         func.hessian(objective(functions(linear)[0]))(tensors)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Dynamo uses what PyTorch deprecated
+@DEPRECATED
 @BOTH
 @pytest.mark.parametrize("kind", ["labels", "selection"])
 def test_compiled_is_eager_in_one_graph(kind, linear, backend):
@@ -613,9 +637,7 @@ def test_frozen_sides(trained, dtype, backend, monkeypatch):
     monkeypatch.setattr(
         head_operators, "head_backward", lambda *a: made.append(backward(*a)) or made[-1]
     )
-    leaves = {
-        name: x.requires_grad_(i in trained) for i, (name, x) in enumerate(tensors.items())
-    }
+    leaves = {name: x.requires_grad_(i in trained) for i, (name, x) in enumerate(tensors.items())}
     result = sgp.linear_token_log_probs(**leaves, target=target)
     torch.autograd.backward([getattr(result, name) for name in FIELDS], list(upstream.values()))
     for i, (name, leaf) in enumerate(leaves.items()):
@@ -647,29 +669,45 @@ def test_evaluation_is_one_operator_without_gradients(how, linear, backend, monk
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_autocast(weight_dtype, backend):
-    """The operands are rounded to bf16, the logits are not: no worse than PyTorch's own way."""
-    tensors, target = problem(True, 6, 50)
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(autocast_dtype, weight_dtype, backend):
+    """Operands in the autocast dtype, logits in float32, gradients in the tensors' own dtypes."""
+    tensors, target = problem(True, 6, 50, bias=True)
     tensors["linear_weight"] = tensors["linear_weight"].to(weight_dtype)
     upstream = upstream_of(FIELDS, target)
-
-    def pytorchs(input, linear_weight, target):  # noqa: A002
-        return sgp.reference.token_log_probs(F.linear(input, linear_weight), target)
-
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", autocast_dtype):
         ours = run(sgp.linear_token_log_probs, tensors, target, upstream)
-        plain = run(pytorchs, tensors, target, upstream)
-    wide = {name: x.double() for name, x in tensors.items()}
+    rounded = {
+        name: x if name == "linear_bias" else x.to(autocast_dtype).float()
+        for name, x in tensors.items()
+    }
+    plain = run(sgp.reference.linear_token_log_probs, rounded, target, upstream)
+    wide = {name: x.double() for name, x in rounded.items()}
     truth = run(sgp.reference.linear_token_log_probs, wide, target, upstream)
     for name in FIELDS:
-        value, plain_value, exact = (getattr(r[0], name) for r in (ours, plain, truth))
-        assert value.dtype == torch.float32
-        assert_no_worse(value, plain_value, exact)
+        values = (getattr(r[0], name).detach() for r in (ours, plain, truth))
+        assert_good(True, *values)
     for name, gradient in ours[1].items():
         assert gradient.dtype == tensors[name].dtype
-        assert relative_error(gradient.flatten(), truth[1][name].flatten()) <= 1.1 * relative_error(
-            plain[1][name].flatten(), truth[1][name].flatten()
-        ), name
+        coarser = max(autocast_dtype, gradient.dtype, key=lambda d: torch.finfo(d).eps)
+        pair = (gradient, plain[1][name].to(autocast_dtype).to(gradient.dtype))
+        ours_error, error = (relative_error(x.flatten(), truth[1][name].flatten()) for x in pair)
+        assert ours_error <= bound(error, coarser, interpreted=backend == "triton", roundings=2), (
+            name
+        )
+
+
+def test_autocast_logits(backend):
+    head, hidden = torch.randn(9, 5, requires_grad=True), torch.randn(3, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = F.linear(hidden, head)
+        result = sgp.token_log_probs(logits, torch.tensor([0, IGNORE, 8]))
+    truth = sgp.reference.token_log_probs(logits.double(), torch.tensor([0, IGNORE, 8]))
+    for name in FIELDS:
+        assert relative_error(getattr(result, name), getattr(truth, name)) < 1e-6
+    result.entropy.sum().backward()
+    assert head.grad.dtype == torch.float32
+    assert head.grad.isfinite().all()
 
 
 @BOTH
@@ -827,7 +865,7 @@ SHAPES = {
         True, {"input": (3, 2, 4), "linear_weight": (5, 4)}, (6,), {"shift": True},
     ),
     "no rows a chunk": (True, {"input": (3, 4), "linear_weight": (5, 4)}, (3,), {"chunk_rows": 0}),
-    "several dimensions of classes": (True, {"input": (3, 4), "linear_weight": (5, 2, 4)}, (3,), {}),
+    "a matrix a class": (True, {"input": (3, 4), "linear_weight": (5, 2, 4)}, (3,), {}),
 }  # fmt: skip
 
 
