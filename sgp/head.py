@@ -5,9 +5,10 @@ two matmuls more. Logits and their gradient share one buffer; nothing of size N 
 with several chunks nothing of size M x V. The row operations are those of the logits form; where
 they run as kernels the gradient is written in the matmul's dtype into the first half of each row.
 
-float16: the gradient of a chunk is made as if every row's factor (token weight, 1 / divisor,
-upstream) were at most 1 in size, and the factors multiply in float32 afterwards. With 1 / N folded
-in first, half of the off-target mass is flushed to zero at N = 32k.
+float16: the gradient of a chunk's logits is made as if every row's factor (token weight,
+1 / divisor, upstream) were 4096, far from overflow and underflow, and the factors multiply in
+float32 afterwards. With 1 / N folded in first, half of the off-target mass is flushed to zero at
+N = 32k; with 1, what has a probability below 6e-8 is.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from sgp import backend, chunks, products
 from sgp.operators import implementation
 from sgp.recipe import Recipe, accumulation_dtype
 from sgp.row_torch import RowOutputs, Upstream, new_outputs, row_index
+
+
+HALF_RANGE = 4096.0  # sixteen times below float16's largest number
 
 
 class Needs(NamedTuple):
@@ -133,7 +137,7 @@ def forward(
         here = new_outputs(logits, m, need_grad=False, need_saved=need_saved, need_stats=need_stats)
         g = _place_of_gradient(head, logits) if any(needs) else None
         weights = None if row_weight is None else row_weight[some]
-        factors = (weights, scale) if separate is None else (None, None)
+        factors = (weights, scale) if separate is None else (None, _half_scale(head))
         implementation(logits).forward(
             logits, g, head.target[some], head.class_weight, *factors, head.recipe, here,
             scratch=True,
@@ -286,25 +290,38 @@ class _Sums:
 
 
 def _all_factors(head: Head, row_weight: Tensor | None, scale: Tensor | None) -> Tensor:
-    """Row weight times scale of the kept rows, (M,)."""
+    """What the gradients of the kept rows, made with `_half_scale` alone, lack: (M,)."""
     factors = torch.ones_like(head.rows, dtype=torch.float32)
     if row_weight is not None:
         factors = row_weight[head.rows]
+    factors = factors / _half_scale(head)
     return factors if scale is None else factors * scale
+
+
+def _half_scale(head: Head) -> Tensor:
+    """What brings the largest gradient of a row of factor 1 near HALF_RANGE, ()."""
+    r = head.recipe
+    # d(score) / d(logit), and the z-loss term for a log-sum-exp of a hundred.
+    largest = abs(r.logit_scale) / r.temperature * (1 + 200 * abs(r.lse_square_scale))
+    scale = head.input.new_full((), HALF_RANGE / max(largest, 1e-3), dtype=torch.float32)
+    if head.class_weight is not None:
+        scale = scale / head.class_weight.abs().amax().clamp(min=1e-3)
+    return scale
 
 
 def _separate(
     head: Head, row_weight: Tensor | None, upstream: Upstream
 ) -> tuple[Tensor, Tensor | None, Upstream]:
-    """The size (M,) of each kept row's upstream gradients, and these divided by it (N,)."""
+    """What gradients of upstream gradients of one size lack (M,), and those of that size (N,)."""
     given = [x for x in (row_weight, upstream.lse, upstream.entropy) if x is not None]
     size = torch.stack(given).abs().amax(0)
     safe = torch.where(size == 0, 1, size)
+    scale = _half_scale(head)
 
     def divided(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x / safe
+        return None if x is None else x / safe * scale
 
     divided_upstream = Upstream(
         divided(upstream.lse), divided(upstream.entropy), upstream.entropy_value
     )
-    return size[head.rows], divided(row_weight), divided_upstream
+    return size[head.rows] / scale, divided(row_weight), divided_upstream
