@@ -97,6 +97,14 @@ def origins(
     return Origins(*(anchor(x) if x is not None and needed else None for x, needed in pairs))
 
 
+def _of_kept_rows(upstream: Tensor, target: Tensor, recipe: Recipe, d_input: Tensor) -> Tensor:
+    """Upstream gradients (N,) for d_input (..., D): 0 at ignored rows, which stay +0."""
+    if not d_input.numel():
+        return upstream.new_zeros(())
+    ignored = target == recipe.ignore_index
+    return upstream.masked_fill(ignored, 0).view(*d_input.shape[:-1], 1)
+
+
 def _give(
     name: str, gradients: tuple[Tensor, ...], needs: Needs, *anchors: Tensor | None
 ) -> tuple[Tensor | None, ...]:
@@ -153,9 +161,14 @@ class HeadScalarLoss(torch.autograd.Function):
         options: HeadOptions = ctx.options
         with torch.no_grad():
             if options.is_wide:
+                everywhere = upstream.expand(target.shape)
+                by_row = _of_kept_rows(everywhere, target, options.recipe, gradients[0])
+                factors = (by_row, upstream, upstream)
                 gradients = [
-                    (g * upstream).to(dtype) if needed else g
-                    for g, dtype, needed in zip(gradients, ctx.dtypes, options.needs, strict=True)
+                    (g * factor).to(dtype) if needed else g
+                    for g, factor, dtype, needed in zip(
+                        gradients, factors, ctx.dtypes, options.needs, strict=True
+                    )
                 ]
             else:
                 # Ignored rows of d_input are zero already and are not read.
@@ -223,9 +236,7 @@ class HeadRowLoss(torch.autograd.Function):
         gradients: tuple[Tensor, ...]
         with torch.no_grad():
             if ctx.scaled:
-                # An ignored row stays zero, whatever comes upstream.
-                ignored = tensors[3] == o.recipe.ignore_index
-                by_row = upstream.masked_fill(ignored, 0).view(*d_input.shape[:-1], 1)
+                by_row = _of_kept_rows(upstream, tensors[3], o.recipe, d_input)
                 gradients = ((d_input * by_row).to(ctx.dtype), saved, saved)
             else:
                 factor = upstream if row_weight is None else upstream * row_weight

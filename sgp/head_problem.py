@@ -118,7 +118,7 @@ def check_linear(
             raise ValueError(
                 f"{name}: input is on {input.device} and {label} on {value.device}; move one"
             )
-        if value.dtype != input.dtype and compute_dtype(input) == input.dtype:
+        if value.dtype != input.dtype and not (_is_cast(input) and _is_cast(value)):
             raise TypeError(
                 f"{name}: input is {input.dtype} and {label} {value.dtype}; convert one, or use "
                 "torch.autocast"
@@ -129,7 +129,9 @@ def check_linear(
 
 def compute_dtype(input: Tensor) -> torch.dtype:  # noqa: A002
     """Of the matmuls' operands: the autocast dtype where autocast is on, as for F.linear."""
-    device = input.device.type
-    if input.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return input.dtype
+    return torch.get_autocast_dtype(input.device.type) if _is_cast(input) else input.dtype
+
+
+def _is_cast(x: Tensor) -> bool:
+    """Whether autocast is on and converts x; it leaves float64 alone."""
+    return x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
