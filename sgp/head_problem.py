@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sgp.problem import (
+    INTEGERS,
     Problem,
     check_input_and_target,
     check_selection,
@@ -61,13 +62,16 @@ def make_head_problem(
     lead = tuple(input.shape[:-1])
     flat = (torch.Size(lead).numel(),)
     shape = tuple(target.shape)
-    expected = f"class indices of shape {lead}" + (f" or {flat}" if flat != lead else "")
     if shape not in (lead, flat):
         raise ValueError(
             f"{name}: input is {tuple(input.shape)} and target {shape} ({target.dtype}); expected "
-            f"{expected}"
+            f"class indices of shape {lead}" + (f" or {flat}" if flat != lead else "")
         )
-    rows = flat_indices(name, target, expected)
+    if target.dtype not in INTEGERS:
+        raise TypeError(
+            f"{name}: target is {target.dtype}; expected int64 class indices of shape {lead}"
+        )
+    rows = flat_indices(target)
     row_weight = flat_token_weight(name, token_weight, input, shape)
     if shift:
         if shape != lead or not lead:

@@ -12,6 +12,7 @@ from sgp.recipe import Recipe, accumulation_dtype
 from sgp.selection import IGNORE, Selection
 
 REDUCTIONS = ("none", "mean", "sum", "sequence_sum", "sequence_mean")
+INTEGERS = (torch.int64, torch.int32, torch.uint8, torch.int16, torch.int8)
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -71,11 +72,12 @@ def make_problem(
             )
         rows = target.movedim(class_dim, -1).reshape(-1, logits.shape[-1])
     else:
-        expected = (
-            f"int64 class indices of shape {lead} or floating-point class probabilities of shape "
-            f"{tuple(input.shape)}"
-        )
-        rows = flat_indices(name, target, expected)
+        if target.dtype not in INTEGERS:
+            raise TypeError(
+                f"{name}: target is {target.dtype}; expected int64 class indices of shape {lead} "
+                f"or floating-point class probabilities of shape {tuple(input.shape)}"
+            )
+        rows = flat_indices(target)
     return Problem(
         input=logits,
         target=rows,
@@ -88,10 +90,8 @@ def make_problem(
     )
 
 
-def flat_indices(name: str, target: Tensor, expected: str) -> Tensor:
+def flat_indices(target: Tensor) -> Tensor:
     """Class indices of any shape and integer dtype as (N,) int64."""
-    if target.dtype not in (torch.int64, torch.int32, torch.uint8, torch.int16, torch.int8):
-        raise TypeError(f"{name}: target is {target.dtype}; expected {expected}")
     return target.reshape(-1).to(torch.int64).contiguous()
 
 

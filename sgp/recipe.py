@@ -41,7 +41,7 @@ class Recipe(NamedTuple):
             ("logit_scale", self.logit_scale),
             ("lse_square_scale", self.lse_square_scale),
         ):
-            if not math.isfinite(value):
+            if not -math.inf < value < math.inf:  # compiled, math.isfinite breaks the graph
                 raise ValueError(f"{name}: {label} = {value}; expected a finite number")
         return self
 
