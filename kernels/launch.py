@@ -179,7 +179,7 @@ def multiply(
 ) -> Call:
     """Multiply the N rows of dlogits by factor (0-d, fp32, on the device), except ignored ones."""
     align = alignment(V, dlogits)
-    line = choose(V, plain=True, narrow=_is_narrow(align, dlogits))
+    line = choose(V, plain=True, narrow=_is_narrow(align, dlogits), form="auto")  # it has one form
     arguments = (dlogits, target, factor, ignore_index, V)
     constants = _constants(line, align, warp_size)
     return Call(multiply_rows, (N,), arguments, constants)

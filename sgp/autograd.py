@@ -84,13 +84,20 @@ def once(name: str, gradient: Tensor, *anchors: Tensor | None) -> Tensor:
 
 
 def saved_tensors(ctx: Any, name: str, what: str) -> tuple[Any, ...]:
-    """The saved tensors; our message where our own first backward has written over them."""
+    """The saved tensors of a backward that writes over them or hands them over; once only.
+
+    Autograd notices a second time by their versions, but not where hooks on saved tensors have
+    replaced them.
+    """
+    used = getattr(ctx, "used", False)
     try:
         saved = tuple(ctx.saved_tensors)
     except RuntimeError as error:
-        if getattr(ctx, "used", False) and "inplace operation" in str(error):
+        if used and "inplace operation" in str(error):
             raise RuntimeError(USED_UP.format(name=name, what=what)) from error
         raise
+    if used:
+        raise RuntimeError(USED_UP.format(name=name, what=what))
     if not torch.compiler.is_compiling():
         ctx.used = True
     return saved
@@ -175,8 +182,9 @@ class RowLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
             return (None,) * 8
-        logits, target, weight, row_weight, saved, origin = saved_tensors(
-            ctx, CROSS_ENTROPY, "loss with inplace=True"
+        what = "loss with inplace=True"
+        logits, target, weight, row_weight, saved, origin = (
+            saved_tensors(ctx, CROSS_ENTROPY, what) if ctx.inplace else ctx.saved_tensors
         )
         with torch.no_grad():
             factor = grads[0] if row_weight is None else grads[0] * row_weight

@@ -19,6 +19,7 @@ import numbers
 GPU_ROWS = 4096
 GPU_BYTES = 4 << 30
 CPU_BYTES = 256 << 20
+MOST_ROWS = 1 << 40  # an operator's argument is an int64
 TILE = 128  # rows of a matmul's tile: a chunk is a multiple of it where there are several
 
 
@@ -71,17 +72,37 @@ def matmul_flops(M: int, V: int, D: int, *, matmuls: int) -> int:
 
 
 def extra_bytes(
-    M: int, N: int, V: int, D: int, *, chunk_rows: int, itemsize: int, weight_grad: bool = True
+    M: int,
+    N: int,
+    V: int,
+    D: int,
+    *,
+    chunk_rows: int,
+    itemsize: int,
+    float16: bool = False,
+    autocast: bool = False,
 ) -> int:
     """Memory of `mean` or `sum` beyond the inputs and their gradients, in bytes.
 
-    With m rows a chunk: float32 logits `4 m V`; the gathered rows and their gradient
-    `2 m D itemsize`; for bf16 and fp16 weights, where there are several chunks, the float32
-    accumulator `4 V D`; and 4 bytes for each of the N losses.
-    On a CPU, which has no bf16 or fp16 matmul with a float32 result, slices of at most
-    `products.SLICE` elements come on top.
+    With m rows a chunk: float32 logits `4 m V`; the gathered rows `m D itemsize` and their float32
+    gradient `4 m D`; for weights of 2 bytes, where there are several chunks, the float32
+    accumulator `4 V D`; and 4 bytes for each of the N losses. float16 always has the accumulator,
+    and one of `4 N D` for the hidden states, because gradients wait in float32 for the loss
+    scaler's factor. Autocast has a copy of the weight, `2 V D`, in the matmuls' dtype.
+    On a CPU, which has no bf16 or fp16 matmul with a float32 result, two slices of at most
+    `products.SLICE` float32 elements come on top.
+
+    Args:
+        M, N, V, D: kept rows, all rows, classes, width.
+        chunk_rows: the most rows of logits at once.
+        itemsize: bytes of an element of the weight.
+        float16: whether the matmuls' operands are float16.
+        autocast: whether the weight is converted to them.
     """
     parts = split(M, chunk_rows)
     m = max((part.stop - part.start for part in parts), default=0)
-    accumulator = 4 * V * D if weight_grad and itemsize < 4 and len(parts) > 1 else 0
-    return 4 * m * V + 2 * m * D * itemsize + accumulator + 4 * N
+    operand = 2 if autocast else itemsize
+    accumulator = 4 * V * D if itemsize < 4 and (len(parts) > 1 or float16) else 0
+    waiting = 4 * N * D if float16 and itemsize < 4 else 0
+    copy = V * D * operand if autocast else 0
+    return 4 * m * V + m * D * (operand + 4) + accumulator + waiting + copy + 4 * N

@@ -10,7 +10,7 @@ from sgp.problem import Problem
 from sgp.reduction import reciprocal
 
 
-def mean_scale(name: str, problem: Problem, denominator: float | Tensor | None) -> Tensor:
+def scale_of_mean(name: str, problem: Problem, denominator: float | Tensor | None) -> Tensor:
     """1 / divisor, () in the accumulation dtype: of the denominator, or of the rows' weights."""
     p = problem
     if denominator is None:
@@ -20,6 +20,10 @@ def mean_scale(name: str, problem: Problem, denominator: float | Tensor | None) 
         return counted
     if not isinstance(denominator, Tensor):
         # Filled on the device: a copy from the host could not be captured in a CUDA graph.
-        scale = 1.0 / denominator if denominator else 0.0
-        return torch.full((), scale, dtype=p.dtype, device=p.input.device)
-    return reciprocal(denominator, p.dtype).to(p.input.device, non_blocking=True)
+        factor = 1.0 / denominator if denominator else 0.0
+        return torch.full((), factor, dtype=p.dtype, device=p.input.device)
+    scale: Tensor = reciprocal(denominator, p.dtype)
+    if scale.device.type == "cpu":
+        # A number on the CPU goes into a launch as an argument: nothing is copied or waited for.
+        return torch.ones((), dtype=p.dtype, device=p.input.device) * scale
+    return scale.to(p.input.device)

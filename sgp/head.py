@@ -13,7 +13,7 @@ N = 32k; with 1, what has a probability below 6e-8 is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,8 +24,8 @@ from sgp.operators import implementation
 from sgp.recipe import Recipe, accumulation_dtype
 from sgp.row_torch import RowOutputs, Upstream, new_outputs, row_index
 
-
 HALF_RANGE = 4096.0  # sixteen times below float16's largest number
+LEAST_FOLDED = 2.0**-12  # HALF_RANGE times this is 1
 
 
 class Needs(NamedTuple):
@@ -55,7 +55,7 @@ class Head(NamedTuple):
         return chunks.split(self.rows.numel(), self.chunk_rows)
 
     @property
-    def is_half_range(self) -> bool:
+    def is_half(self) -> bool:
         """Whether the operands are float16, in which row factors must not be folded."""
         return self.compute_dtype == torch.float16
 
@@ -124,32 +124,50 @@ def forward(
         wide: gradients in float32 although the operands are float16.
         need_saved, need_stats: which row outputs are wanted.
     """
-    zero = new_outputs(
-        head.input, head.target.numel(), need_grad=False, need_saved=need_saved,
-        need_stats=need_stats,
-    )  # fmt: skip
-    out = RowOutputs(*(values.zero_() for values in zero))
-    separate = _all_factors(head, row_weight, scale) if head.is_half_range and any(needs) else None
-    sums = _Sums(head, needs, separate, wide=wide)
-    for chunk in _chunks(head):
-        some, logits = chunk.rows, chunk.logits
-        m = some.numel()
-        here = new_outputs(logits, m, need_grad=False, need_saved=need_saved, need_stats=need_stats)
-        g = _place_of_gradient(head, logits) if any(needs) else None
-        weights = None if row_weight is None else row_weight[some]
-        factors = (weights, scale) if separate is None else (None, _half_scale(head))
-        implementation(logits).forward(
-            logits, g, head.target[some], head.class_weight, *factors, head.recipe, here,
-            scratch=True,
-        )  # fmt: skip
-        if separate is not None and weights is not None:
-            here.loss.mul_(weights)
-        for whole, values in zip(out[:-1], here[:-1], strict=True):
-            if whole.numel():
-                whole.index_copy_(0, some, values)
-        if g is not None:
-            sums.add(chunk, g)
+    N = head.target.numel()
+    out = new_outputs(head.input, N, need_grad=False, need_saved=need_saved, need_stats=need_stats)
+    out = RowOutputs(*(values.zero_() for values in out))
+    factors = _Factors.of_forward(head, row_weight, scale) if head.is_half and any(needs) else None
+    sums = _Sums(head, needs, factors, wide=wide)
+    used = sums if any(needs) else None
+
+    def one(chunk: _Chunk) -> None:
+        _forward_chunk(head, chunk, row_weight, scale, factors, out, used)
+
+    _each_chunk(head, one)
     return out, sums.finish()
+
+
+def _forward_chunk(
+    head: Head,
+    chunk: _Chunk,
+    row_weight: Tensor | None,
+    scale: Tensor | None,
+    factors: _Factors | None,
+    out: RowOutputs,
+    sums: _Sums | None,
+) -> None:
+    """Fill the chunk's rows of `out`, and add its gradients to `sums` where there are any."""
+    some, logits = chunk.rows, chunk.logits
+    here = new_outputs(
+        logits, some.numel(), need_grad=False, need_saved=out.saved.numel() > 0,
+        need_stats=out.lse.numel() > 0,
+    )  # fmt: skip
+    g = None if sums is None else _place_of_gradient(head, logits)
+    weights = None if row_weight is None else row_weight[some]
+    of_rows = (weights, scale)
+    if factors is not None:
+        of_rows = (factors.folded[chunk.part], factors.scale)
+    implementation(logits).forward(
+        logits, g, head.target[some], head.class_weight, *of_rows, head.recipe, here, scratch=True
+    )
+    if factors is not None:  # the loss was multiplied by what is folded into its gradient
+        here.loss.mul_(factors.of_loss(weights, chunk.part))
+    for whole, values in zip(out[:-1], here[:-1], strict=True):
+        if whole.numel():
+            whole.index_copy_(0, some, values)
+    if sums is not None and g is not None:
+        sums.add(chunk, g)
 
 
 def backward(
@@ -168,11 +186,12 @@ def backward(
         upstream: those of the statistics.
         needs: which gradients are wanted.
     """
-    separate = None
-    if head.is_half_range:
-        separate, row_weight, upstream = _separate(head, row_weight, upstream)
-    sums = _Sums(head, needs, separate, wide=False)
-    for chunk in _chunks(head):
+    factors = None
+    if head.is_half:
+        factors, row_weight, upstream = _Factors.of_backward(head, row_weight, upstream)
+    sums = _Sums(head, needs, factors, wide=False)
+
+    def one(chunk: _Chunk) -> None:
         some, logits = chunk.rows, chunk.logits
         g = _place_of_gradient(head, logits)
         implementation(logits).backward(
@@ -186,6 +205,8 @@ def backward(
             Upstream(*(None if values is None else values[some] for values in upstream)),
         )
         sums.add(chunk, g)
+
+    _each_chunk(head, one)
     return sums.finish()
 
 
@@ -199,8 +220,8 @@ class _Chunk(NamedTuple):
     logits: Tensor  # (m, V) float32 or float64
 
 
-def _chunks(head: Head) -> Iterator[_Chunk]:
-    """Every chunk with its logits, which share one buffer."""
+def _each_chunk(head: Head, do: Callable[[_Chunk], None]) -> None:
+    """Call `do` with every chunk. The logits share one buffer, which is gone when this returns."""
     V = head.weight.shape[0]
     parts = head.parts
     weight = head.weight.to(head.compute_dtype)  # a copy under autocast only
@@ -211,7 +232,7 @@ def _chunks(head: Head) -> Iterator[_Chunk]:
         hidden = _gather(head.input, rows).to(head.compute_dtype)
         logits = buffer[: rows.numel()]
         products.logits(hidden, weight, head.bias, logits)
-        yield _Chunk(part, rows, hidden, weight, logits)
+        do(_Chunk(part, rows, hidden, weight, logits))
 
 
 def _gather(x: Tensor, rows: Tensor) -> Tensor:
@@ -223,79 +244,74 @@ def _gather(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def _place_of_gradient(head: Head, logits: Tensor) -> Tensor:
-    """Where the gradient of the logits (m, V) goes: over them, in the matmul's dtype.
+    """Where the gradient of the logits (m, V) goes, in the matmul's dtype.
 
-    PyTorch's operators on a CPU keep float32, in which its matmuls are done.
+    The kernels write it over the logits. PyTorch's operators cannot, in another dtype: on a GPU it
+    gets a tensor of its own; on a CPU it stays float32, in which the matmuls are done there.
     """
-    narrow = logits.is_cuda or backend.choose(logits.device, logits.dtype) == "triton"
-    if head.compute_dtype == logits.dtype or not narrow:
+    if head.compute_dtype == logits.dtype:
         return logits
-    return logits.view(head.compute_dtype)[:, : logits.shape[1]]
+    if backend.choose(logits.device, logits.dtype) == "triton":
+        return logits.view(head.compute_dtype)[:, : logits.shape[1]]
+    return torch.empty_like(logits, dtype=head.compute_dtype) if logits.is_cuda else logits
 
 
-class _Sums:
-    """The gradients of a head, summed over chunks."""
+class _Factors(NamedTuple):
+    """How the row factors of a float16 head are shared out, each (M,) for the kept rows.
 
-    def __init__(self, head: Head, needs: Needs, separate: Tensor | None, *, wide: bool) -> None:
-        self.needs = needs
-        self.dtypes = gradient_dtypes(head.input, head.weight, head.bias, wide=wide)
-        exact = accumulation_dtype(head.compute_dtype)
-        several = len(head.parts) != 1 or separate is not None
-        self.d_input = _new(head.input, needs.input, self.dtypes[0], head.input).zero_()
-        self.d_weight = _new(
-            head.weight, needs.weight, exact if several else self.dtypes[1], head.input
-        )
-        self.d_bias = _new(head.bias, needs.bias, exact, head.input).zero_()
-        if not head.parts:
-            self.d_weight.zero_()
-        # Row factors (M,) that the logits' gradient lacks, as the largest and shares of it.
-        self.separate, self.largest, self.share = separate, None, None
-        if separate is not None and separate.numel():
-            self.largest = separate.abs().amax()
-            self.share = separate / torch.where(self.largest == 0, 1, self.largest)
+    The factor of a row is `largest * share`. The gradient of the logits gets `scale * folded`, the
+    hidden states of the weight's gradient get `share / folded`; what is missing in `d_input` is
+    `rest`, in `d_weight` and `d_bias` it is `largest / scale`. With the square root of its share
+    folded into either side, a row keeps its digits when another one has ten million times its
+    factor.
+    """
 
-    def add(self, chunk: _Chunk, g: Tensor) -> None:
-        """One chunk more, from the gradient g (m, V) of its logits."""
-        part, hidden = chunk.part, chunk.hidden
-        if self.needs.input:
-            self._put_input(chunk, g)
-        share = None if self.share is None else self.share[part, None]
-        if self.needs.weight:
-            if share is not None:
-                hidden = (hidden * share).to(hidden.dtype)
-            products.add_weight_gradient(g, hidden, self.d_weight, first=part.start == 0)
-        if self.needs.bias:
-            if share is None:
-                self.d_bias += g.sum(0, dtype=self.d_bias.dtype)
-            else:
-                column = self.d_bias[:, None]
-                products.add_weight_gradient(g, share.to(hidden.dtype), column, first=False)
+    folded: Tensor
+    share: Tensor
+    largest: Tensor  # ()
+    scale: Tensor  # ()
 
-    def _put_input(self, chunk: _Chunk, g: Tensor) -> None:
-        if self.separate is None:
-            values = products.input_gradient(g, chunk.weight, self.d_input.dtype)
-        else:
-            values = products.input_gradient(g, chunk.weight, torch.float32)
-            values = (values * self.separate[chunk.part, None]).to(self.d_input.dtype)
-        self.d_input.view(-1, self.d_input.shape[-1]).index_copy_(0, chunk.rows, values)
+    @property
+    def rest(self) -> Tensor:
+        """Factors (M,) that d_input lacks."""
+        return self.share / self.folded * (self.largest / self.scale)
 
-    def finish(self) -> Gradients:
-        """The sums in the dtypes that were promised."""
-        if self.largest is not None:
-            self.d_weight *= self.largest
-            self.d_bias *= self.largest
-        return Gradients(
-            self.d_input, self.d_weight.to(self.dtypes[1]), self.d_bias.to(self.dtypes[2])
-        )
+    def of_loss(self, weights: Tensor | None, part: slice) -> Tensor:
+        """What turns a loss that was multiplied by `folded` into the one that is asked for."""
+        return (1 if weights is None else weights) / self.folded[part]
 
+    @staticmethod
+    def make(head: Head, factors: Tensor) -> _Factors:
+        """Share out the factors (M,)."""
+        largest = factors.abs().amax() if factors.numel() else factors.new_ones(())
+        share = factors / torch.where(largest == 0, 1, largest)
+        folded = share.abs().sqrt().clamp(min=LEAST_FOLDED)
+        return _Factors(folded, share, largest, _half_scale(head))
 
-def _all_factors(head: Head, row_weight: Tensor | None, scale: Tensor | None) -> Tensor:
-    """What the gradients of the kept rows, made with `_half_scale` alone, lack: (M,)."""
-    factors = torch.ones_like(head.rows, dtype=torch.float32)
-    if row_weight is not None:
-        factors = row_weight[head.rows]
-    factors = factors / _half_scale(head)
-    return factors if scale is None else factors * scale
+    @staticmethod
+    def of_forward(head: Head, row_weight: Tensor | None, scale: Tensor | None) -> _Factors:
+        """Row weight times scale."""
+        factors = torch.ones_like(head.rows, dtype=torch.float32)
+        if row_weight is not None:
+            factors = row_weight[head.rows]
+        return _Factors.make(head, factors if scale is None else factors * scale)
+
+    @staticmethod
+    def of_backward(
+        head: Head, row_weight: Tensor | None, upstream: Upstream
+    ) -> tuple[_Factors, Tensor | None, Upstream]:
+        """The sizes of the upstream gradients, and these (N,) with `scale * folded` instead."""
+        given = [x for x in (row_weight, upstream.lse, upstream.entropy) if x is not None]
+        size = torch.stack(given).abs().amax(0)
+        factors = _Factors.make(head, size[head.rows])
+        of_row = torch.zeros_like(size).index_copy_(0, head.rows, factors.folded)
+        safe = torch.where(size == 0, 1, size)
+
+        def instead(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x / safe * (of_row * factors.scale)
+
+        changed = Upstream(instead(upstream.lse), instead(upstream.entropy), upstream.entropy_value)
+        return factors, instead(row_weight), changed
 
 
 def _half_scale(head: Head) -> Tensor:
@@ -305,23 +321,60 @@ def _half_scale(head: Head) -> Tensor:
     largest = abs(r.logit_scale) / r.temperature * (1 + 200 * abs(r.lse_square_scale))
     scale = head.input.new_full((), HALF_RANGE / max(largest, 1e-3), dtype=torch.float32)
     if head.class_weight is not None:
-        scale = scale / head.class_weight.abs().amax().clamp(min=1e-3)
+        top = head.class_weight.abs().amax()
+        scale = scale / torch.where(top == 0, 1, top)
     return scale
 
 
-def _separate(
-    head: Head, row_weight: Tensor | None, upstream: Upstream
-) -> tuple[Tensor, Tensor | None, Upstream]:
-    """What gradients of upstream gradients of one size lack (M,), and those of that size (N,)."""
-    given = [x for x in (row_weight, upstream.lse, upstream.entropy) if x is not None]
-    size = torch.stack(given).abs().amax(0)
-    safe = torch.where(size == 0, 1, size)
-    scale = _half_scale(head)
+class _Sums:
+    """The gradients of a head, summed over chunks."""
 
-    def divided(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x / safe * scale
+    def __init__(self, head: Head, needs: Needs, factors: _Factors | None, *, wide: bool) -> None:
+        self.needs, self.factors = needs, factors
+        self.dtypes = gradient_dtypes(head.input, head.weight, head.bias, wide=wide)
+        exact = accumulation_dtype(head.compute_dtype)
+        # One chunk may write bf16 at once, where that is what the matmul makes.
+        at_once = len(head.parts) == 1 and factors is None and self.dtypes[1] == head.compute_dtype
+        self.d_input = _new(head.input, needs.input, self.dtypes[0], head.input).zero_()
+        self.d_weight = _new(
+            head.weight, needs.weight, self.dtypes[1] if at_once else exact, head.input
+        )
+        self.d_bias = _new(head.bias, needs.bias, exact, head.input).zero_()
+        if not head.parts:
+            self.d_weight.zero_()
 
-    divided_upstream = Upstream(
-        divided(upstream.lse), divided(upstream.entropy), upstream.entropy_value
-    )
-    return size[head.rows] / scale, divided(row_weight), divided_upstream
+    def add(self, chunk: _Chunk, g: Tensor) -> None:
+        """One chunk more, from the gradient g (m, V) of its logits."""
+        hidden, f, share = chunk.hidden, self.factors, None
+        rest = None
+        if f is not None:
+            rest = f.rest[chunk.part, None]
+            share = (f.share / f.folded)[chunk.part, None]
+        if self.needs.input:
+            if rest is None:
+                values = products.input_gradient(g, chunk.weight, self.d_input.dtype)
+            else:
+                values = products.input_gradient(g, chunk.weight, torch.float32)
+                values = (values * rest).to(self.d_input.dtype)
+            D = hidden.shape[1]
+            self.d_input.view(-1, D).index_copy_(0, chunk.rows, values)
+        if self.needs.weight:
+            weighted = hidden if share is None else (hidden * share).to(hidden.dtype)
+            first = chunk.part.start == 0
+            products.add_weight_gradient(g, weighted, self.d_weight, first=first)
+        if self.needs.bias:
+            if share is None:
+                self.d_bias += g.sum(0, dtype=self.d_bias.dtype)
+            else:
+                column = self.d_bias[:, None]
+                products.add_weight_gradient(g, share.to(hidden.dtype), column, first=False)
+
+    def finish(self) -> Gradients:
+        """The sums in the dtypes that were promised."""
+        if self.factors is not None:
+            missing = self.factors.largest / self.factors.scale
+            self.d_weight *= missing
+            self.d_bias *= missing
+        return Gradients(
+            self.d_input, self.d_weight.to(self.dtypes[1]), self.d_bias.to(self.dtypes[2])
+        )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sgp import head_operators, operators
 from sgp.autograd import anchor, once, row_upstream, saved_tensors
-from sgp.chunks import default_chunk_rows
+from sgp.chunks import MOST_ROWS, default_chunk_rows
 from sgp.head import Needs
 from sgp.head_problem import compute_dtype
 from sgp.problem import Problem
@@ -73,7 +73,7 @@ def head_options(
     return HeadOptions(
         recipe=problem.recipe,
         compute_dtype=compute_dtype(x),
-        chunk_rows=chunk_rows or default_chunk_rows(V, x.device.type),
+        chunk_rows=min(chunk_rows or default_chunk_rows(V, x.device.type), MOST_ROWS),
         needs=Needs(needed(x), needed(head.weight), needed(head.bias)),
         need_stats=need_stats,
     )
@@ -160,26 +160,16 @@ class HeadScalarLoss(torch.autograd.Function):
         )
         options: HeadOptions = ctx.options
         with torch.no_grad():
+            # Ignored rows of d_input are zero already and are not read.
+            targets = (target, None, None)
+            gradients = [g.detach() for g in gradients]
+            for g, rows, needed in zip(gradients, targets, options.needs, strict=True):
+                if needed:
+                    matrix = g if g.dim() > 1 else g[None]
+                    operators.multiply_rows_(matrix, rows, upstream, options.recipe.ignore_index)
             if options.is_wide:
-                everywhere = upstream.expand(target.shape)
-                by_row = _of_kept_rows(everywhere, target, options.recipe, gradients[0])
-                factors = (by_row, upstream, upstream)
-                gradients = [
-                    (g * factor).to(dtype) if needed else g
-                    for g, factor, dtype, needed in zip(
-                        gradients, factors, ctx.dtypes, options.needs, strict=True
-                    )
-                ]
-            else:
-                # Ignored rows of d_input are zero already and are not read.
-                targets = (target, None, None)
-                gradients = [g.detach() for g in gradients]
-                for g, rows, needed in zip(gradients, targets, options.needs, strict=True):
-                    if needed:
-                        matrix = g if g.dim() > 1 else g[None]
-                        operators.multiply_rows_(
-                            matrix, rows, upstream, options.recipe.ignore_index
-                        )
+                pairs = zip(gradients, ctx.dtypes, strict=True)
+                gradients = [g if dtype is None else g.to(dtype) for g, dtype in pairs]
         anchors = (of_input, of_weight, of_bias, upstream)
         given = _give(LINEAR_CROSS_ENTROPY, tuple(gradients), options.needs, *anchors)
         return *given, *(None,) * 10

@@ -23,7 +23,12 @@ RowsAndGradients = tuple[
 ]  # loss, saved, log_prob, entropy, lse, is_top1; gradients of input, weight, bias
 
 
-@torch.library.custom_op("sgp::kept_rows", mutates_args=())
+# The number of kept rows is read on the host: a captured graph would replay the number of its
+# capture, so compiled CUDA graphs must leave these operators out.
+TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
+
+
+@torch.library.custom_op("sgp::kept_rows", mutates_args=(), tags=TAGS)
 def kept_rows(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """(rows of the target (N,) that are not ignored, padded to N; their number () on the CPU).
 
@@ -40,7 +45,7 @@ def _(target: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return target.new_empty(target.shape), torch.empty((), dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("sgp::head_forward", mutates_args=())
+@torch.library.custom_op("sgp::head_forward", mutates_args=(), tags=TAGS)
 def head_forward(
     input: Tensor,  # noqa: A002
     linear_weight: Tensor,
@@ -112,7 +117,7 @@ def _(
     return *out[:-1], *gradients
 
 
-@torch.library.custom_op("sgp::head_backward", mutates_args=())
+@torch.library.custom_op("sgp::head_backward", mutates_args=(), tags=TAGS)
 def head_backward(
     input: Tensor,  # noqa: A002
     linear_weight: Tensor,

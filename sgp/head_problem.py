@@ -39,6 +39,11 @@ def make_head_problem(
     check_input_and_target(name, input, target)
     recipe.check(name)
     check_linear(name, input, linear_weight, linear_bias)
+    if linear_weight.dim() != 2:
+        raise ValueError(
+            f"{name}: linear_weight is {tuple(linear_weight.shape)}; expected (V, D) = "
+            f"(V, {input.shape[-1]})"
+        )
     V = linear_weight.shape[0]
     weight = class_weight(name, weight, input, V)
     if isinstance(target, Selection):
@@ -108,6 +113,11 @@ def check_linear(
             f"{name}: input is {tuple(input.shape)} and linear_weight "
             f"{tuple(linear_weight.shape)}; expected (..., D) and (V, D)"
         )
+    if linear_weight.numel() == 0:
+        raise ValueError(
+            f"{name}: linear_weight is {tuple(linear_weight.shape)}; expected at least one class "
+            "and one feature"
+        )
     if linear_bias is not None:
         check_tensor(name, "linear_bias", linear_bias)
         given.append(("linear_bias", linear_bias))
@@ -138,4 +148,6 @@ def compute_dtype(input: Tensor) -> torch.dtype:  # noqa: A002
 
 def _is_cast(x: Tensor) -> bool:
     """Whether autocast is on and converts x; it leaves float64 alone."""
-    return x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
+    device = x.device.type
+    has_autocast = torch.amp.is_autocast_available(device)
+    return x.dtype != torch.float64 and has_autocast and torch.is_autocast_enabled(device)

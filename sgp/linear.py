@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from sgp import head_operators
 from sgp.autograd import refuse_forward_mode
 from sgp.chunks import check_chunk_rows
-from sgp.divisor import mean_scale
+from sgp.divisor import scale_of_mean
 from sgp.head_autograd import (
     LINEAR_CROSS_ENTROPY,
     HeadOptions,
@@ -25,7 +25,7 @@ from sgp.head_autograd import (
 )
 from sgp.head_problem import check_linear, make_head_problem
 from sgp.losses import cross_entropy
-from sgp.problem import Problem, check_input_and_target
+from sgp.problem import Problem, check_input_and_target, check_tensor
 from sgp.recipe import Recipe
 from sgp.reduction import check_reduction, reduce_rows
 from sgp.reference import TokenLogProbs
@@ -126,10 +126,11 @@ def linear_cross_entropy(
         target: class indices of `input`'s leading shape, or flattened to (N,); or a Selection of N
             tokens. Labels on a GPU cost one wait for the device, which counts them; a Selection
             costs none. Class probabilities, and PyTorch's K-dimensional `linear_weight`
-            (V, d1, ..., D), run `F.linear` and `cross_entropy` on whole logits.
+            (V, d1, ..., D), run `F.linear` and `cross_entropy` on whole logits of every row.
         linear_bias: (V,) or None.
         weight, ignore_index, reduction, label_smoothing, token_weight, denominator, softcap,
-            logit_scale, lse_square_scale: as in `cross_entropy`.
+            logit_scale, lse_square_scale: as in `cross_entropy`. Compiled, a Python number that
+            changes from call to call makes a graph for each value: pass a denominator as a tensor.
         shift: labels[..., t] is token t itself (Hugging Face's convention), so the row before it
             predicts it; labels and weights are moved, `input` is not.
         chunk_rows: the most rows of logits held at once, `4 V` bytes each. None: 4096, fewer where
@@ -142,10 +143,11 @@ def linear_cross_entropy(
 
     Cost: matmuls take `6 M V D` floating-point operations with gradients for "mean" and "sum",
     `4 M V D` with one side frozen, `2 M V D` without gradients. Reductions with an upstream
-    gradient a token or a sequence make the logits again in backward: `8 M V D` (`4 M V D` where
-    only `input` requires grad). Memory beyond inputs and gradients: `4 chunk_rows V` bytes of
-    logits and, for a bf16 or fp16 `linear_weight` and several chunks, `4 V D` bytes in which its
-    gradient is summed; the rest is in `sgp.chunks.extra_bytes`.
+    gradient a token or a sequence make the logits again in backward: `8 M V D`, `6 M V D` where
+    only `linear_weight` requires grad, `4 M V D` where only `input` does. Memory beyond inputs and
+    gradients: `4 chunk_rows V` bytes of logits and, for a bf16 or fp16 `linear_weight` and several
+    chunks, `4 V D` bytes in which its gradient is summed; the rest, float16 and autocast included,
+    is in `sgp.chunks.extra_bytes`.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or constants that do not fit.
@@ -174,7 +176,7 @@ def linear_cross_entropy(
     problem = make_head_problem(
         NAME, input, linear_weight, linear_bias, target, weight, token_weight, recipe, shift=shift
     )
-    scale = mean_scale(NAME, problem, denominator) if reduction == "mean" else None
+    scale = scale_of_mean(NAME, problem, denominator) if reduction == "mean" else None
     head = linear_head(linear_weight, linear_bias, target, problem)
     chosen = head_options(problem, head, chunk_rows, need_stats=return_stats)
     if (
@@ -237,17 +239,19 @@ def _whole_logits(
     if shift or isinstance(target, Selection):
         raise ValueError(
             f"{NAME}: shift and Selection need class indices and a linear_weight (V, D); got "
-            f"linear_weight {tuple(linear_weight.shape)} and shift={shift}"
+            f"linear_weight {tuple(linear_weight.shape)}, shift={shift} and a target "
+            f"{tuple(target.shape)}"
+            + (f" of {target.dtype}" if isinstance(target, Tensor) else " Selection")
         )
     *places, D = linear_weight.shape
     size = math.prod(places)
     bias = None if linear_bias is None else linear_bias.reshape(size)
-    logits = F.linear(input, linear_weight.reshape(size, D), bias)
     if len(places) > 1 and input.dim() != 2:
         raise ValueError(
             f"{NAME}: input is {tuple(input.shape)}; a linear_weight of "
             f"{tuple(linear_weight.shape)} needs input (N, D)"
         )
+    logits = F.linear(input, linear_weight.reshape(size, D), bias)
     logits = logits.unflatten(-1, places) if len(places) > 1 else logits
     if input.dim() > 2:  # cross_entropy has the classes second
         logits, target = logits.movedim(-1, 1), target.movedim(-1, 1)
@@ -306,6 +310,8 @@ class LinearCrossEntropyLoss(nn.Module):
         check_chunk_rows(name, chunk_rows)
         ignore = -100 if ignore_index is None else ignore_index
         Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale).check(name)
+        if weight is not None:
+            check_tensor(name, "weight", weight)
         if weight is not None and tuple(weight.shape) != (num_classes,):
             raise ValueError(
                 f"{name}: weight is {tuple(weight.shape)}; expected ({num_classes},), one a class"
@@ -314,7 +320,7 @@ class LinearCrossEntropyLoss(nn.Module):
         self.num_classes, self.out_features = num_classes, tuple(out_features)
         size = math.prod(self.out_features, start=num_classes)
         self.linear = nn.Linear(in_features, size, bias=bias, device=device, dtype=dtype)
-        self.reduction, self.ignore_index = reduction, ignore
+        self.reduction, self.ignore_index = reduction, ignore_index
         self.label_smoothing, self.softcap = label_smoothing, softcap
         self.logit_scale, self.lse_square_scale = logit_scale, lse_square_scale
         self.shift, self.chunk_rows, self.return_stats = shift, chunk_rows, return_stats
@@ -356,7 +362,8 @@ class LinearCrossEntropyLoss(nn.Module):
     def extra_repr(self) -> str:
         """The options that are not at their default."""
         defaults = {
-            "ignore_index": -100,
+            "out_features": (),
+            "ignore_index": None,
             "reduction": "mean",
             "label_smoothing": 0.0,
             "softcap": None,

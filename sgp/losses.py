@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sgp import backend, operators
 from sgp.autograd import RowLoss, ScalarLoss, anchor, refuse_forward_mode
-from sgp.divisor import mean_scale
+from sgp.divisor import scale_of_mean
 from sgp.problem import Problem, check_mean_weights, make_problem
 from sgp.recipe import Recipe, probability_rows, score
 from sgp.reduction import check_reduction, per_sequence, reciprocal, reduce_rows
@@ -145,7 +145,7 @@ def cross_entropy(
         return _probability_loss(problem, reduction, denominator)
     # Only these two are one number times the sum over rows, whatever comes upstream.
     scalar = reduction in ("mean", "sum")
-    scale = mean_scale(NAME, problem, denominator) if reduction == "mean" else None
+    scale = scale_of_mean(NAME, problem, denominator) if reduction == "mean" else None
     fused = (
         scalar
         and need_grad

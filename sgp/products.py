@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SLICE = 1 << 21  # elements converted at once: 8 MiB of float32
+EXACT = (torch.float32, torch.float64)
 # With fewer rows a CPU's BLAS (seen with MKL) adds up V products one after another, for ten times
 # the error at V = 32 000.
 FEW_ROWS = 4
@@ -40,10 +41,11 @@ def input_gradient(g: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     if m < FEW_ROWS and not g.is_cuda:
         padded = F.pad(g, (0, 0, 0, FEW_ROWS - m))
         return input_gradient(padded, weight, dtype)[:m]
-    if g.dtype == weight.dtype == dtype:
-        return torch.mm(g, weight)
     if g.dtype == weight.dtype and _has_wide(g, "mm"):
+        # With a bf16 result cuBLAS may add up parts of the long sum in bf16.
         return torch.mm(g, weight, out_dtype=torch.float32).to(dtype)
+    if g.dtype == weight.dtype == dtype and dtype in EXACT:
+        return torch.mm(g, weight)
     total = g.new_zeros(g.shape[0], weight.shape[1], dtype=torch.float32)
     for part in _slices(weight, g):
         total.addmm_(g[:, part].float(), weight[part].float())
@@ -93,7 +95,7 @@ def _slices(weight: Tensor, rows: Tensor) -> Iterator[slice]:
 
 def _has_wide(x: Tensor, name: str) -> bool:
     """Whether a float32 result of bf16 or fp16 operands exists on x's device."""
-    return x.is_cuda and _probe(x.device, x.dtype, name)
+    return x.is_cuda and x.dtype not in EXACT and _probe(x.device, x.dtype, name)
 
 
 @functools.cache
@@ -105,6 +107,10 @@ def _probe(device: torch.device, dtype: torch.dtype, name: str) -> bool:
             torch.mm(a, a, out_dtype=torch.float32, out=wide)
         else:
             torch.addmm(wide, a, a, out_dtype=torch.float32, out=wide)
-    except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
+    except (NotImplementedError, TypeError):
         return False
+    except RuntimeError as error:
+        if "dtype" in str(error) or "not supported" in str(error):
+            return False
+        raise  # out of memory, say: not for the cache to remember
     return True

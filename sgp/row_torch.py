@@ -226,8 +226,8 @@ def _gather(x: Tensor, rows: Tensor) -> Tensor:
 def _store(x: Tensor, rows: Rows, values: Tensor) -> None:
     if isinstance(rows, Tensor):
         x[row_index(x, rows)] = values.to(x.dtype)
-    elif values.data_ptr() != x[rows].data_ptr():  # else computed in its place
-        x[rows] = values
+    elif x.dtype != values.dtype or values.data_ptr() != x[rows].data_ptr():
+        x[rows] = values  # else computed in its place
 
 
 def _targets(target: Tensor, rows: Rows, V: int) -> tuple[Tensor, Tensor]:
