@@ -79,6 +79,7 @@ def extra_bytes(
     *,
     chunk_rows: int,
     itemsize: int,
+    weight_grad: bool = True,
     float16: bool = False,
     autocast: bool = False,
 ) -> int:
@@ -96,13 +97,15 @@ def extra_bytes(
         M, N, V, D: kept rows, all rows, classes, width.
         chunk_rows: the most rows of logits at once.
         itemsize: bytes of an element of the weight.
+        weight_grad: whether the weight requires grad.
         float16: whether the matmuls' operands are float16.
         autocast: whether the weight is converted to them.
     """
     parts = split(M, chunk_rows)
     m = max((part.stop - part.start for part in parts), default=0)
     operand = 2 if autocast else itemsize
-    accumulator = 4 * V * D if itemsize < 4 and (len(parts) > 1 or float16) else 0
+    summed = weight_grad and itemsize < 4 and (len(parts) > 1 or float16)
+    accumulator = 4 * V * D if summed else 0
     waiting = 4 * N * D if float16 and itemsize < 4 else 0
     copy = V * D * operand if autocast else 0
     return 4 * m * V + m * D * (operand + 4) + accumulator + waiting + copy + 4 * N

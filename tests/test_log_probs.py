@@ -363,17 +363,20 @@ EXTREME = {
 }
 
 
-@pytest.mark.parametrize("V", [300, 20_000])
-@pytest.mark.parametrize("fields", [*FIELDS, FIELDS], ids=[*FIELDS, "together"])
+@pytest.mark.parametrize(
+    ("V", "fields"),
+    [*((300, field) for field in FIELDS), (20_000, FIELDS)],  # one block, three blocks
+    ids=[*FIELDS, "together"],
+)
 @pytest.mark.parametrize("case", EXTREME)
 def test_extreme_logits(case, fields, V, backend):
     """Multiples of 1/64, so that the offset itself costs no digit."""
-    target = torch.tensor([V - 1, IGNORE, V // 2, V - 7])
-    logits = torch.randn(4, V).mul(64).round().div(64)
+    target = torch.tensor([V - 1, IGNORE, V // 2])
+    logits = torch.randn(3, V).mul(64).round().div(64)
     kept = target.clamp(0)[:, None]
     logits = EXTREME[case](logits).scatter(1, kept, logits.gather(1, kept))
     if case.endswith("1000"):
-        logits.scatter_add_(1, kept, torch.full((4, 1), float(case)))
+        logits.scatter_add_(1, kept, torch.full((3, 1), float(case)))
     result, grads = check(False, {"input": logits}, target, fields)
     assert grads["input"].isfinite().all()
     assert not grads["input"][logits == -INF].any()
@@ -543,7 +546,7 @@ def test_second_derivative_raises(fields, linear, backend):
     factor = torch.tensor(2.0, requires_grad=True)
     result = functions(linear)[0](**leaves, target=target)
     chosen = [getattr(result, name) for name in FIELDS if name in fields]
-    loss = factor * sum(values.square().sum() for values in chosen)
+    loss = factor * sum(values.sum() for values in chosen)  # no other way than the anchors
     for taken in leaves.values():
         (gradient,) = torch.autograd.grad(loss, taken, create_graph=True)
         for of in (*leaves.values(), factor):
@@ -622,6 +625,28 @@ def test_compiled_is_eager_in_one_graph(kind, linear, backend):
             results.append((value.detach(), is_top1, *torch.autograd.grad(value, leaves.values())))
         torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
     assert len(graphs) == 1, f"{len(graphs)} graphs for 4 masks of one shape"
+    torch._dynamo.reset()
+
+
+@DEPRECATED
+@BOTH
+@pytest.mark.parametrize("kind", ["labels", "selection"])
+def test_compiled_for_any_length_and_scale(kind, linear, monkeypatch):
+    """A second graph where the first number changes, and no graph break: batches vary in length."""
+    monkeypatch.setenv("SGP_BACKEND", "torch")
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda tensors, target, scale: (
+            functions(linear)[0](**tensors, target=target, logit_scale=scale).log_prob
+        ),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    for N, scale in ((4, 1.0), (6, 1.0), (7, 1.0), (7, 0.5), (7, 0.7)):
+        tensors, target = problem(linear, N, 9)
+        expected = functions(linear)[0](**tensors, target=target, logit_scale=scale).log_prob
+        target = sgp.Selection.from_labels(target) if kind == "selection" else target
+        torch.testing.assert_close(compiled(tensors, target, scale), expected)
     torch._dynamo.reset()
 
 
