@@ -53,11 +53,14 @@ def test_train_table_is_the_results_file():
         ("PyTorch, all rows", "PyTorch, all rows"),
         ("PyTorch, kept rows gathered by hand", "PyTorch, kept rows"),
         ("sgp, kept rows", "sgp, kept rows"),
+        ("sgp, linear head", "sgp, linear head"),
     ):
-        line = next(line for line in README.splitlines() if line.startswith(f"| {label} |"))
-        cells = [cell.strip() for cell in line.split("|")[3:-1]]
+        table = README[README.index("| head | gradient error |") :]
+        line = next(line for line in table.splitlines() if line.startswith(f"| {label} |"))
+        cells = [cell.strip() for cell in line.split("|")[2:-1]]
         row = rows[name]
         assert cells == [
+            f"{row['gradient_error']:.0e}".replace("e-0", "e-"),
             f"{1e3 * row['seconds']:.0f} ms",
             f"{row['seconds'] / first['seconds']:.2f}",
             f"{row['peak_bytes'] / 2**20:.0f} MiB",
@@ -68,6 +71,27 @@ def test_train_table_is_the_results_file():
     before, after = found["held_out"]["before"]["sgp"], found["held_out"]["after"]["sgp"]
     assert f"{before:.2f} to {after:.2f}" in PROSE
     assert f"{found['seconds']:.0f} s on 2 CPU cores" in PROSE
+
+
+def test_head_table_is_the_results_file():
+    found = json.loads((RESULTS / "head-2-cores-2026-11-23.json").read_text())
+    size, *memory = found["sizes"]
+    first = size["lines"][0]["milliseconds"]
+    table = README[README.index("| head | time | ratio | memory |") :]
+    shown = [line.split("|")[2:-1] for line in table.splitlines()[2 : 2 + len(size["lines"])]]
+    for cells, line in zip(shown, size["lines"], strict=True):
+        assert [cell.strip() for cell in cells] == [
+            f"{line['milliseconds']:.0f} ms",
+            f"{line['milliseconds'] / first:.2f}",
+            f"{line['peak_bytes'] / 2**20:.0f} MiB",
+            f"{line['peak_bytes'] / size['kept_logits_bytes']:.2f}",
+        ]
+    times = {line["name"]: line["milliseconds"] for line in size["lines"]}
+    assert times["sgp, linear"] <= 0.40 * times["PyTorch, all rows"]
+    assert times["sgp, linear"] <= 1.10 * times["PyTorch, kept rows"]
+    assert size["lines"][-1]["peak_bytes"] <= 1.05 * size["kept_logits_bytes"]
+    held = {entry["M"]: f"{entry['lines'][0]['peak_bytes'] / 2**20:.0f} MiB" for entry in memory}
+    assert f"holds {held[512]} for 512 kept rows, and {held[2048]} for 2048" in PROSE
 
 
 def test_no_kernel_in_the_results_breaks_its_budget():
