@@ -23,7 +23,6 @@ def make_head_problem(
     name: str,
     input: Tensor,  # noqa: A002  (PyTorch's name)
     linear_weight: Tensor,
-    linear_bias: Tensor | None,
     target: Tensor | Selection,
     weight: Tensor | None,
     token_weight: Tensor | None,
@@ -31,14 +30,12 @@ def make_head_problem(
     *,
     shift: bool,
 ) -> Problem:
-    """Check every shape, dtype and device; labels are shifted here, and `input` never is.
+    """Rows of an input that `check_head` has passed; labels are shifted here, `input` never is.
 
     Raises:
         ValueError, TypeError: with what was passed, what was expected, and what to do.
     """
-    check_input_and_target(name, input, target)
     recipe.check(name)
-    check_linear(name, input, linear_weight, linear_bias)
     if linear_weight.dim() != 2:
         raise ValueError(
             f"{name}: linear_weight is {tuple(linear_weight.shape)}; expected (V, D) = "
@@ -99,13 +96,19 @@ def make_head_problem(
     )
 
 
-def check_linear(
+def check_head(
     name: str,
     input: Tensor,  # noqa: A002
     linear_weight: Tensor,
     linear_bias: Tensor | None,
+    target: Tensor | Selection,
 ) -> None:
-    """Refuse a weight (V, d1, ..., D) or bias (V, d1, ...) that does not fit input (..., D)."""
+    """Refuse a weight (V, d1, ..., D) or bias (V, d1, ...) that does not fit input (..., D).
+
+    Raises:
+        ValueError, TypeError: with what was passed.
+    """
+    check_input_and_target(name, input, target)
     check_tensor(name, "linear_weight", linear_weight)
     given = [("linear_weight", linear_weight)]
     if linear_weight.dim() < 2 or linear_weight.shape[-1] != input.shape[-1]:

@@ -23,9 +23,9 @@ from sgp.head_autograd import (
     linear_head,
     origins,
 )
-from sgp.head_problem import check_linear, make_head_problem
+from sgp.head_problem import check_head, make_head_problem
 from sgp.losses import cross_entropy
-from sgp.problem import Problem, check_input_and_target, check_tensor
+from sgp.problem import Problem, check_tensor
 from sgp.recipe import Recipe
 from sgp.reduction import check_reduction, reduce_rows
 from sgp.reference import TokenLogProbs
@@ -163,8 +163,7 @@ def linear_cross_entropy(
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
     check_reduction(NAME, reduction, denominator)
     check_chunk_rows(NAME, chunk_rows)
-    check_input_and_target(NAME, input, target)
-    check_linear(NAME, input, linear_weight, linear_bias)
+    check_head(NAME, input, linear_weight, linear_bias, target)
     refuse_forward_mode(NAME, input, linear_weight, linear_bias)
     if linear_weight.dim() > 2 or (isinstance(target, Tensor) and target.is_floating_point()):
         return _whole_logits(
@@ -174,7 +173,7 @@ def linear_cross_entropy(
             logit_scale=logit_scale, lse_square_scale=lse_square_scale, return_stats=return_stats,
         )  # fmt: skip
     problem = make_head_problem(
-        NAME, input, linear_weight, linear_bias, target, weight, token_weight, recipe, shift=shift
+        NAME, input, linear_weight, target, weight, token_weight, recipe, shift=shift
     )
     scale = scale_of_mean(NAME, problem, denominator) if reduction == "mean" else None
     head = linear_head(linear_weight, linear_bias, target, problem)

@@ -15,7 +15,7 @@ from sgp.head_autograd import (
     linear_head,
     origins,
 )
-from sgp.head_problem import make_head_problem
+from sgp.head_problem import check_head, make_head_problem
 from sgp.problem import make_problem
 from sgp.recipe import Recipe
 from sgp.reference import TokenLogProbs
@@ -120,9 +120,8 @@ def linear_token_log_probs(
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
     check_chunk_rows(name, chunk_rows)
-    problem = make_head_problem(
-        name, input, linear_weight, linear_bias, target, None, None, recipe, shift=shift
-    )
+    check_head(name, input, linear_weight, linear_bias, target)
+    problem = make_head_problem(name, input, linear_weight, target, None, None, recipe, shift=shift)
     refuse_forward_mode(name, input, linear_weight, linear_bias)
     head = linear_head(linear_weight, linear_bias, target, problem)
     o = head_options(problem, head, chunk_rows, need_stats=True)

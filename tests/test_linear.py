@@ -782,7 +782,15 @@ def test_float16_tail_of_a_large_vocabulary(reduction, backend, device):
     plain = run(plain_logits, tensors, target, upstream, reduction=reduction)[2][2:]
     ours = ours_of(tensors, target, upstream, reduction=reduction)[2][2:]
     error, theirs = relative_error(ours, truth), relative_error(plain, truth)
-    assert error <= theirs, f"classes other than the targets: {error:.3g}, PyTorch {theirs:.3g}"
+    assert error <= 2 * theirs, f"beside the targets: {error:.3g}, PyTorch {theirs:.3g}"
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("size", [1e-4, 0.0])
+def test_float16_small_class_weights_do_not_scale_the_z_loss(size, reduction, backend, tensors):
+    """Class weights multiply the cross-entropy alone, whatever brings gradients into range."""
+    options = {"weight": torch.full((V,), size), "lse_square_scale": 0.1, "reduction": reduction}
+    check(cast(tensors, torch.float16), torch.arange(N), backend=backend, **options)
 
 
 def test_float16_tiny_and_hugely_differing_weights(backend, tensors, target):
@@ -954,6 +962,32 @@ def test_float16_rows_keep_their_digits_beside_a_large_one(share, factor, backen
     ours = ours_of(tensors, y, upstream, **options)
     for value, exact in zip(ours[2:], truth[2:], strict=True):
         assert relative_error(value.flatten(), exact.flatten()) < 3e-3
+
+
+@pytest.mark.parametrize("form", ["labels", "selection"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("reduction", EARLY_OR_LATE)
+def test_nothing_is_waited_for_but_the_number_of_labels(reduction, dtype, form, monkeypatch):
+    """What a GPU would be asked, without the kernels themselves: no value is read on the host.
+
+    The number of kept rows is on the CPU and is read once in each operator over the head.
+    """
+    monkeypatch.setenv("SGP_BACKEND", "triton")
+    monkeypatch.setattr("sgp.row_triton.launch.Call.launch", lambda _: None)
+    monkeypatch.setattr(problem, "_may_wait", lambda _: False)
+    hidden = torch.randn(2, 8, D).to(dtype)[:, 1:].requires_grad_()  # rows with gaps
+    head = torch.randn(V, D).to(dtype).requires_grad_()
+    y = torch.randint(V, (2, 7))
+    y[:, :3] = IGNORE
+    y = sgp.Selection.from_labels(y) if form == "selection" else y
+    with torch.profiler.profile() as profile:
+        loss = sgp.linear_cross_entropy(hidden, head, y, reduction=reduction, chunk_rows=2)
+        torch.autograd.grad(loss, [hidden, head], torch.full_like(loss, 3.0))
+    names = [event.name for event in profile.events()]
+    operators = names.count("sgp::head_forward") + names.count("sgp::head_backward")
+    assert operators == (1 if reduction == "mean" else 2), "the profiler saw nothing"
+    assert names.count("aten::nonzero") == names.count("sgp::kept_rows") == (form == "labels")
+    assert names.count("aten::_local_scalar_dense") == operators
 
 
 def test_peak_memory_is_bounded_whatever_n_is():
