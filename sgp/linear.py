@@ -132,7 +132,9 @@ def linear_cross_entropy(
             logit_scale, lse_square_scale: as in `cross_entropy`. Compiled, a Python number that
             changes from call to call makes a graph for each value: pass a denominator as a tensor.
         shift: labels[..., t] is token t itself (Hugging Face's convention), so the row before it
-            predicts it; labels and weights are moved, `input` is not.
+            predicts it; labels and weights are moved, `input` is not: pass both whole. Flat labels
+            (T,) are one sequence; for several use Selection.from_labels(cu_seqlens=). Results a
+            token stand at the row that predicts it, so that the last of a sequence is 0.
         chunk_rows: the most rows of logits held at once, `4 V` bytes each. None: 4096, fewer where
             these would take more than 4 GiB; on a CPU what fits 256 MiB (`sgp/chunks.py`).
         return_stats: return (loss, TokenLogProbs), detached, from the same pass.

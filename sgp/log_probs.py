@@ -109,8 +109,10 @@ def linear_token_log_probs(
         ignore_index, temperature, softcap, logit_scale: as in `token_log_probs`.
 
     Returns:
-        TokenLogProbs as `token_log_probs`. Matmuls: `2 M V D` floating-point operations forward,
-        and in backward, which makes the logits again, `6 M V D` (`4 M V D` with one side frozen).
+        TokenLogProbs as `token_log_probs`. Numbers stand at the row that predicts the token: after
+        a shift column t is about token t + 1, and the last column is zero. Matmuls: `2 M V D`
+        floating-point operations forward, and in backward, which makes the logits again, `6 M V D`
+        (`4 M V D` with one side frozen).
 
     Raises:
         ValueError, TypeError, IndexError: as `sgp.linear_cross_entropy`.

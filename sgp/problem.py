@@ -120,6 +120,11 @@ def check_selection(
             f"{name}: input is {tuple(input.shape)} and the Selection has shape {selection.shape}; "
             f"expected (N, {last}) or (..., {last}) whose leading dimensions flatten to N = {N}"
         )
+    if len(input.shape[:-1]) == len(selection.shape) and input.shape[:-1] != selection.shape:
+        raise ValueError(
+            f"{name}: input is {tuple(input.shape)} and the Selection has shape {selection.shape}, "
+            "the same number of tokens in another order; is input transposed?"
+        )
     if selection.device != input.device:
         raise ValueError(
             f"{name}: input is on {input.device} and the Selection on {selection.device}; move it "
@@ -269,8 +274,13 @@ def check_targets(name: str, target: Tensor, V: int, ignore_index: int) -> None:
         at = int(bad.nonzero()[0])
         raise IndexError(
             f"{name}: target[{at}] = {int(target[at])} is outside [0, {V}) and is not ignore_index "
-            f"= {ignore_index} (position in the flattened target); check the tokenizer's added "
-            "tokens and the model's vocabulary size"
+            f"= {ignore_index} (position among the flattened rows; after a shift that of the row "
+            "which predicts it); "
+            + (
+                "mark tokens without loss with ignore_index"
+                if int(target[at]) < 0
+                else "check the tokenizer's added tokens and the model's vocabulary size"
+            )
         )
 
 

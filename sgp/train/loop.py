@@ -55,6 +55,11 @@ LOSSES = {
 }
 
 
+def second_name(loss: str) -> str:
+    """The name of the second copy in tables and pictures."""
+    return "PyTorch, control" if loss == "pytorch" else LOSSES[loss][1]
+
+
 @dataclass
 class Curves:
     """The losses of the steps that both copies completed, in nats an output token."""

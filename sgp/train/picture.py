@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sgp.train.loop import LOSSES, Curves
+from sgp.train.loop import LOSSES, Curves, second_name
 
 _PALE, _DARK, _HELD_OUT = "#f2b98a", "#1f3b73", "#2a7f62"
 
@@ -40,7 +40,7 @@ def draw(
     top.plot(steps, curves.pytorch, color=_PALE, lw=6, marker=marker, label=LOSSES["pytorch"][1])
     top.plot(
         steps, curves.sgp, color=_DARK, lw=1.4, ls=(0, (4, 2)), marker=marker, ms=3,
-        label=LOSSES[loss][1],
+        label=second_name(loss),
     )  # fmt: skip
     _mark_held_out(top, before, 0, "before")
     _mark_held_out(top, after, len(curves), "after")

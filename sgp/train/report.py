@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from sgp.train.compare import Comparison
-from sgp.train.loop import LOSSES, Curves
+from sgp.train.loop import LOSSES, Curves, second_name
 
 
 def comparison_heading(comparison: Comparison) -> str:
@@ -58,7 +58,7 @@ def comparison_table(comparison: Comparison) -> Table:
 def held_out_table(before: Mapping[str, float], after: Mapping[str, float], loss: str) -> Table:
     """Return the held-out loss of both copies before and after training; `loss` is `--loss`."""
     table = _table("trained with", "before", "after", "change")
-    for key, name in (("pytorch", LOSSES["pytorch"][1]), ("sgp", LOSSES[loss][1])):
+    for key, name in (("pytorch", LOSSES["pytorch"][1]), ("sgp", second_name(loss))):
         if key in after:
             change = f"{after[key] - before[key]:+.4f}"
             table.add_row(name, f"{before[key]:.4f}", f"{after[key]:.4f}", change)
