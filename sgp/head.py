@@ -317,13 +317,13 @@ class _Factors(NamedTuple):
 def _half_scale(head: Head) -> Tensor:
     """What brings the largest gradient of a row of factor 1 near HALF_RANGE, ()."""
     r = head.recipe
-    # d(score) / d(logit), and the z-loss term for a log-sum-exp of a hundred.
-    largest = abs(r.logit_scale) / r.temperature * (1 + 200 * abs(r.lse_square_scale))
-    scale = head.input.new_full((), HALF_RANGE / max(largest, 1e-3), dtype=torch.float32)
-    if head.class_weight is not None:
-        top = head.class_weight.abs().amax()
-        scale = scale / torch.where(top == 0, 1, top)
-    return scale
+    slope = abs(r.logit_scale) / r.temperature  # at most: d(score) / d(logit)
+    z_loss = 200 * abs(r.lse_square_scale)  # for a log-sum-exp of a hundred; no class weight here
+    if head.class_weight is None:
+        largest = head.input.new_full((), slope * (1 + z_loss), dtype=torch.float32)
+    else:
+        largest = slope * (head.class_weight.abs().amax() + z_loss)
+    return HALF_RANGE / torch.where(largest == 0, 1, largest)
 
 
 class _Sums:
