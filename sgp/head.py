@@ -25,7 +25,7 @@ from sgp.recipe import Recipe, accumulation_dtype
 from sgp.row_torch import RowOutputs, Upstream, new_outputs, row_index
 
 HALF_RANGE = 4096.0  # sixteen times below float16's largest number
-LEAST_FOLDED = 2.0**-12  # HALF_RANGE times this is 1
+LEAST_ROOT = 2.0**-12  # HALF_RANGE times this is 1
 
 
 class Needs(NamedTuple):
@@ -261,9 +261,9 @@ class _Factors(NamedTuple):
 
     The factor of a row is `largest * share`. The gradient of the logits gets `scale * folded`, the
     hidden states of the weight's gradient get `share / folded`; what is missing in `d_input` is
-    `rest`, in `d_weight` and `d_bias` it is `largest / scale`. With the square root of its share
-    folded into either side, a row keeps its digits when another one has ten million times its
-    factor.
+    `rest`, in `d_weight` and `d_bias` it is `largest / scale`. With about the square root of its
+    share folded into either side, a row keeps its digits when another one has ten million times its
+    factor; the hidden states' part is a power of two, which rounds nothing.
     """
 
     folded: Tensor
@@ -285,7 +285,9 @@ class _Factors(NamedTuple):
         """Share out the factors (M,)."""
         largest = factors.abs().amax() if factors.numel() else factors.new_ones(())
         share = factors / torch.where(largest == 0, 1, largest)
-        folded = share.abs().sqrt().clamp(min=LEAST_FOLDED)
+        root = share.abs().sqrt().clamp(min=LEAST_ROOT)
+        power = root / (2 * torch.frexp(root).mantissa)  # the next power of two below
+        folded = torch.where(share == 0, 1, share.abs() / power)
         return _Factors(folded, share, largest, _half_scale(head))
 
     @staticmethod
