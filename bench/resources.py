@@ -2,17 +2,21 @@
 
     python -m bench resources                 # table, results file, exit code 1 if a budget breaks
     python -m bench resources --targets sm_90
+    python -m bench resources --longest       # of each resident line only its longest row
 
 No GPU is needed: Triton's own launcher is asked for the kernel it would launch, for a target that
 is named instead of found. Registers and stack come from `cuobjdump -res-usage`, access widths from
 the disassembly, both from Triton's package; for AMD they are in the assembly itself. The budget:
 no spills and no stack anywhere; on NVIDIA, where V is a multiple of 8, every access to logits and
-their gradient is 16 bytes wide.
+their gradient is 16 bytes wide, and a resident row has exactly as many loads as it takes to read
+it once. The file names the sources that it was made from (`fingerprint`).
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import hashlib
 import itertools
 import json
 import re
@@ -30,9 +34,10 @@ from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 
-from sgp.kernels import launch
+from sgp.kernels import launch, table
 from sgp.kernels.launch import Options, Statistics
 from sgp.kernels.layout import Matrix, matrix
+from sgp.kernels.table import Row, Target
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -40,6 +45,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "resources.json"
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -53,9 +59,10 @@ class Case(NamedTuple):
     kernel: str  # forward | statistics | loss | backward | factor
     V: int
     dtype: str
-    options: str  # plain | weighted | reported | log-probs | all, or the name of one option
+    options: str  # plain | weighted | reported | logged | log-probs | all, or one option's name
     layout: str = "rows"  # rows | strided | in place (strided, and so is the gradient) | head
     # head: a bf16 gradient in the first half of float32 rows, as the linear head has it
+    form: str = "auto"  # or "streaming", forced
 
     @property
     def is_wide(self) -> bool:
@@ -91,63 +98,127 @@ EVERY_KERNEL = (  # each kernel with nothing on and with everything on
     ("backward", "all"),
     ("factor", "plain"),
 )
-HEAD_KERNELS = (
-    ("forward", "plain"),
-    ("forward", "all"),
-    ("backward", "plain"),
-    ("backward", "all"),
-)
+DATA = (("bf16", "rows"), ("fp32", "rows"), ("fp32", "head"))
+LIGHT_OPTIONS = ("plain", "logged")
+HEAVY_OPTIONS = ("softcap", "class weight", "all")
 
 
-def cases() -> Iterator[Case]:  # noqa: C901  (a list, written as loops)
-    """Every line of the table with every kernel that uses it, options off, on and one by one.
+def target_of(name: str) -> Target:
+    """A target of this list, as the launch table knows it, with the installed Triton."""
+    found = TARGETS[name]
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    capability = 0 if found.backend == "hip" else int(found.arch)
+    return Target(found.backend, capability, table.CLUSTER_OF_16, version)
+
+
+def cases(name: str, *, longest: bool = False) -> list[Case]:
+    """Every line of the table with every kernel that uses it, options off, on and one by one."""
+    found = dict.fromkeys((*resident_cases(name, longest=longest), *streaming_cases()))
+    return [case for case in found if not (longest and case.V in (1_024, 2_048, 50_264))]
+
+
+def resident_cases(name: str, *, longest: bool) -> Iterator[Case]:
+    """Every line and count of pieces of the resident form, at the longest row that it takes."""
+    for (dtype, layout), (light, wide) in itertools.product(
+        DATA, ((True, True), (False, True), (True, False))
+    ):
+        itemsize, halving = DTYPES[dtype].itemsize, layout == "head"
+        row = Row(V=0, light=light, wide=wide, itemsize=itemsize, halving=halving)
+        for V, is_longest in _longest_rows(row, target_of(name)):
+            if is_longest or not longest:
+                for options in LIGHT_OPTIONS if light else HEAVY_OPTIONS:
+                    yield Case("forward", V, dtype, options, layout)
+            if is_longest and light:
+                yield Case("forward", V, dtype, "weighted", layout)
+                yield Case("forward", V, dtype, "smoothing", layout)
+                yield Case("forward", V, dtype, "reported", layout)
+        if not halving:
+            for V, is_longest in _longest_rows(row._replace(gradient=False), target_of(name)):
+                if is_longest or not longest:
+                    yield Case("statistics", V, dtype, "logged" if light else "all")
+    for line, dtype in itertools.product(table.ONE_BLOCK, ("bf16", "fp32")):
+        yield Case("forward", line.BV - 1, dtype, "all")  # accesses of one element
+    for dtype, layout in itertools.product(("bf16", "fp32"), ("strided", "in place")):
+        yield Case("forward", 4_096, dtype, "all", layout)
+
+
+def _longest_rows(row: Row, target: Target) -> Iterator[tuple[int, bool]]:
+    """(the longest row of a choice, whether it is the longest of its line)."""
+    shorter = 0
+    for line in table.resident_lines(row, target):
+        for pieces in table.PIECES:
+            V = line.BV * pieces
+            if shorter < V <= line.columns:
+                yield V - (not row.wide), V == line.columns
+        shorter = max(shorter, line.columns)
+
+
+def streaming_cases() -> Iterator[Case]:
+    """The kernels that go block by block; forward is forced, where a GPU might choose resident.
 
     fp16 has bf16's width and another conversion: it is compiled at the two ends. 262 144 is not
     here because Triton compiles the same kernel for it as for 151 936, both multiples of 16.
     """
     wide = ("bf16", "fp32")
-    for line, dtype in itertools.product(launch.RESIDENT, wide):
+    for line, dtype in itertools.product(table.ONE_BLOCK, wide):
         for kernel, options in EVERY_KERNEL:
             yield Case(kernel, line.BV, dtype, options)
-        yield Case("forward", line.BV - 1, dtype, "all")  # accesses of one element
     # 151 936 is a multiple of 16, 50 264 of 8 only, 50 257 (GPT-2) of nothing.
     for V, dtype in itertools.product((151_936, 50_264, 50_257), wide):
         for kernel, options in EVERY_KERNEL:
-            yield Case(kernel, V, dtype, options)
+            yield Case(kernel, V, dtype, options, form="streaming")
         for options in ("weighted", "softcap", "smoothing", "class weight", "reported"):
-            yield Case("forward", V, dtype, options)
-        yield Case("statistics", V, dtype, "plain")
-        yield Case("loss", V, dtype, "plain")
+            yield Case("forward", V, dtype, options, form="streaming")
+        yield Case("statistics", V, dtype, "plain", form="streaming")
+        yield Case("loss", V, dtype, "plain", form="streaming")
         yield Case("backward", V, dtype, "plain")
         yield Case("backward", V, dtype, "log-probs")
-    sizes = (*(line.BV for line in launch.RESIDENT), 151_936, 50_264, 50_257)
-    for (kernel, options), V in itertools.product(HEAD_KERNELS, sizes):
-        yield Case(kernel, V, "fp32", options, "head")
+    for V, kernel, options in itertools.product(
+        (151_936, 50_264, 50_257), ("forward", "backward"), ("plain", "all")
+    ):
+        yield Case(kernel, V, "fp32", options, "head", form="streaming")
+    for line, options in itertools.product(table.ONE_BLOCK, ("plain", "all")):
+        yield Case("forward", line.BV, "fp32", options, "head")
+        yield Case("backward", line.BV, "fp32", options, "head")
     for V, dtype, layout in itertools.product((50_264, 50_257), wide, ("strided", "in place")):
         for kernel, options in EVERY_KERNEL:
             yield Case(kernel, V, dtype, options, layout)
         yield Case("forward", V, dtype, "weighted", layout)
-    for dtype, layout in itertools.product(wide, ("strided", "in place")):
-        yield Case("forward", 4_096, dtype, "all", layout)
     for kernel, options in itertools.product(("forward", "backward"), ("plain", "all")):
-        yield Case(kernel, 50_264, "fp16", options)
+        yield Case(kernel, 50_264, "fp16", options, form="streaming")
+    yield Case("forward", 131_072, "fp16", "plain")
+
+
+def fingerprint() -> str:
+    """Of the kernels' sources, comments and docstrings aside."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)):
+                first = node.body[0]
+                if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                    node.body[0] = ast.Pass()
+        digest.update(ast.unparse(tree).encode())
+    return digest.hexdigest()
 
 
 def compile_case(case: Case, target_name: str) -> dict[str, Any]:
     """Compile one case for one target; what the binary says, and which budget it breaks."""
     target = TARGETS[target_name]
     triton.runtime.driver.set_active(_NamedTarget(target))
-    call = _call(case, target.warp_size)
+    call = _call(case, target_of(target_name))
     kernel = call.kernel.warmup(*call.arguments, grid=call.grid, **call.constants)
     found = (
         _read_nvidia(kernel, wide=case.is_wide) if target.backend == "cuda" else _read_amd(kernel)
     )
-    form = "resident" if call.kernel is launch.row_resident else "streaming"
     record: dict[str, Any] = {
         "target": target_name,
         **case._asdict(),
-        "form": form,
+        "form": "resident" if call.kernel is launch.row_resident else "streaming",
         "BV": call.constants["BV"],
+        "pieces": call.constants.get("PIECES", 1),
+        "num_ctas": call.constants.get("num_ctas", 1),
         "num_warps": call.constants["num_warps"],
         **found,
     }
@@ -155,7 +226,7 @@ def compile_case(case: Case, target_name: str) -> dict[str, Any]:
     return record
 
 
-def _call(case: Case, warp_size: int) -> launch.Call:
+def _call(case: Case, on: Target) -> launch.Call:
     """The launch of a case on tensors without memory."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -167,14 +238,16 @@ def _call(case: Case, warp_size: int) -> launch.Call:
     if case.layout == "head":
         dlogits = _first_halves(case)
     target, row = empty(N, dtype=torch.int64), empty(N)
-    everything = Options(empty(V), empty(), row, empty(), 0.1, 1e-4, 30.0, 0.5, 0.7)
+    everything = Options(empty(V), empty(), row, empty(), 0.1, 1e-4, 30.0, 1 / 30.0, 0.5, 0.7)
+    light = Options(None, None, row, empty(), 0.1, 1e-4, logit_scale=0.5, inverse_temperature=0.7)
     if case.kernel == "backward":
         everything = everything._replace(lse_weight=row, entropy_weight=row, entropy=row)
     options = {
         "plain": Options(scale=empty()),
         "reported": Options(scale=empty()),
+        "logged": light,
         "weighted": Options(row_weight=row, scale=empty(), lse_square_scale=1e-4, logit_scale=0.5),
-        "softcap": Options(scale=empty(), softcap=30.0),
+        "softcap": Options(scale=empty(), softcap=30.0, inverse_softcap=1 / 30.0),
         "smoothing": Options(scale=empty(), label_smoothing=0.1),
         "class weight": Options(weight=empty(V), weight_mean=empty(), scale=empty()),
         "log-probs": Options(
@@ -182,15 +255,16 @@ def _call(case: Case, warp_size: int) -> launch.Call:
         ),
         "all": everything,
     }[case.options]
-    shared = {"V": V, "ignore_index": -100, "warp_size": warp_size}
+    shared = {"V": V, "ignore_index": -100, "on": on}
     if case.kernel == "backward":
         return launch.row_gradient(logits, dlogits, target, empty(N, 3), options, **shared)
     if case.kernel == "factor":
         return launch.multiply(dlogits, target, empty(), N=N, **shared)
-    with_stats = case.options in ("all", "reported")
+    with_stats = case.options in ("all", "logged", "reported")
     stats = Statistics(row, row, row, empty(N, dtype=torch.bool)) if with_stats else None
     sink = dlogits if case.kernel == "forward" else None
     saved = empty(N, 3) if case.kernel == "statistics" else None
+    shared["form"] = case.form
     return launch.row_forward(logits, sink, target, row, saved, stats, options, **shared)
 
 
@@ -261,17 +335,23 @@ def _broken_budgets(
     if record["spills"] or record["stack"]:
         broken.append(f"{record['spills']} spills, {record['stack']} bytes of stack")
     if nvidia and case.is_wide:
-        # 16-byte accesses that one pass of a thread over its block takes.
-        columns = call.constants["BV"] // (32 * record["num_warps"])
-        one = columns * DTYPES[case.dtype].itemsize // 16
-        store = columns * case.gradient_dtype.itemsize // 16
+        # 16-byte accesses that one pass of a thread over its block, or over its row, takes.
+        threads = 32 * record["num_warps"] * record["num_ctas"]
+        columns = call.constants["BV"] // threads
+        in_row = columns * record["pieces"]
+        one = in_row * DTYPES[case.dtype].itemsize // 16
+        store = in_row * case.gradient_dtype.itemsize // 16
         passes = 2 if (case.kernel, record["form"]) == ("forward", "streaming") else 1
-        stores = {"forward": 2, "backward": 2, "factor": 1}.get(case.kernel, 0)
+        stores = 1 if case.kernel in ("forward", "backward", "factor") else 0
         for kind, expected in (("loads", passes * one), ("stores", stores * store)):
             if record[f"{kind}_16"] < expected:
                 broken.append(f"{record[f'{kind}_16']} {kind} of 16 bytes, expected {expected}")
-        if record["narrow"] > SCALARS:
-            broken.append(f"{record['narrow']} narrow accesses, at most {SCALARS} are scalars")
+        has_weights = case.options in ("class weight", "all")
+        if record["form"] == "resident" and not has_weights and record["loads_16"] != one:
+            broken.append(f"{record['loads_16']} loads of 16 bytes, once is {one}")
+        # The target's gradient is a store of one element, in every lane, that is masked off.
+        if record["narrow"] > SCALARS + columns:
+            broken.append(f"{record['narrow']} narrow accesses, at most {SCALARS + columns} are due")
     return broken
 
 
@@ -285,14 +365,24 @@ def main() -> int:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--output", type=Path, default=RESULTS, help="results file (JSON)")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--longest", action="store_true", help="fewer: see above")
     arguments = parser.parse_args()
     if launch.runs_interpreted():
         parser.error("TRITON_INTERPRET=1 is set; unset it to compile")
-    jobs = [(case, target) for target in arguments.targets for case in cases()]
+    jobs = [
+        (case, target)
+        for target in arguments.targets
+        for case in cases(target, longest=arguments.longest)
+    ]
     with ProcessPoolExecutor(arguments.jobs) as pool:
         records = list(pool.map(_worker, jobs, chunksize=8))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    header = {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
+    header = {
+        "triton": triton.__version__,
+        "torch": torch.__version__.split("+")[0],
+        "longest": arguments.longest,
+        "fingerprint": fingerprint(),
+    }
     lines = ",\n".join(json.dumps(record) for record in records)
     arguments.output.write_text(f'{json.dumps(header)[:-1]}, "records": [\n{lines}\n]}}\n')
     _print(records)

@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+MINUS_2_LOG2E = tl.constexpr(-2.8853900817779268)
 
 
 class Options(NamedTuple):
@@ -43,17 +44,12 @@ class Options(NamedTuple):
     label_smoothing: object = None  # float in [0, 1]
     lse_square_scale: object = None  # float
     softcap: object = None  # float > 0
+    inverse_softcap: object = None  # float, 1 / softcap; given exactly when `softcap` is
     logit_scale: object = None  # float
     inverse_temperature: object = None  # float > 0
     lse_weight: object = None  # (N,) fp32: upstream gradient of lse; backward only
     entropy_weight: object = None  # (N,) fp32: upstream gradient of the entropy; backward only
     entropy: object = None  # (N,) fp32: H; given exactly when `entropy_weight` is
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether nothing is on that costs registers in every lane."""
-        costly = (self.weight, self.label_smoothing, self.softcap, self.entropy_weight)
-        return all(option is None for option in costly)
 
 
 class Statistics(NamedTuple):
@@ -82,28 +78,48 @@ def log1p(x):
 
 
 @triton.jit
-def tanh_from(u, e):
-    # tanh of |x| = u given e = exp(-2 u). Below 0.625 the polynomial of Cephes tanhf (Moshier,
-    # netlib.org/cephes), where 1 - e would cancel.
-    z = u * u
-    b_poly = z * -5.70498872745e-3 + 2.06390887954e-2
-    b_poly = b_poly * z + -5.37397155531e-2
-    b_poly = b_poly * z + 1.33314422036e-1
-    b_poly = b_poly * z + -3.33332819422e-1
-    return tl.where(u < 0.625, u + u * z * b_poly, (1.0 - e) / (1.0 + e))
+def scaled(b_x, opt):
+    """Logits as stored, in float32, times logit_scale."""
+    b_s = b_x.to(tl.float32)
+    if opt.logit_scale is not None:
+        b_s = b_s * opt.logit_scale
+    return b_s
+
+
+@triton.jit
+def exponential_of(b_v):
+    # e = exp(-2 |v|) and 1 / (1 + e): all that tanh(v) and its derivative are made of.
+    # The reciprocal of 1 to 2 without a division's range checks: a squared rsqrt and one step of
+    # Newton, which brings two units in the last place to one.
+    b_e = tl.exp2(tl.abs(b_v) * MINUS_2_LOG2E)
+    b_d = 1.0 + b_e
+    b_q = tl.rsqrt(b_d)
+    b_r = b_q * b_q
+    return b_e, tl.fma(b_r, tl.fma(-b_d, b_r, 1.0), b_r)
+
+
+@triton.jit
+def tanh(b_v):
+    # Below 0.625 the polynomial of Cephes tanhf (Moshier, netlib.org/cephes), where 1 - e would
+    # cancel.
+    b_e, b_r = exponential_of(b_v)
+    b_large = (1.0 - b_e) * b_r
+    z = b_v * b_v
+    b_poly = tl.fma(z, -5.70498872745e-3, 2.06390887954e-2)
+    b_poly = tl.fma(b_poly, z, -5.37397155531e-2)
+    b_poly = tl.fma(b_poly, z, 1.33314422036e-1)
+    b_poly = tl.fma(b_poly, z, -3.33332819422e-1)
+    b_small = tl.fma(b_v * z, b_poly, b_v)
+    b_large = tl.where(b_v < 0.0, -b_large, b_large)
+    return tl.where(tl.abs(b_v) < 0.625, b_small, b_large)
 
 
 @triton.jit
 def transform(b_x, opt):
     """Logits as stored -> logits as scored, float32."""
-    b_s = b_x.to(tl.float32)
-    if opt.logit_scale is not None:
-        b_s = b_s * opt.logit_scale
+    b_s = scaled(b_x, opt)
     if opt.softcap is not None:
-        u = tl.abs(b_s) / opt.softcap
-        b_t = opt.softcap * tanh_from(u, exp(-2.0 * u))
-        b_s = tl.where(b_s < 0.0, -b_t, b_t)
-        b_s = tl.where(u != u, u, b_s)  # noqa: PLR0124  (NaN stays NaN)
+        b_s = opt.softcap * tanh(b_s * opt.inverse_softcap)
     if opt.inverse_temperature is not None:
         b_s = b_s * opt.inverse_temperature
     return b_s
@@ -112,11 +128,8 @@ def transform(b_x, opt):
 @triton.jit
 def transform_slope(b_x, opt):
     """The softcap's part of d(scored logit) / d(stored logit)."""
-    b_s = b_x.to(tl.float32)
-    if opt.logit_scale is not None:
-        b_s = b_s * opt.logit_scale
-    e = exp(-2.0 * (tl.abs(b_s) / opt.softcap))
-    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+    b_e, b_r = exponential_of(scaled(b_x, opt) * opt.inverse_softcap)
+    return (4.0 * b_e) * (b_r * b_r)
 
 
 @triton.jit
@@ -126,29 +139,79 @@ def finite_or_zero(x):
 
 
 @triton.jit
-def accumulate(carry, b_x, o_col, m_col, y, reference, b_w, opt, ENTROPY: tl.constexpr):
-    """One block more into (max, s_o, t_o, k), the running statistics of a row.
+def finite(b_z):
+    # A factor of exp(z): 0 x -inf must be 0. Where z is NaN, so is exp(z).
+    return tl.maximum(b_z, -3.0e38)
+
+
+@triton.jit
+def ordered(b_x, m_col, opt):
+    """Logits as loaded -> numbers in the order of the scored logits, -inf outside the row."""
+    b_s = b_x.to(tl.float32)
+    if opt.logit_scale is not None:
+        b_s = tl.where(m_col, b_s * sign(opt.logit_scale), float("-inf"))
+    return b_s
+
+
+@triton.jit
+def score_of_largest(x_top, opt):
+    """The largest scored logit, from the largest of the ordered ones: what is monotone can wait."""
+    if opt.logit_scale is not None:
+        x_top = x_top * sign(opt.logit_scale)
+    return transform(x_top, opt)
+
+
+@triton.jit
+def sign(x):
+    return tl.where(x < 0.0, -1.0, 1.0)
+
+
+@triton.jit
+def score(b_x, m_col, opt):
+    """Logits as loaded, -inf outside the row -> logits as scored, -inf outside the row."""
+    b_s = transform(b_x, opt)
+    if (opt.softcap is not None) | (opt.logit_scale is not None):
+        b_s = tl.where(m_col, b_s, float("-inf"))  # a capped -inf is not -inf
+    return b_s
+
+
+@triton.jit
+def terms(b_s, o_col, m_col, y, origin, reference, b_w, opt, ENTROPY: tl.constexpr):
+    """What a column adds to s_o, to t_o and to k; the latter two are 0 where nobody asks.
 
     t_o = sum_{j != y} (s_j - max) e_j, for the entropy; k = sum_j w_j (s_j - reference), for
     label smoothing, where `reference` is any finite number near the target's logit.
     """
+    b_e = exp(b_s - origin)
+    b_e = tl.where(o_col == y, 0.0, b_e)
+    b_t = 0.0
+    if ENTROPY:
+        b_t = finite(b_s - origin) * b_e
+    b_k = 0.0
+    if opt.label_smoothing is not None:
+        b_k = b_s - reference
+        if opt.weight is not None:
+            b_k = tl.where(b_w == 0.0, 0.0, b_w * b_k)
+        b_k = tl.where(m_col, b_k, 0.0)
+    return b_e, b_t, b_k
+
+
+@triton.jit
+def accumulate(carry, b_x, o_col, m_col, y, reference, b_w, opt, ENTROPY: tl.constexpr):
+    """One block more into (max, s_o, t_o, k), the running statistics of a row."""
     top, s_o, t_o, k = carry
-    b_s = tl.where(m_col, transform(b_x, opt), float("-inf"))  # masked after the softcap
+    b_s = score(b_x, m_col, opt)
     top_new = tl.maximum(top, tl.max(b_s, 0))
     origin = finite_or_zero(top_new)
     shrink = exp(top - origin)  # 0 as long as nothing was seen
-    b_e = tl.where(o_col == y, 0.0, exp(b_s - origin))
+    b_e, b_t, b_k = terms(b_s, o_col, m_col, y, origin, reference, b_w, opt, ENTROPY)
     if ENTROPY:
-        b_t = tl.where(b_e > 0.0, (b_s - origin) * b_e, 0.0)  # 0 x -inf is 0
         # Where all that was seen vanishes, so does its term: 0 x (a difference of 1e38) is 0.
         moved = shrink * (t_o + (finite_or_zero(top) - origin) * s_o)
         t_o = tl.where(shrink > 0.0, moved, 0.0) + tl.sum(b_t, 0)
     s_o = shrink * s_o + tl.sum(b_e, 0)
     if opt.label_smoothing is not None:
-        b_k = b_s - reference
-        if opt.weight is not None:
-            b_k = tl.where(b_w == 0.0, 0.0, b_w * b_k)
-        k += tl.sum(tl.where(m_col, b_k, 0.0), 0)
+        k += tl.sum(b_k, 0)
     return top_new, s_o, t_o, k
 
 
@@ -192,7 +255,7 @@ def finish(carry, s_y, reference, r, w_y, w_mean, i_row, p_loss, p_saved, stats,
         tl.store(p_saved + 3 * i_row + 1, inv_d)
         tl.store(p_saved + 3 * i_row + 2, so_d)
     if stats is not None:
-        t = t_o + tl.where(e_y > 0.0, (s_y - top) * e_y, 0.0)
+        t = t_o + finite(s_y - top) * e_y
         tl.store(stats.log_prob + i_row, -nll)
         tl.store(stats.entropy + i_row, log_d - t * inv_d)
         tl.store(stats.lse + i_row, top + log_d)
@@ -253,19 +316,19 @@ def coefficients(i_row, top, inv_d, so_d, m_y, r, w_y, w_mean, V, opt):
 
 
 @triton.jit
-def gradient(b_x, o_col, y, top, inv_d, a, a_minus_b, b_so_d, c_over_v, h, h_origin, b_w, opt):
-    """The gradient of one block, float32; scale, softcap and temperature multiply last."""
+def gradient(b_x, top, inv_d, factor, offset, c_w_over_v, h, h_origin, opt):
+    """factor p - offset and what the options add, float32, for columns or for the target alone.
+
+    Scale, softcap and temperature multiply last. With (a, 0) it is every column's gradient but
+    the target's, with (a - b, b s_o / d) the target's.
+    """
     b_z = transform(b_x, opt) - top
-    b_p = exp(b_z) * inv_d
-    m_target = o_col == y
-    b_g = tl.where(m_target, a_minus_b, a) * b_p - tl.where(m_target, b_so_d, 0.0)
+    b_e = exp(b_z)
+    b_g = (factor * inv_d) * b_e - offset
     if opt.label_smoothing is not None:
-        if opt.weight is not None:
-            b_g -= c_over_v * b_w
-        else:
-            b_g -= c_over_v
+        b_g -= c_w_over_v
     if opt.entropy_weight is not None:
-        b_g -= h * tl.where(b_p > 0.0, b_p * (b_z + h_origin), 0.0)  # 0 x -inf is 0
+        b_g -= (h * inv_d) * (b_e * (finite(b_z) + h_origin))
     if opt.softcap is not None:
         b_g = b_g * transform_slope(b_x, opt)
     if opt.logit_scale is not None:

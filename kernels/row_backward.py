@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from sgp.kernels.arithmetic import load_row_scalars
-from sgp.kernels.layout import aligned
+from sgp.kernels.layout import aligned, column_offset, row_pointer
 from sgp.kernels.row_pieces import write_gradient, zero_row
 
 
@@ -35,10 +35,13 @@ def row_backward(
     else:
         m_y = (y >= 0) & (y < V)
         i_y = tl.where(m_y, y, 0).to(tl.int32)
+        p_x = row_pointer(logits, i_row, ALIGN)
+        x_y = tl.load(p_x + column_offset(logits, i_y), mask=m_y, other=float("nan"))
+        tl.debug_barrier()  # in place, the block that holds the target is stored later
         top = tl.load(saved + 3 * i_row)
         inv_d = tl.load(saved + 3 * i_row + 1)
         so_d = tl.load(saved + 3 * i_row + 2)
         r, w_y, w_mean = load_row_scalars(i_row, i_y, m_y, opt)
         write_gradient(
-            logits, dlogits, i_row, i_y, m_y, top, inv_d, so_d, r, w_y, w_mean, opt, V, BV, ALIGN
+            logits, dlogits, i_row, i_y, x_y, m_y, top, inv_d, so_d, r, w_y, w_mean, opt, V, BV, ALIGN
         )

@@ -39,8 +39,21 @@ def wait_for_loads(p_x, p_g):
 
 
 @triton.jit
+def store_target_gradient(dlogits, p_g, y, g_y, BV: tl.constexpr):
+    """The target's gradient over what the same threads have stored for its column.
+
+    The barrier is one of the program; the programs of a cluster share a block of BV columns in
+    the same way at every store, so the earlier store of column y was one of this program's.
+    """
+    tl.debug_barrier()
+    o_col = y // BV * BV + tl.arange(0, BV)
+    b_g = tl.full([BV], g_y, tl.float32).to(p_g.dtype.element_ty)
+    tl.store(p_g + column_offset(dlogits, o_col), b_g, mask=o_col == y)
+
+
+@triton.jit
 def write_gradient(
-    logits, dlogits, i_row, y, m_y, top, inv_d, so_d, r, w_y, w_mean, opt, V,
+    logits, dlogits, i_row, y, x_y, m_y, top, inv_d, so_d, r, w_y, w_mean, opt, V,
     BV: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     p_x = row_pointer(logits, i_row, ALIGN)
@@ -48,6 +61,7 @@ def write_gradient(
     a, a_minus_b, b_so_d, c_over_v, h, h_origin = coefficients(
         i_row, top, inv_d, so_d, m_y, r, w_y, w_mean, V, opt
     )
+    g_y = gradient(x_y, top, inv_d, a_minus_b, b_so_d, c_over_v * w_y, h, h_origin, opt)
     for start in range(0, V, BV):
         o_col = start + tl.arange(0, BV)
         m_col = o_col < V
@@ -58,8 +72,7 @@ def write_gradient(
             eviction_policy="evict_first",
         )
         b_w = load_class_weight(o_col, m_col, opt)
-        b_g = gradient(
-            b_x, o_col, y, top, inv_d, a, a_minus_b, b_so_d, c_over_v, h, h_origin, b_w, opt
-        )
+        b_g = gradient(b_x, top, inv_d, a, 0.0, c_over_v * b_w, h, h_origin, opt)
         wait_for_loads(p_x, p_g)
         tl.store(p_g + column_offset(dlogits, o_col), b_g.to(p_g.dtype.element_ty), mask=m_col)
+    store_target_gradient(dlogits, p_g, y, g_y, BV)

@@ -1,9 +1,20 @@
 """Loss, statistics and gradient of a row in one launch, the whole row on chip, read once.
 
-The same formulas as the streaming form (arithmetic.py) on one block that holds the row: each kept
-logit is asked for once, `(1 + f) N V` elements with kept fraction f. The price: the row must fit
-the registers of one program, so this is the form for vocabularies of a few thousand; the table in
-launch.py says up to which size.
+The same formulas as the streaming form (arithmetic.py) on a row that stays in registers: each kept
+logit is asked for once, `(1 + f) N V` elements with kept fraction f. A row too long for one program
+is shared by the programs of a thread-block cluster (`num_ctas` at launch; NVIDIA, Hopper Tuning
+Guide, section 1.4.1.2), whose maximum and sums meet in distributed shared memory. The row is a
+tuple of pieces, so that a vocabulary above a power of two does not pay for empty lanes.
+
+The choice: three passes over registers instead of two over memory. The price: the row must fit,
+with room for a pass's temporaries; launch.py says what fits where. Three habits keep it small:
+the maximum is taken over logits as stored (scale, softcap and temperature keep their order);
+the last pass gets its numbers as arguments of their own (`late`), or the compiler would keep what
+the first pass computed from the same ones; and the target's gradient, a scalar, is stored after
+the others instead of being selected in every lane.
+
+Every thread's stores depend on sums over all that any thread of the row has loaded, so no store,
+in place or into the first half of a float32 row, reaches a logit that is still to be loaded.
 Rows whose target is `ignore_index` are not read; their gradient is written as zero.
 """
 
@@ -11,17 +22,39 @@ import triton
 import triton.language as tl
 
 from sgp.kernels.arithmetic import (
-    accumulate,
     coefficients,
     finish,
     finish_ignored,
     finite_or_zero,
     gradient,
     load_row_scalars,
+    ordered,
+    score,
+    score_of_largest,
+    terms,
     transform,
 )
 from sgp.kernels.layout import aligned, column_offset, row_pointer
-from sgp.kernels.row_pieces import load_class_weight, wait_for_loads, zero_row
+from sgp.kernels.row_pieces import load_class_weight, store_target_gradient, zero_row
+
+
+@triton.jit
+def sums(b_so, b_to, b_ks, ENTROPY: tl.constexpr, SMOOTHING: tl.constexpr):
+    """The sums of those that are asked for, in one reduction: the cluster meets once."""
+    t_o = 0.0
+    k = 0.0
+    if ENTROPY and SMOOTHING:
+        b_both = tl.join(tl.join(b_so, b_to), tl.join(b_ks, b_ks))
+        b_st, b_kk = tl.split(tl.sum(b_both, 0))
+        s_o, t_o = tl.split(b_st)
+        k, _ = tl.split(b_kk)
+    elif ENTROPY:
+        s_o, t_o = tl.split(tl.sum(tl.join(b_so, b_to), 0))
+    elif SMOOTHING:
+        s_o, k = tl.split(tl.sum(tl.join(b_so, b_ks), 0))
+    else:
+        s_o = tl.sum(b_so, 0)
+    return s_o, t_o, k
 
 
 @triton.jit
@@ -33,9 +66,11 @@ def row_resident(
     saved,  # (N, 3) fp32: max, 1/d, s_o/d, written; None: not wanted
     stats,  # Statistics, written; None: not wanted
     opt,  # Options
+    late,  # Options, equal to opt
     ignore_index,
     V,
-    BV: tl.constexpr,  # at least V
+    BV: tl.constexpr,  # columns in a piece
+    PIECES: tl.constexpr,  # BV PIECES is at least V
     ALIGN: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
@@ -47,19 +82,46 @@ def row_resident(
             zero_row(dlogits, i_row, V, BV, ALIGN)
     else:
         m_y = (y >= 0) & (y < V)
-        i_y = tl.where(m_y, y, -1).to(tl.int32)
-        o_col = tl.arange(0, BV)
-        m_col = o_col < V
+        i_y = tl.where(m_y, y, 0).to(tl.int32)
+        o_lane = tl.arange(0, BV)
         p_x = row_pointer(logits, i_row, ALIGN)
-        b_x = tl.load(p_x + column_offset(logits, o_col), mask=m_col, other=0.0)
-        # The target's logit comes from the block: a second access would count at V = 1.
-        x_y = tl.sum(tl.where(o_col == i_y, b_x.to(tl.float32), 0.0), 0)
-        s_y = transform(tl.where(m_y, x_y, float("nan")), opt)
+        x_y = tl.load(p_x + column_offset(logits, i_y), mask=m_y, other=float("nan"))
+        row = ()
+        for k in tl.static_range(PIECES):
+            o_col = k * BV + o_lane
+            b_x = tl.load(
+                p_x + column_offset(logits, o_col), mask=o_col < V, other=float("-inf")
+            )
+            row = row + (b_x,)
+
+        b_top = ordered(row[0], o_lane < V, opt)
+        for k in tl.static_range(1, PIECES):
+            b_top = tl.maximum(b_top, ordered(row[k], k * BV + o_lane < V, opt))
+        top = score_of_largest(tl.max(b_top, 0), opt)
+
+        s_y = transform(x_y, opt)
         reference = finite_or_zero(s_y)
+        origin = finite_or_zero(top)
         r, w_y, w_mean = load_row_scalars(i_row, i_y, m_y, opt)
-        b_w = load_class_weight(o_col, m_col, opt)
-        carry = (float("-inf"), 0.0, 0.0, 0.0)
-        carry = accumulate(carry, b_x, o_col, m_col, i_y, reference, b_w, opt, stats is not None)
+        b_so = tl.zeros([BV], tl.float32)
+        b_to = tl.zeros([BV], tl.float32)
+        b_ks = tl.zeros([BV], tl.float32)
+        for k in tl.static_range(PIECES):
+            m_col = k * BV + o_lane < V
+            b_w = load_class_weight(k * BV + o_lane, m_col, opt)
+            b_s = score(row[k], m_col, opt)
+            # The target's column counts from the piece, so that the lane numbers serve them all.
+            b_e, b_t, b_k = terms(
+                b_s, o_lane, m_col, i_y - k * BV, origin, reference, b_w, opt, stats is not None
+            )
+            b_so += b_e
+            if stats is not None:
+                b_to += b_t
+            if opt.label_smoothing is not None:
+                b_ks += b_k
+        s_o, t_o, k_all = sums(b_so, b_to, b_ks, stats is not None, opt.label_smoothing is not None)
+
+        carry = (top, s_o, t_o, k_all)
         top, inv_d, so_d = finish(
             carry, s_y, reference, r, w_y, w_mean, i_row, loss, saved, stats, V, opt
         )
@@ -67,9 +129,14 @@ def row_resident(
             a, a_minus_b, b_so_d, c_over_v, h, h_origin = coefficients(
                 i_row, top, inv_d, so_d, m_y, r, w_y, w_mean, V, opt
             )
-            b_g = gradient(
-                b_x, o_col, i_y, top, inv_d, a, a_minus_b, b_so_d, c_over_v, h, h_origin, b_w, opt
-            )
             p_g = row_pointer(dlogits, i_row, ALIGN)
-            wait_for_loads(p_x, p_g)
-            tl.store(p_g + column_offset(dlogits, o_col), b_g.to(p_g.dtype.element_ty), mask=m_col)
+            for k in tl.static_range(PIECES):
+                o_col = k * BV + o_lane
+                m_col = o_col < V
+                b_w = load_class_weight(o_col, m_col, late)
+                b_g = gradient(row[k], top, inv_d, a, 0.0, c_over_v * b_w, h, h_origin, late)
+                tl.store(
+                    p_g + column_offset(dlogits, o_col), b_g.to(p_g.dtype.element_ty), mask=m_col
+                )
+            g_y = gradient(x_y, top, inv_d, a_minus_b, b_so_d, c_over_v * w_y, h, h_origin, late)
+            store_target_gradient(dlogits, p_g, i_y, g_y, BV)

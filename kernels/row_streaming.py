@@ -59,7 +59,7 @@ def row_streaming(
             b_x = tl.load(
                 p_x + column_offset(logits, o_col),
                 mask=m_col,
-                other=0.0,
+                other=float("-inf"),
                 eviction_policy="evict_last",
             )
             b_w = load_class_weight(o_col, m_col, opt)
@@ -75,6 +75,7 @@ def row_streaming(
                 dlogits,
                 i_row,
                 i_y,
+                x_y,
                 m_y,
                 top,
                 inv_d,

@@ -142,6 +142,7 @@ def _options(
         label_smoothing=recipe.label_smoothing or None,
         lse_square_scale=recipe.lse_square_scale or None,
         softcap=recipe.softcap,
+        inverse_softcap=None if recipe.softcap is None else 1 / recipe.softcap,
         logit_scale=None if recipe.logit_scale == 1.0 else recipe.logit_scale,
         inverse_temperature=None if recipe.temperature == 1.0 else 1 / recipe.temperature,
     )

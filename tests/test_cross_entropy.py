@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from torch.testing._internal.common_methods_invocations import op_db
 
 import sgp
-from sgp.kernels.launch import RESIDENT_LIMIT
 from tests.oracle import (
     assert_no_worse,
     check_cross_entropy,
@@ -186,9 +185,10 @@ VOCABULARIES = {
     128: "half of the smallest block",
     256: "exactly the smallest resident block",
     1000: "no power of two divides it beyond 8",
-    8192: "exactly one streaming block",
-    8193: "one column more than a block holds",
-    20011: "prime; several streaming blocks of any width, beyond the resident form",
+    8192: "exactly one streaming block; four pieces of a resident row",
+    8193: "one column more, and accesses of one element",
+    12000: "six pieces of one program, the last with room to spare",
+    20011: "prime; several blocks of any width; a cluster, but not with every option on",
 }
 
 
@@ -199,12 +199,13 @@ VOCABULARIES = {
 def test_vocabulary_and_dtype(V, option, dtype, backend, row_form, device):
     N = 3
     logits, target = batch(N, V, device, dtype)
-    if row_form == "resident" and RESIDENT_LIMIT < V:
-        with pytest.raises(ValueError, match=f"rows of at most .* columns.*, got {V}"):
-            sgp.cross_entropy(logits, target)
+    options = options_of(option, N, V, device)
+    if row_form == "resident" and option == "all" and V % 8 and V > 4_096:
+        with pytest.raises(ValueError, match=f"rows of {V} columns: 4096 is the most"):
+            sgp.cross_entropy(logits, target, **options)
         return
     target[2] = V - 1  # the last column of the last block
-    check_cross_entropy(logits, target, reduction="mean", **options_of(option, N, V, device))
+    check_cross_entropy(logits, target, reduction="mean", **options)
 
 
 @IMPLEMENTATIONS

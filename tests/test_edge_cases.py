@@ -53,7 +53,6 @@ def only(*implementations):
 
 
 ONCE = only(TORCH)  # no row kernel takes part
-LONG_ROWS = only(TORCH, STREAMING)  # the resident form holds 8192 columns
 KERNELS = only(RESIDENT, STREAMING)
 
 
@@ -107,7 +106,6 @@ def test_row_01_rows_of_stride_zero(device):
 # -- 2. minus infinity, and logits far from zero ---------------------------------------------------
 
 
-@LONG_ROWS
 def test_row_02_first_block_all_minus_inf(device, monkeypatch):
     V = 70_000
     logits = torch.randn(2, V, device=device)
@@ -167,7 +165,6 @@ def test_row_02_logits_far_from_zero(offset, device):
         assert relative_error(getattr(stats, field), getattr(truth, field)) < 1e-6, field
 
 
-@LONG_ROWS
 def test_row_02_block_far_below_the_next(device, monkeypatch):
     """The running maximum starts at -inf, passes through -1e4 and ends at 0, block by block."""
     V = 40_000
@@ -377,7 +374,6 @@ def test_row_08_overwritten_logits_are_noticed(dtype, device):
 # -- 10, 11. sixteen bits --------------------------------------------------------------------------
 
 
-@LONG_ROWS
 def test_row_10_loss_of_bf16_logits_is_not_rounded(device):
     logits = torch.zeros(3, 46_200, device=device, dtype=torch.bfloat16)[:, :9_000]
     target = torch.tensor([0, 1, 2], device=device)
@@ -673,7 +669,6 @@ def test_row_18_no_rows(reduction, device):
     assert logits.grad.shape == (0, 9, 3)
 
 
-@LONG_ROWS
 def test_row_18_largest_vocabulary(device, monkeypatch):
     V = 262_144
     logits = torch.randn(1, V, device=device).bfloat16()
