@@ -2,7 +2,8 @@
 
     python -m bench resources                 # table, results file, exit code 1 if a budget breaks
     python -m bench resources --targets sm_90
-    python -m bench resources --longest       # of each resident line only its longest row
+    python -m bench resources --longest       # fewer: of each resident line its longest row, with
+                                              # nothing on and with everything on
 
 No GPU is needed: Triton's own launcher is asked for the kernel it would launch, for a target that
 is named instead of found. Registers and stack come from `cuobjdump -res-usage`, access widths from
@@ -114,16 +115,22 @@ def target_of(name: str) -> Target:
 def cases(name: str, *, longest: bool = False) -> list[Case]:
     """Every line of the table with every kernel that uses it, options off, on and one by one."""
     found = dict.fromkeys((*resident_cases(name, longest=longest), *streaming_cases()))
-    return [case for case in found if not (longest and case.V in (1_024, 2_048, 50_264))]
+    if not longest:
+        return list(found)
+    return [
+        case
+        for case in found
+        if case.options in ("plain", "logged", "all") and case.V not in (1_024, 2_048, 50_264)
+    ]
 
 
-def resident_cases(name: str, *, longest: bool) -> Iterator[Case]:
+def resident_cases(name: str, *, longest: bool) -> Iterator[Case]:  # noqa: C901  (a list)
     """Every line and count of pieces of the resident form, at the longest row that it takes."""
     for (dtype, layout), (light, wide) in itertools.product(
         DATA, ((True, True), (False, True), (True, False))
     ):
         itemsize, halving = DTYPES[dtype].itemsize, layout == "head"
-        row = Row(V=0, light=light, wide=wide, itemsize=itemsize, halving=halving)
+        row = Row(V=0, light=light, plain=False, wide=wide, itemsize=itemsize, halving=halving)
         for V, is_longest in _longest_rows(row, target_of(name)):
             if is_longest or not longest:
                 for options in LIGHT_OPTIONS if light else HEAVY_OPTIONS:
@@ -148,12 +155,12 @@ def _longest_rows(row: Row, target: Target) -> Iterator[tuple[int, bool]]:
     for line in table.resident_lines(row, target):
         for pieces in table.PIECES:
             V = line.BV * pieces
-            if shorter < V <= line.columns:
-                yield V - (not row.wide), V == line.columns
+            if line.columns >= V > shorter:
+                yield V - (not row.wide), line.columns == V
         shorter = max(shorter, line.columns)
 
 
-def streaming_cases() -> Iterator[Case]:
+def streaming_cases() -> Iterator[Case]:  # noqa: C901  (a list)
     """The kernels that go block by block; forward is forced, where a GPU might choose resident.
 
     fp16 has bf16's width and another conversion: it is compiled at the two ends. 262 144 is not
@@ -246,7 +253,7 @@ def _call(case: Case, on: Target) -> launch.Call:
         "plain": Options(scale=empty()),
         "reported": Options(scale=empty()),
         "logged": light,
-        "weighted": Options(row_weight=row, scale=empty(), lse_square_scale=1e-4, logit_scale=0.5),
+        "weighted": light._replace(label_smoothing=None),
         "softcap": Options(scale=empty(), softcap=30.0, inverse_softcap=1 / 30.0),
         "smoothing": Options(scale=empty(), label_smoothing=0.1),
         "class weight": Options(weight=empty(V), weight_mean=empty(), scale=empty()),
@@ -351,7 +358,9 @@ def _broken_budgets(
             broken.append(f"{record['loads_16']} loads of 16 bytes, once is {one}")
         # The target's gradient is a store of one element, in every lane, that is masked off.
         if record["narrow"] > SCALARS + columns:
-            broken.append(f"{record['narrow']} narrow accesses, at most {SCALARS + columns} are due")
+            broken.append(
+                f"{record['narrow']} narrow accesses, at most {SCALARS + columns} are due"
+            )
     return broken
 
 
@@ -383,10 +392,23 @@ def main() -> int:
         "longest": arguments.longest,
         "fingerprint": fingerprint(),
     }
-    lines = ",\n".join(json.dumps(record) for record in records)
+    others = _records_of_other_targets(arguments.output, header, arguments.targets)
+    lines = ",\n".join(json.dumps(record) for record in (*others, *records))
     arguments.output.write_text(f'{json.dumps(header)[:-1]}, "records": [\n{lines}\n]}}\n')
     _print(records)
     return 1 if any(record["broken"] for record in records) else 0
+
+
+def _records_of_other_targets(
+    path: Path, header: dict[str, Any], targets: list[str]
+) -> list[dict[str, Any]]:
+    """What the file says of the targets that were not run, if it is of the same sources."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    if any(found.get(key) != value for key, value in header.items()):
+        return []
+    return [record for record in found["records"] if record["target"] not in targets]
 
 
 def _print(records: list[dict[str, Any]]) -> None:

@@ -317,10 +317,10 @@ def coefficients(i_row, top, inv_d, so_d, m_y, r, w_y, w_mean, V, opt):
 
 @triton.jit
 def gradient(b_x, top, inv_d, factor, offset, c_w_over_v, h, h_origin, opt):
-    """factor p - offset and what the options add, float32, for columns or for the target alone.
+    """The gradient, float32: factor p - offset, and what the options add.
 
-    Scale, softcap and temperature multiply last. With (a, 0) it is every column's gradient but
-    the target's, with (a - b, b s_o / d) the target's.
+    With factor a and offset 0 it is every column's but the target's; with (a - b, b s_o / d) the
+    target's. Scale, softcap and temperature multiply last.
     """
     b_z = transform(b_x, opt) - top
     b_e = exp(b_z)

@@ -43,5 +43,20 @@ def row_backward(
         so_d = tl.load(saved + 3 * i_row + 2)
         r, w_y, w_mean = load_row_scalars(i_row, i_y, m_y, opt)
         write_gradient(
-            logits, dlogits, i_row, i_y, x_y, m_y, top, inv_d, so_d, r, w_y, w_mean, opt, V, BV, ALIGN
+            logits,
+            dlogits,
+            i_row,
+            i_y,
+            x_y,
+            m_y,
+            top,
+            inv_d,
+            so_d,
+            r,
+            w_y,
+            w_mean,
+            opt,
+            V,
+            BV,
+            ALIGN,
         )

@@ -87,10 +87,11 @@ ONE_BLOCK = (
     Line("resident", 4_096, 256),
 )
 # Up to 64 columns a thread in 128 registers, so that a multiprocessor holds two programs: one
-# loads while the other stores. Pieces of 8 columns a thread: one access of 16 bytes in bf16.
+# loads while the other stores. Pieces of 8 columns a thread: one access of 16 bytes in bf16. (In
+# one program or two, 64 columns a thread spilled up to 4 registers on sm_100.)
 LIGHT = (
-    Line("resident", 2_048, 256, 8, 1, 2),
-    Line("resident", 4_096, 256, 8, 2, 2),
+    Line("resident", 2_048, 256, 6, 1, 2),
+    Line("resident", 4_096, 256, 6, 2, 2),
     Line("resident", 8_192, 256, 8, 4, 2),
     Line("resident", 16_384, 256, 8, 8, 2),
     Line("resident", 32_768, 512, 8, 8),
@@ -107,8 +108,8 @@ HEAVY = (
     Line("resident", 16_384, 256, 6, 8),
     Line("resident", 32_768, 256, 6, 16),
 )
-# 32 columns a thread in 128 registers: a float32 gradient spills 2.
-HEAVY_LONG = Line("resident", 65_536, 512, 4, 16)
+# 32 columns a thread in 128 registers: a float32 gradient spills 2, everything on 2 on sm_100.
+HEAVY_LONG_90 = Line("resident", 65_536, 512, 4, 16)
 # Accesses of one element: up to 32 columns a thread; 48 spilled with smoothing.
 NARROW = (
     Line("resident", 2_048, 256, 4, 1, 2),
@@ -162,11 +163,17 @@ def resident_lines(row: Row, target: Target) -> Iterator[Line]:
         lines = NARROW if row.light else ()
     elif row.light and not row.gradient:
         lines = LIGHT_LOSS
-    elif row.light and target.capability // 10 == 9 and not float32_gradient:
-        lines = (*LIGHT[:-1], LIGHT_90, LIGHT[-1])
-    elif not row.light and not float32_gradient:
-        lines = (*HEAVY, HEAVY_LONG)
-    yield from (line for line in lines if line.programs <= target.largest_cluster)
+    elif target.capability // 10 == 9 and not float32_gradient:
+        lines = (*LIGHT[:-1], LIGHT_90, LIGHT[-1]) if row.light else (*HEAVY, HEAVY_LONG_90)
+    old = target.triton < (3, 9)  # 3.8 fails on clusters ("PlanCTA") where a kernel has more steps
+    for line in lines:
+        if line.programs > target.largest_cluster:
+            continue
+        if line.programs > 1 and old:
+            if row.plain:
+                yield line._replace(pieces=min(6, line.pieces))
+        else:
+            yield line
 
 
 def blocks(row: Row) -> Line:
@@ -198,8 +205,9 @@ def target_of(device: torch.device) -> Target:
 def _words(row: Row, target: Target) -> str:
     """Why a row cannot be resident."""
     longest = max(line.columns for line in resident_lines(row, target))
+    version = ".".join(map(str, target.triton))
     return (
         f"rows of {row.V} columns: {longest} is the most for these options, strides and dtypes on "
-        f"{target.backend} {target.capability or ''} with Triton {'.'.join(map(str, target.triton))}"
-        "; use 'auto' or 'streaming'"
+        f"{target.backend} {target.capability or ''} with Triton {version}; "
+        "use 'auto' or 'streaming'"
     )

@@ -26,11 +26,11 @@ FORMS = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def form(request, monkeypatch):
-    monkeypatch.setenv("SGP_ROW_FORM", request.param)
-    return request.param
-
+    name = getattr(request, "param", "auto")
+    monkeypatch.setenv("SGP_ROW_FORM", name)
+    return name
 
 
 def poisoned(logits, N, **needs):
@@ -50,7 +50,7 @@ def launch_forward(logits, target, recipe=ALL, *, weight=None, row_weight=None, 
 
 
 @FORMS
-def test_every_output_is_written_in_full_even_for_ignored_rows(V, form):
+def test_every_output_is_written_in_full_even_for_ignored_rows(V):
     target = torch.tensor([1, -100, V - 1, -100])
     with watch_accesses():
         out = launch_forward(torch.randn(4, V), target, weight=torch.rand(V))
@@ -61,7 +61,7 @@ def test_every_output_is_written_in_full_even_for_ignored_rows(V, form):
 
 @FORMS
 @pytest.mark.parametrize("bad", [-1, "V", 2**40, -(2**40)])
-def test_a_bad_target_poisons_its_row_only_and_touches_nothing_outside(V, bad, form):
+def test_a_bad_target_poisons_its_row_only_and_touches_nothing_outside(V, bad):
     bad = V if bad == "V" else bad
     logits, weight = torch.randn(3, V), torch.rand(V)
     target = torch.tensor([0, bad, 1])
@@ -224,7 +224,7 @@ def test_no_pytorch_operator_computes_over_n_times_v(reduction, monkeypatch):
 
 
 @FORMS
-def test_same_input_same_bits(V, form):
+def test_same_input_same_bits(V):
     logits, target = torch.randn(3, V), torch.tensor([1, 2, 3])
     first, second = (launch_forward(logits, target) for _ in range(2))
     for name in first._fields:

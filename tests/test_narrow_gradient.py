@@ -26,8 +26,9 @@ GUARD = 2  # rows before and after, which no kernel was given
 VOCABULARIES = {
     7: "rows that begin anywhere, accesses of one element",
     300: "one block, with padding",
-    8_192: "exactly one block, or two where options are on",
+    8_192: "exactly one block, or two where options are on; four pieces",
     8_193: "blocks of 4096 columns, of which the last has one",
+    12_000: "six pieces, the last with room to spare",
     20_001: "five blocks: the third is stored where the second was read",
 }
 CASES = pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def fits(request, monkeypatch):
     """Forces a form; answers whether it can hold rows of V columns."""
     monkeypatch.setenv("SGP_ROW_FORM", request.param)
     if request.param == "streaming":
-        return lambda V, options: True
+        return lambda _V, _options: True
     return lambda V, options: options == "off" or V % 8 == 0 or V <= 4_096
 
 
@@ -149,7 +150,7 @@ from bench import resources
 
 triton.runtime.driver.set_active(resources._NamedTarget(resources.TARGETS["sm_90"]))
 for case in json.loads(sys.argv[1]):
-    call = resources._call(resources.Case(*case), 32)
+    call = resources._call(resources.Case(*case), resources.target_of("sm_90"))
     kernel = call.kernel.warmup(*call.arguments, grid=call.grid, **call.constants)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -158,20 +159,24 @@ for case in json.loads(sys.argv[1]):
     name, num_warps = call.kernel.__name__, call.constants["num_warps"]
     print(json.dumps([name, num_warps, kernel.asm["ttgir"], sass]))
 """
-# (kernel, V, dtype of the logits, options, layout)
+# (kernel, V, dtype of the logits, options, layout, form)
 COMPILED = [
     ("forward", 256, "fp32", "plain", "head"),  # one warp holds the row
     ("forward", 8_192, "fp32", "plain", "head"),
-    ("forward", 151_936, "fp32", "plain", "head"),
+    ("forward", 12_288, "fp32", "plain", "head"),  # six pieces
+    ("forward", 151_936, "fp32", "plain", "head"),  # a cluster
+    ("forward", 151_936, "bf16", "logged", "rows"),
+    ("forward", 151_936, "fp32", "plain", "head", "streaming"),
     ("backward", 151_936, "fp32", "log-probs", "head"),
     ("backward", 50_257, "fp32", "plain", "head"),  # accesses of one element
 ]
 
 
-def accesses(sass):
+def accesses(sass, *, wide):
     """The machine code as a word: what it does to memory, in the order of its addresses.
 
-    L a load of logits, S a store of the gradient, B a barrier, X the end; ^ a jump back. Scalars
+    L a load of logits, S a store of the gradient, T one of the target's alone (masked), B a barrier
+    of the program, C of the cluster, R an exchange within a warp, X the end; ^ a jump back. Scalars
     (target, saved statistics, losses) are left out: 32 bits, without the logits' eviction hint.
     """
     word = ""
@@ -180,9 +185,13 @@ def accesses(sass):
         if name == "LDG" and re.search("128|EF|EL", suffix):
             word += "L"
         elif name == "STG" and re.search("128|64|U16", suffix):
-            word += "S"
+            word += "T" if predicate and "U16" in suffix and wide else "S"
         elif name == "BAR":
             word += "B"
+        elif name == "UCGABAR_WAIT":
+            word += "C"
+        elif name == "SHFL":
+            word += "R"
         elif name == "EXIT" and not predicate:
             word += "X"
         elif name == "BRA" and int(operands.split("0x")[1], 16) < int(address, 16):
@@ -190,11 +199,14 @@ def accesses(sass):
     return word
 
 
-def test_a_barrier_stands_between_loads_and_stores(tmp_path):
-    """In Triton's own form and in the code for an H100, of every kernel that writes gradients.
+def test_all_is_loaded_before_anything_is_stored(tmp_path):
+    """In the code for an H100, of every kernel that writes gradients.
 
-    Without it a thread may store over logits that another has still to load: a race that no test
-    on a CPU, and hardly one on a GPU, would see.
+    Block by block, a barrier stands between a block's loads and its stores: without it a thread may
+    store over logits that another has still to load, a race that no test on a CPU, and hardly one
+    on a GPU, would see. A resident row's stores depend on a sum over all that was loaded, which all
+    warps, and all programs of a cluster, have met for. The target's gradient comes after a barrier,
+    over the same layout as the others.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
@@ -207,11 +219,20 @@ def test_a_barrier_stands_between_loads_and_stores(tmp_path):
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
     assert {name for name, *_ in kernels} == {"row_resident", "row_streaming", "row_backward"}
     assert kernels[0][1] == 1, "the smallest row is one warp's"
-    for case, (name, _, ttgir, sass) in zip(COMPILED, kernels, strict=True):
-        operations = re.findall(r"tt\.load .*f32>, #|ttg?\.store .*16>, #|barrier", ttgir)
-        order = "".join({"tt.l": "L", "tt.s": "S"}.get(o[:4], "B") for o in operations)
-        assert order.endswith("LBS"), f"{name} {case}: {order}"
-        word = accesses(sass)
-        assert re.search(r"L+B+S+\^?X", word), f"{name} {case}: no barrier in {word}"
-        assert not re.search(r"L[^BX]*S", word), f"{name} {case}: a store may pass a load in {word}"
-        assert len(re.findall(r"B+S", word)) == 1, f"{name} {case}: {word}"
+    for case, (name, num_warps, ttgir, sass) in zip(COMPILED, kernels, strict=True):
+        wide = case[1] % 8 == 0
+        word = accesses(sass, wide=wide)
+        if wide:
+            assert re.search(r"B+T+S?[BC]*\^?X", word), f"{name} {case}: {word}"
+        stores = re.findall(r"ttg?\.store .*tensor<(\w+)x!tt\.ptr<bf16>, (#\w+)>", ttgir)
+        assert len(set(stores)) == 1, f"{name} {case}: stores of more than one layout, {stores}"
+        if name == "row_resident":
+            meeting = "R" if num_warps == 1 else "B"
+            meeting += ".*C" if 'num-ctas" = 1 ' not in ttgir else ""
+            assert re.search(rf"L+[^LS]*{meeting}[^L]*S+B+T", word), f"{name} {case}: {word}"
+            assert not re.search(r"[ST].*L", word[word.index("L") :]), f"{name} {case}: {word}"
+        else:
+            assert not re.search(r"L[^BX]*S", word), (
+                f"{name} {case}: a store may pass a load, {word}"
+            )
+            assert re.search(r"L+B+S+", word), f"{name} {case}: no barrier in {word}"

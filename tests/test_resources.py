@@ -1,14 +1,65 @@
 """Every kernel that the launch table can choose compiles for GPUs that are not here."""
 
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from bench import resources
+from sgp.kernels import table
+
 ROOT = Path(__file__).parent.parent
+
+
+RESULTS = ROOT / "bench" / "results" / "resources.json"
+
+
+def test_the_results_are_of_these_sources():
+    """Every line of the table and every count of pieces; run again when a kernel changes.
+
+    The tests below compile the longest row of each line; the file has them all.
+    """
+    found = json.loads(RESULTS.read_text())
+    assert found["fingerprint"] == resources.fingerprint(), "run `python -m bench resources`"
+    assert not found["longest"]
+    records = found["records"]
+    assert {record["target"] for record in records} == set(resources.TARGETS)
+    for record in records:
+        assert record["spills"] == record["stack"] == 0, record
+        assert not record["broken"], record
+    clusters = {r["num_ctas"] for r in records if r["target"] == "sm_90"}
+    assert clusters == {1, 2, 4, 8, 16}
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_what_is_read_once(target, dtype):
+    """No spill, 16 bytes at a time: light rows up to 262 144 columns, all options to 151 936.
+
+    A row of V columns takes the kernel that was compiled for the longest row of its line.
+    """
+    records = json.loads(RESULTS.read_text())["records"]
+    on = resources.target_of(target)
+    for V, options in itertools.product(
+        (32_896, 50_264, 128_256, 131_072, 151_936, 248_320, 262_144), ("plain", "logged", "all")
+    ):
+        if options == "all" and V > 151_936:
+            continue
+        light, plain = options != "all", options == "plain"
+        row = table.Row(V, light=light, plain=plain, itemsize=resources.DTYPES[dtype].itemsize)
+        line = table.choose(row, on, "auto")
+        assert line.form == "resident"
+        assert any(
+            (r["target"], r["kernel"], r["dtype"], r["options"], r["layout"])
+            == (target, "forward", dtype, options, "rows")
+            and (r["BV"], r["pieces"], r["num_ctas"]) == (line.BV, line.pieces, line.programs)
+            for r in records
+        ), (V, options, line)
 
 
 @pytest.mark.parametrize(
@@ -21,7 +72,7 @@ def test_no_spills_and_16_byte_accesses_without_a_gpu(target, tmp_path):
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
     output = tmp_path / "resources.json"
     command = [sys.executable, "-m", "bench", "resources"]
-    command += ["--targets", target, "--jobs", "1", "--output", str(output)]
+    command += ["--targets", target, "--jobs", "1", "--longest", "--output", str(output)]
     run = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
@@ -40,14 +91,33 @@ def test_no_spills_and_16_byte_accesses_without_a_gpu(target, tmp_path):
 
 def test_a_broken_budget_is_seen():
     """The budget itself can fail: a kernel told to expect wider rows than it has breaks it."""
-    from bench import resources
+    on = resources.target_of("sm_90")
 
-    case = resources.Case("forward", 50_264, "bf16", "plain")
-    call = resources._call(case, 32)
-    record = {"form": "streaming", "num_warps": 32, "loads_16": 1, "stores_16": 4, "narrow": 9}
-    spilled = record | {"spills": 2, "stack": 8}
-    assert len(resources._broken_budgets(case, call, spilled, nvidia=True)) == 2
-    narrow = record | {"spills": 0, "stack": 0, "loads_16": 4, "narrow": 32}
-    assert len(resources._broken_budgets(case, call, narrow, nvidia=True)) == 1
-    fine = record | {"spills": 0, "stack": 0, "loads_16": 4}
-    assert resources._broken_budgets(case, call, fine, nvidia=True) == []
+    def broken(case, **found):
+        fine = {"num_ctas": 1, "pieces": 1, "spills": 0, "stack": 0, "narrow": 9} | found
+        return len(resources._broken_budgets(case, resources._call(case, on), fine, nvidia=True))
+
+    case = resources.Case("forward", 50_264, "bf16", "plain", form="streaming")
+    fine = {"form": "streaming", "num_warps": 32, "loads_16": 4, "stores_16": 4}
+    assert broken(case, **fine) == 0
+    assert broken(case, **fine | {"loads_16": 1, "spills": 2, "stack": 8}) == 2
+    assert broken(case, **fine | {"narrow": 41}) == 1
+
+    case = resources.Case("forward", 151_936, "bf16", "plain")
+    fine = {"form": "resident", "num_warps": 8, "num_ctas": 8, "pieces": 10}
+    fine |= {"loads_16": 10, "stores_16": 10}
+    assert broken(case, **fine) == 0
+    assert broken(case, **fine | {"loads_16": 20}) == 1, "read twice"
+    assert broken(case, **fine | {"stores_16": 5}) == 1
+
+
+def test_the_fingerprint_is_of_code_alone(tmp_path, monkeypatch):
+    before = resources.fingerprint()
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    monkeypatch.setattr(resources, "ROOT", tmp_path)
+    kernel = tmp_path / "kernels" / "factor.py"
+    source = kernel.read_text()
+    kernel.write_text(source + "\n# a comment\n")
+    assert resources.fingerprint() == before
+    kernel.write_text(source + "\nx = 1\n")
+    assert resources.fingerprint() != before
