@@ -8,6 +8,7 @@ import sys
 COMMANDS = {
     "traffic": "bytes that each kernel asks for and touches, counted under the interpreter",
     "head": "time and memory of a linear head and its loss, side by side",
+    "forms": "resident rows against streaming and a copy, timed on a GPU",
     "resources": "registers, spills and access widths of every kernel, compiled without a GPU",
 }
 

@@ -61,14 +61,15 @@ class Case(NamedTuple):
     V: int
     dtype: str
     options: str  # plain | weighted | reported | logged | log-probs | all, or one option's name
-    layout: str = "rows"  # rows | strided | in place (strided, and so is the gradient) | head
+    layout: str = "rows"  # rows | slice | strided | in place (strided, so is the gradient) | head
+    # slice: logits[:, :-1], two strides between rows
     # head: a bf16 gradient in the first half of float32 rows, as the linear head has it
     form: str = "auto"  # or "streaming", forced
 
     @property
     def is_wide(self) -> bool:
         """Whether 16-byte accesses are promised."""
-        return self.V % 8 == 0 and self.layout in ("rows", "head")
+        return self.V % 8 == 0 and self.layout in ("rows", "slice", "head")
 
     @property
     def gradient_dtype(self) -> torch.dtype:
@@ -124,7 +125,7 @@ def cases(name: str, *, longest: bool = False) -> list[Case]:
     ]
 
 
-def resident_cases(name: str, *, longest: bool) -> Iterator[Case]:  # noqa: C901  (a list)
+def resident_cases(name: str, *, longest: bool) -> Iterator[Case]:  # noqa: C901, PLR0912  (a list)
     """Every line and count of pieces of the resident form, at the longest row that it takes."""
     for (dtype, layout), (light, wide) in itertools.product(
         DATA, ((True, True), (False, True), (True, False))
@@ -139,10 +140,20 @@ def resident_cases(name: str, *, longest: bool) -> Iterator[Case]:  # noqa: C901
                 yield Case("forward", V, dtype, "weighted", layout)
                 yield Case("forward", V, dtype, "smoothing", layout)
                 yield Case("forward", V, dtype, "reported", layout)
+            if is_longest and wide:
+                most = "logged" if light else "all"
+                yield Case("forward", V - 8, dtype, most, layout)  # no multiple of 16
+                if not halving:
+                    yield Case("forward", V, dtype, most, "slice")
+                if not light:
+                    yield Case("forward", V, dtype, "softcap reported", layout)
         if not halving:
             for V, is_longest in _longest_rows(row._replace(gradient=False), target_of(name)):
                 if is_longest or not longest:
                     yield Case("statistics", V, dtype, "logged" if light else "all")
+                if is_longest and dtype == "bf16":
+                    yield Case("statistics", V, "fp16", "logged" if light else "all")
+                    yield Case("loss", V, dtype, "plain" if light else "softcap")
     for line, dtype in itertools.product(table.ONE_BLOCK, ("bf16", "fp32")):
         yield Case("forward", line.BV - 1, dtype, "all")  # accesses of one element
     for dtype, layout in itertools.product(("bf16", "fp32"), ("strided", "in place")):
@@ -255,6 +266,7 @@ def _call(case: Case, on: Target) -> launch.Call:
         "logged": light,
         "weighted": light._replace(label_smoothing=None),
         "softcap": Options(scale=empty(), softcap=30.0, inverse_softcap=1 / 30.0),
+        "softcap reported": Options(scale=empty(), softcap=30.0, inverse_softcap=1 / 30.0),
         "smoothing": Options(scale=empty(), label_smoothing=0.1),
         "class weight": Options(weight=empty(V), weight_mean=empty(), scale=empty()),
         "log-probs": Options(
@@ -267,7 +279,7 @@ def _call(case: Case, on: Target) -> launch.Call:
         return launch.row_gradient(logits, dlogits, target, empty(N, 3), options, **shared)
     if case.kernel == "factor":
         return launch.multiply(dlogits, target, empty(), N=N, **shared)
-    with_stats = case.options in ("all", "logged", "reported")
+    with_stats = case.options in ("all", "logged", "reported", "softcap reported")
     stats = Statistics(row, row, row, empty(N, dtype=torch.bool)) if with_stats else None
     sink = dlogits if case.kernel == "forward" else None
     saved = empty(N, 3) if case.kernel == "statistics" else None
@@ -278,6 +290,8 @@ def _call(case: Case, on: Target) -> launch.Call:
 def _matrix(case: Case, dtype: torch.dtype, *, strided: bool) -> Matrix:
     if strided:  # (B, V, T) moved to (B, T, V)
         x = torch.empty(4, case.V, N // 4, dtype=dtype, device="meta").movedim(1, -1)
+    elif case.layout == "slice":
+        x = torch.empty(4, N // 4 + 1, case.V, dtype=dtype, device="meta")[:, :-1]
     else:
         x = torch.empty(N, case.V, dtype=dtype, device="meta")
     found = matrix(x)

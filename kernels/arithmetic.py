@@ -155,7 +155,7 @@ def ordered(b_x, m_col, opt):
 
 @triton.jit
 def score_of_largest(x_top, opt):
-    """The largest scored logit, from the largest of the ordered ones: what is monotone can wait."""
+    """The largest scored logit, from the largest of the ordered ones (to a rounding, in tanh)."""
     if opt.logit_scale is not None:
         x_top = x_top * sign(opt.logit_scale)
     return transform(x_top, opt)
@@ -235,7 +235,8 @@ def finish(carry, s_y, reference, r, w_y, w_mean, i_row, p_loss, p_saved, stats,
     top, s_o, t_o, k = carry
     e_y = exp(s_y - finite_or_zero(top))
     d = s_o + e_y
-    log_d = tl.where(s_y == top, log1p(s_o), tl.log(d))
+    # A resident row's max is the largest logit's score, which another's may pass by a rounding.
+    log_d = tl.where(s_y >= top, log1p(s_o), tl.log(d))
     nll = (top - s_y) + log_d  # top - s_y is exactly 0 or, for a row of infinities, NaN
     inv_d = 1.0 / d
     so_d = s_o * inv_d
@@ -259,7 +260,7 @@ def finish(carry, s_y, reference, r, w_y, w_mean, i_row, p_loss, p_saved, stats,
         tl.store(stats.log_prob + i_row, -nll)
         tl.store(stats.entropy + i_row, log_d - t * inv_d)
         tl.store(stats.lse + i_row, top + log_d)
-        tl.store(stats.is_top1 + i_row, s_y == top)
+        tl.store(stats.is_top1 + i_row, s_y >= top)
     return top, inv_d, so_d
 
 

@@ -132,7 +132,7 @@ def _row(
         V=V,
         light=light,
         plain=light and quiet,
-        wide=align >= 8,
+        wide=align >= 8 and all(m.ptr.data_ptr() % 16 == 0 for m in matrices),
         contiguous=all(m.col_stride == 1 for m in matrices),
         itemsize=logits.ptr.dtype.itemsize,
         halving=dlogits is not None and dlogits.ptr.dtype != logits.ptr.dtype,

@@ -1,4 +1,4 @@
-"""Pieces of more than one row kernel: an empty row, class weights, and the second loop.
+"""Pieces of more than one row kernel: empty rows, class weights, the second loop, the target.
 
 The gradient may be written into the storage of the logits it is made from, in their dtype or, where
 the logits are float32 and the gradient is bf16 or fp16, into the first half of each row's own
@@ -40,10 +40,11 @@ def wait_for_loads(p_x, p_g):
 
 @triton.jit
 def store_target_gradient(dlogits, p_g, y, g_y, BV: tl.constexpr):
-    """The target's gradient over what the same threads have stored for its column.
+    """The target's gradient, over what has been stored for its column.
 
-    The barrier is one of the program; the programs of a cluster share a block of BV columns in
-    the same way at every store, so the earlier store of column y was one of this program's.
+    By the same thread, as both stores have one layout; the barrier is for a compiler that gives
+    them two. It is one of the program: the programs of a cluster share a block of BV columns in the
+    same way at every store.
     """
     tl.debug_barrier()
     o_col = y // BV * BV + tl.arange(0, BV)

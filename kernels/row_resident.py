@@ -7,14 +7,15 @@ Guide, section 1.4.1.2), whose maximum and sums meet in distributed shared memor
 tuple of pieces, so that a vocabulary above a power of two does not pay for empty lanes.
 
 The choice: three passes over registers instead of two over memory. The price: the row must fit,
-with room for a pass's temporaries; launch.py says what fits where. Three habits keep it small:
+with room for a pass's temporaries; table.py says what fits where. Three habits keep it small:
 the maximum is taken over logits as stored (scale, softcap and temperature keep their order);
 the last pass gets its numbers as arguments of their own (`late`), or the compiler would keep what
 the first pass computed from the same ones; and the target's gradient, a scalar, is stored after
 the others instead of being selected in every lane.
 
-Every thread's stores depend on sums over all that any thread of the row has loaded, so no store,
-in place or into the first half of a float32 row, reaches a logit that is still to be loaded.
+Every thread's stores depend on sums over the pieces that all threads of the row have loaded, so no
+store, in place or into the first half of a float32 row, reaches a logit that is still to be loaded;
+the target's own logit, a scalar, is loaded before the barriers that those sums meet at.
 Rows whose target is `ignore_index` are not read; their gradient is written as zero.
 """
 

@@ -27,16 +27,13 @@ class Target(NamedTuple):
     triton: tuple[int, int]
 
     @property
-    def warp_size(self) -> int:
-        """Threads in a warp (NVIDIA) or wave (AMD Instinct)."""
-        return 64 if self.backend == "hip" else 32
-
-    @property
     def largest_cluster(self) -> int:
         """The most programs that may share a row; 1 where there are no clusters.
 
         Triton 3.7 and older abort on `num_ctas`. Clusters above 8 need a GPU whose processing
-        clusters have 16 multiprocessors: the small versions of a chip (H20, PCIe, MIG) may not.
+        clusters have 16 multiprocessors: the small versions of a chip (H20, PCIe, MIG) may not, so
+        it takes those of a whole one. A driver that refuses all the same says so at launch;
+        SGP_ROW_FORM=streaming needs no clusters.
         """
         if self.backend != "cuda" or self.capability // 10 not in (9, 10) or self.triton < (3, 8):
             return 1
@@ -88,25 +85,26 @@ ONE_BLOCK = (
 )
 # Up to 64 columns a thread in 128 registers, so that a multiprocessor holds two programs: one
 # loads while the other stores. Pieces of 8 columns a thread: one access of 16 bytes in bf16. (In
-# one program or two, 64 columns a thread spilled up to 4 registers on sm_100.)
+# one program or two, 40 columns a thread spilled 2 registers on sm_100, 64 spilled 4.)
 LIGHT = (
-    Line("resident", 2_048, 256, 6, 1, 2),
-    Line("resident", 4_096, 256, 6, 2, 2),
+    Line("resident", 2_048, 256, 4, 1, 2),
+    Line("resident", 4_096, 256, 4, 2, 2),
     Line("resident", 8_192, 256, 8, 4, 2),
     Line("resident", 16_384, 256, 8, 8, 2),
     Line("resident", 32_768, 512, 8, 8),
 )
 # Without a gradient 64 columns a thread spill 2 to 8 registers with smoothing and statistics on.
-LIGHT_LOSS = tuple(line._replace(pieces=6) for line in LIGHT)
+LIGHT_LOSS = tuple(line._replace(pieces=min(6, line.pieces)) for line in LIGHT)
 # 80 columns a thread: bf16 spills 8 registers on sm_100, a float32 gradient 2 on sm_90.
 LIGHT_90 = Line("resident", 16_384, 256, 10, 8, 2)
-# Softcap or class weights: up to 48 columns a thread in 255 registers.
+# Softcap or class weights: up to 40 columns a thread in 255 registers. (48 spilled 4 on sm_100 with
+# softcap and statistics.)
 HEAVY = (
-    Line("resident", 2_048, 256, 6),
-    Line("resident", 4_096, 256, 6, 2),
-    Line("resident", 8_192, 256, 6, 4),
-    Line("resident", 16_384, 256, 6, 8),
-    Line("resident", 32_768, 256, 6, 16),
+    Line("resident", 2_048, 256, 5),
+    Line("resident", 4_096, 256, 5, 2),
+    Line("resident", 8_192, 256, 5, 4),
+    Line("resident", 16_384, 256, 5, 8),
+    Line("resident", 32_768, 256, 5, 16),
 )
 # 32 columns a thread in 128 registers: a float32 gradient spills 2, everything on 2 on sm_100.
 HEAVY_LONG_90 = Line("resident", 65_536, 512, 4, 16)
@@ -153,7 +151,7 @@ def choose(row: Row, target: Target, form: str | None = None) -> Line:
 
 
 def resident_lines(row: Row, target: Target) -> Iterator[Line]:
-    """The lines that such a row may have, whatever its length; shortest first."""
+    """The lines that such a row may have, whatever its length, in the order of preference."""
     yield from ONE_BLOCK
     if not row.contiguous:
         return

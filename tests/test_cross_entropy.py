@@ -187,7 +187,7 @@ VOCABULARIES = {
     1000: "no power of two divides it beyond 8",
     8192: "exactly one streaming block; four pieces of a resident row",
     8193: "one column more, and accesses of one element",
-    12000: "six pieces of one program, the last with room to spare",
+    12000: "three pieces, or six, the last with room to spare",
     20011: "prime; several blocks of any width; a cluster, but not with every option on",
 }
 

@@ -145,7 +145,7 @@ def test_alignment_is_never_claimed_beyond_the_truth():
 BYTES_AT = {
     1: "the smallest vocabulary",
     1_000: "one block, with padding",
-    8_200: "five pieces of one program",
+    8_200: "three pieces, shared by two programs",
     20_011: "a prime: accesses of one element, a cluster",
     32_896: "a little more than a power of two",
     131_072: "a power of two",

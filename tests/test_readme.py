@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sgp.kernels import table
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PROSE = " ".join(README.split())
@@ -39,6 +41,37 @@ def test_traffic_table_is_the_results_file():
                 if record["kept"] == f:
                     assert record["touched"] == pytest.approx(touched, abs=0.01)
                     assert record["asked"] == pytest.approx(asked, abs=0.01)
+
+
+def test_the_longest_resident_rows_are_the_launch_table():
+    h100, b200 = (table.Target("cuda", c, 132, (3, 9)) for c in (90, 100))
+
+    def longest(target=h100, **kind):
+        lines = table.resident_lines(table.Row(0, plain=False, **kind), target)
+        return f"{max(line.columns for line in lines):_}".replace("_", " ")
+
+    rows = {
+        "any but softcap and class weight": (
+            f"up to {longest()}",
+            f"up to {longest(wide=False)}",
+        ),
+        "softcap or class weight": (
+            (
+                f"up to {longest(b200, light=False)}; on Hopper with a 16-bit gradient "
+                f"{longest(light=False)}"
+            ),
+            f"up to {longest(light=False, wide=False)}",
+        ),
+        "loss and statistics without a gradient": (f"up to {longest(gradient=False)}", "as above"),
+    }
+    for label, cells in rows.items():
+        assert f"| {label} | {cells[0]} | {cells[1]} |" in README
+    assert longest(b200) == longest()
+    assert longest(light=False, itemsize=4) == longest(b200, light=False)
+    assert longest(light=False, itemsize=4, halving=True) == longest(light=False)
+    old = table.Row(0, plain=True)
+    columns = max(line.columns for line in table.resident_lines(old, h100._replace(triton=(3, 8))))
+    assert f"plain losses up to {columns:_}".replace("_", " ") in PROSE
 
 
 def test_train_table_is_the_results_file():
