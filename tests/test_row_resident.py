@@ -11,7 +11,7 @@ import torch
 
 import sgp
 from bench.interpreter import watch_accesses
-from sgp.kernels import table
+from sgp.kernels import launch, layout, table
 from sgp.kernels.table import Line, Row, Target
 from tests.oracle import assert_no_worse, check_cross_entropy, relative_error
 
@@ -19,6 +19,7 @@ IGNORE = -100
 H100 = Target("cuda", 90, 132, (3, 9))
 B200 = Target("cuda", 100, 148, (3, 9))
 H20 = H100._replace(multiprocessors=78)  # Hopper with fewer multiprocessors in a group
+OLD = H100._replace(triton=(3, 8))
 WITHOUT_CLUSTERS = {
     "A100": Target("cuda", 80, 108, (3, 9)),
     "RTX 5090": Target("cuda", 120, 170, (3, 9)),
@@ -43,7 +44,7 @@ SIZES = (*SIZES, 163_840, 163_841, 196_609, 248_320, 256_000, 262_144, 262_145, 
 # -- the table -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", [H100, B200, H20, *WITHOUT_CLUSTERS.values()], ids=str)
+@pytest.mark.parametrize("target", [H100, B200, H20, OLD, *WITHOUT_CLUSTERS.values()], ids=str)
 def test_a_row_fits_its_line(target):
     """And has no piece that is all empty lanes; what no line holds is streamed."""
     for kind, V in itertools.product(KINDS, SIZES):
@@ -92,10 +93,21 @@ def test_vocabularies_that_must_be_read_once(itemsize, halving, target):
 
 def test_triton_3_8_has_clusters_for_plain_rows_of_few_pieces():
     """Its compiler fails on more; seen with 3.8.0."""
-    old = H100._replace(triton=(3, 8))
-    assert table.choose(Row(151_936), old, "auto") == Line("resident", 32_768, 512, 5, 8)
-    assert table.choose(Row(151_936, plain=False), old, "auto").form == "streaming"
-    assert table.choose(Row(12_000, plain=False, light=False), old, "auto").form == "resident"
+    assert table.choose(Row(151_936), OLD, "auto") == Line("resident", 32_768, 512, 5, 8)
+    assert table.choose(Row(151_936, plain=False), OLD, "auto").form == "streaming"
+    assert table.choose(Row(12_000, plain=False, light=False), OLD, "auto").form == "resident"
+
+
+def test_rows_that_do_not_begin_at_16_bytes_are_narrow():
+    """A wide row's line has no registers for accesses of one element."""
+    base = torch.randn(2, 131_080, dtype=torch.bfloat16)
+    for first, lines in ((0, table.LIGHT), (8, table.LIGHT), (1, ())):
+        logits = layout.matrix(base[:, first : first + 65_536 + 8])
+        call = launch.row_forward(
+            logits, logits, torch.tensor([0, 1]), torch.empty(2), None, None, launch.Options(),
+            V=65_544, ignore_index=IGNORE, form="auto",
+        )  # fmt: skip
+        assert (call.kernel is launch.row_resident) == bool(lines), first
 
 
 def test_no_thread_has_more_registers_than_there_are():
@@ -177,9 +189,11 @@ def test_odd_and_large_vocabularies(V, dtype, option):
     check_cross_entropy(logits, target, reduction="mean", **options_of(option, 3, V))
 
 
-@pytest.mark.parametrize("N", [0, 1, 64])
-def test_few_and_many_rows(N):
-    V = 8_200
+@pytest.mark.parametrize(
+    ("N", "V"),
+    [(0, 8_200), (1, 8_200), (64, 8_200), (1, 151_936), (20, 50_264)],
+)
+def test_few_and_many_rows(N, V):
     logits = 3 * torch.randn(N, V)
     target = torch.randint(V, (N,))
     target[1::2] = IGNORE
