@@ -18,7 +18,11 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name not in COMMANDS:
         listing = "\n".join(f"  {command:10} {what}" for command, what in COMMANDS.items())
-        sys.exit(f"usage: python -m bench NAME [options]\n\n{listing}")
+        usage = f"usage: python -m bench NAME [options]\n\n{listing}"
+        if name in ("--help", "-h"):
+            print(usage)
+            return
+        sys.exit(f"unknown: {name}\n{usage}")
     del sys.argv[1]
     sys.exit(importlib.import_module(f"bench.{name}").main())
 

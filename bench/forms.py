@@ -5,6 +5,8 @@
     python -m bench forms --build DIR --target sm_90   # no GPU: compile them for elsewhere
     python -m bench forms --cubins DIR                 # launch what was built, whatever Triton
 
+It ends with the fastest resident line of each size, as source for kernels/table.py.
+
 With `--cubins` the machine's own Triton may be older than 3.8, which knows no clusters. Each form's
 loss and gradient are compared with the streaming form's before it is timed. A row kernel's floor is
 `(1 + f) N V` elements at the speed of a copy, measured in the same run, which moves `2 N V`; "of
@@ -143,7 +145,7 @@ def build(folder: Path, name: str, *, tune: bool) -> int:
                 continue
             cubin.build(call).save(folder / contestant.file)
             built += 1
-    print(f"{built} kernels for {name} in {folder}")
+    print(f"{built} kernels for {name} in {folder}; there: python -m bench forms --cubins {folder}")
     return 0
 
 
@@ -260,12 +262,19 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--rows", type=int, default=8_192, help="N")
-    parser.add_argument("--tune", action="store_true", help="also lines that could be")
+    parser.add_argument("--rows", type=int, default=8_192, help="rows of logits (default 8192)")
+    parser.add_argument(
+        "--tune", action="store_true", help="also lines that could replace the table's"
+    )
     parser.add_argument("--build", type=Path, metavar="DIR", help="compile only, without a GPU")
-    parser.add_argument("--target", choices=("sm_90", "sm_100"), default="sm_90")
+    parser.add_argument(
+        "--target",
+        choices=("sm_90", "sm_100"),
+        default="sm_90",
+        help="what to --build for (default sm_90: H100, H200)",
+    )
     parser.add_argument("--cubins", type=Path, metavar="DIR", help="launch what was built")
-    parser.add_argument("--output", type=Path, help="results file (JSON)")
+    parser.add_argument("--output", type=Path, help="results file (default: bench/results/)")
     arguments = parser.parse_args()
     if launch.runs_interpreted():
         parser.error("TRITON_INTERPRET=1 is set; unset it to compile")

@@ -1,10 +1,10 @@
 """The launch table: which form of the row kernel a row gets, in which pieces, on how many programs.
 
 Every choice is made from shapes, dtypes, the options that are on and the GPU's kind; nothing here
-waits for a device. `python -m bench resources` compiles every line ahead of time, for GPUs that are
-not here, into bench/results/resources.json: registers, stack, access widths. No line spills there, on
-sm_80, sm_90, sm_100 and gfx942 with Triton 3.9, and where rows are wide, accesses are 16 bytes.
-The figures beside the lines are from that file: the most registers of any of the line's kernels on
+waits for a device. `python -m bench resources` compiles every line ahead of time, without a GPU,
+into bench/results/resources.json: registers, stack, access widths. No line spills there, on sm_80,
+sm_90, sm_100 and gfx942 with Triton 3.9, and where rows are wide, accesses are 16 bytes. The
+figures beside the lines are from that file: the most registers of any of the line's kernels on
 sm_90 | sm_100. No line has been timed on a GPU yet: `python -m bench forms` does that, and prints
 lines to paste.
 """

@@ -52,6 +52,9 @@ def run() -> int:
             choices.add_row(f"{device.type} {name}", f"[{colour}]{choice}", why)
     console.print(choices)
 
+    if backend.has_triton():
+        healthy = _print_row_forms(console) and healthy
+
     variables = Table(title="Environment")
     for column in ("variable", "value", "meaning"):
         variables.add_column(column)
@@ -59,6 +62,47 @@ def run() -> int:
         variables.add_row(name, os.environ.get(name, "(not set)"), meaning)
     console.print(variables)
     return 0 if healthy else 1
+
+
+def _print_row_forms(console: Console) -> bool:
+    """How long a row each GPU reads once; False if SGP_ROW_FORM is none of its values."""
+    from sgp.kernels import table  # noqa: PLC0415  (imports Triton)
+
+    kinds = {
+        "any but softcap and class weight": table.Row(0, plain=False),
+        "any but softcap and class weight, V or a stride not a multiple of 8": table.Row(
+            0, plain=False, wide=False
+        ),
+        "any but softcap and class weight, no gradient": table.Row(0, plain=False, gradient=False),
+        "softcap or class weight": table.Row(0, plain=False, light=False),
+        "softcap or class weight, float32 logits and gradient": table.Row(
+            0, plain=False, light=False, itemsize=4
+        ),
+        "softcap or class weight, V or a stride not a multiple of 8": table.Row(
+            0, plain=False, light=False, wide=False
+        ),
+        "vocabulary not contiguous": table.Row(0, plain=False, contiguous=False),
+    }
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    names = [str(device) for device in devices] or ["interpreter (as an H100)"]
+    targets = [table.target_of(device) for device in devices or [torch.device("cpu")]]
+    forms = Table(title="Longest rows that are read once (columns)")
+    forms.add_column("loss")
+    for name in names:
+        forms.add_column(name, justify="right")
+    for words, kind in kinds.items():
+        longest = [max(line.columns for line in table.resident_lines(kind, t)) for t in targets]
+        forms.add_row(words, *(f"{columns:_}".replace("_", " ") for columns in longest))
+    for name, target in zip(names, targets, strict=True):
+        if target.largest_cluster == 1:
+            why = "clusters need compute capability 9.x or 10.x and Triton 3.8 or newer"
+            version = ".".join(map(str, target.triton))
+            console.print(f"{name}: no clusters ({why}; Triton here: {version})", soft_wrap=True)
+    console.print(forms)
+    form = os.environ.get("SGP_ROW_FORM", "auto")
+    if form not in table.FORMS:
+        console.print(f"[red]SGP_ROW_FORM = {form!r}; expected one of {', '.join(table.FORMS)}")
+    return form in table.FORMS
 
 
 def _version(package: str) -> str:

@@ -62,11 +62,16 @@ def test_the_longest_resident_rows_are_the_launch_table():
             ),
             f"up to {longest(light=False, wide=False)}",
         ),
-        "loss and statistics without a gradient": (f"up to {longest(gradient=False)}", "as above"),
+        "any but softcap and class weight, no gradient": (
+            f"up to {longest(gradient=False)}",
+            f"up to {longest(wide=False, gradient=False)}",
+        ),
     }
     for label, cells in rows.items():
         assert f"| {label} | {cells[0]} | {cells[1]} |" in README
     assert longest(b200) == longest()
+    small = h100._replace(multiprocessors=114)
+    assert f"stop at {longest(small, light=False)}:" in PROSE
     assert longest(light=False, itemsize=4) == longest(b200, light=False)
     assert longest(light=False, itemsize=4, halving=True) == longest(light=False)
     old = table.Row(0, plain=True)

@@ -95,7 +95,7 @@ def test_triton_3_8_has_clusters_for_plain_rows_of_few_pieces():
     """Its compiler fails on more; seen with 3.8.0."""
     assert table.choose(Row(151_936), OLD, "auto") == Line("resident", 32_768, 512, 5, 8)
     assert table.choose(Row(151_936, plain=False), OLD, "auto").form == "streaming"
-    assert table.choose(Row(12_000, plain=False, light=False), OLD, "auto").form == "resident"
+    assert table.choose(Row(10_000, plain=False, light=False), OLD, "auto").form == "resident"
 
 
 def test_rows_that_do_not_begin_at_16_bytes_are_narrow():
