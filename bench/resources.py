@@ -105,6 +105,9 @@ LIGHT_OPTIONS = ("plain", "logged")
 HEAVY_OPTIONS = ("softcap", "class weight", "all")
 
 
+ENDS = (1, 8, 16)  # clusters of 2 and 4 run the same code a thread
+
+
 def target_of(name: str) -> Target:
     """A target of this list, as the launch table knows it, with the installed Triton."""
     found = TARGETS[name]
@@ -123,7 +126,7 @@ def cases(name: str, *, longest: bool = False) -> list[Case]:
 
 def _is_telling(case: Case) -> bool:
     """Whether a case is one of those that are likely to spill, or to be the first to break."""
-    if case.V in (1_024, 2_048, 50_264) or case.layout == "slice":
+    if case.V in (256, 1_024, 2_048, 50_264) or case.layout == "slice":
         return False
     return case.options in ("logged", "all") or (case.options, case.dtype) == ("plain", "bf16")
 
@@ -135,7 +138,7 @@ def resident_cases(name: str, *, longest: bool) -> Iterator[Case]:  # noqa: C901
     ):
         itemsize, halving = DTYPES[dtype].itemsize, layout == "head"
         row = Row(V=0, light=light, plain=False, wide=wide, itemsize=itemsize, halving=halving)
-        for V, is_longest in _longest_rows(row, target_of(name)):
+        for V, is_longest in _longest_rows(row, target_of(name), longest=longest):
             if is_longest or not longest:
                 for options in LIGHT_OPTIONS if light else HEAVY_OPTIONS:
                     yield Case("forward", V, dtype, options, layout)
@@ -151,7 +154,9 @@ def resident_cases(name: str, *, longest: bool) -> Iterator[Case]:  # noqa: C901
                 if not light:
                     yield Case("forward", V, dtype, "softcap reported", layout)
         if not halving:
-            for V, is_longest in _longest_rows(row._replace(gradient=False), target_of(name)):
+            for V, is_longest in _longest_rows(
+                row._replace(gradient=False), target_of(name), longest=longest
+            ):
                 if is_longest or not longest:
                     yield Case("statistics", V, dtype, "logged" if light else "all")
                 if is_longest and dtype == "bf16":
@@ -163,14 +168,15 @@ def resident_cases(name: str, *, longest: bool) -> Iterator[Case]:  # noqa: C901
         yield Case("forward", 4_096, dtype, "all", layout)
 
 
-def _longest_rows(row: Row, target: Target) -> Iterator[tuple[int, bool]]:
+def _longest_rows(row: Row, target: Target, *, longest: bool) -> Iterator[tuple[int, bool]]:
     """(the longest row of a choice, whether it is the longest of its line)."""
     shorter = 0
     for line in table.resident_lines(row, target):
         for pieces in table.PIECES:
             V = line.BV * pieces
             if line.columns >= V > shorter:
-                yield V - (not row.wide), line.columns == V
+                telling = not longest or line.programs in ENDS
+                yield V - (not row.wide), line.columns == V and telling
         shorter = max(shorter, line.columns)
 
 
