@@ -95,7 +95,7 @@ def row_gradient(
     row = _row(V, align, opt, logits, dlogits)
     on = on or table.target_of(logits.ptr.device)
     arguments = (logits, dlogits, target, saved, opt, ignore_index, V)
-    constants = _constants(table.blocks(row), align, on)
+    constants = _constants(table.blocks(row, on), align, on)
     return Call(row_backward, (target.numel(),), arguments, constants)
 
 
@@ -114,7 +114,7 @@ def multiply(
     row = _row(V, align, Options(), dlogits, None)
     on = on or table.target_of(dlogits.ptr.device)
     arguments = (dlogits, target, factor, ignore_index, V)
-    return Call(multiply_rows, (N,), arguments, _constants(table.blocks(row), align, on))
+    return Call(multiply_rows, (N,), arguments, _constants(table.blocks(row, on), align, on))
 
 
 def runs_interpreted() -> bool:
