@@ -81,50 +81,50 @@ PIECES = (1, 2, 3, 4, 5, 6, 8, 10)  # counts that are compiled; rows between two
 
 # Rows of one block: 8 or 16 columns a thread, room for every option.
 ONE_BLOCK = (
-    Line("resident", 256, 32),
-    Line("resident", 1_024, 64),
-    Line("resident", 2_048, 128),
-    Line("resident", 4_096, 256),
+    Line("resident", 256, 32),  # 76 | 77
+    Line("resident", 1_024, 64),  # 163 | 139
+    Line("resident", 2_048, 128),  # 144 | 140
+    Line("resident", 4_096, 256),  # 145 | 138
 )
 # Up to 64 columns a thread in 128 registers, so that a multiprocessor holds two programs: one
 # loads while the other stores. Pieces of 8 columns a thread: one access of 16 bytes in bf16. (In
 # one program or two, 40 columns a thread spilled 2 registers on sm_100, 64 spilled 4.)
 LIGHT = (
-    Line("resident", 2_048, 256, 4, 1, 2),
-    Line("resident", 4_096, 256, 4, 2, 2),
-    Line("resident", 8_192, 256, 8, 4, 2),
-    Line("resident", 16_384, 256, 8, 8, 2),
-    Line("resident", 32_768, 512, 8, 8),
+    Line("resident", 2_048, 256, 4, 1, 2),  # 128 | 128
+    Line("resident", 4_096, 256, 4, 2, 2),  # 128 | 128
+    Line("resident", 8_192, 256, 8, 4, 2),  # 128 | 128
+    Line("resident", 16_384, 256, 8, 8, 2),  # 128 | 128
+    Line("resident", 32_768, 512, 8, 8),  # 128 | 128
 )
 # Without a gradient 64 columns a thread spill 2 to 8 registers with smoothing and statistics on.
 LIGHT_LOSS = tuple(line._replace(pieces=min(6, line.pieces)) for line in LIGHT)
 # 80 columns a thread: bf16 spills 8 registers on sm_100, a float32 gradient 2 on sm_90.
-LIGHT_90 = Line("resident", 16_384, 256, 10, 8, 2)
+LIGHT_90 = Line("resident", 16_384, 256, 10, 8, 2)  # 128 | 128
 # Softcap or class weights: up to 40 columns a thread in 255 registers. (48 spilled 4 on sm_100 with
 # softcap and statistics.)
 HEAVY = (
-    Line("resident", 2_048, 256, 5),
-    Line("resident", 4_096, 256, 5, 2),
-    Line("resident", 8_192, 256, 5, 4),
-    Line("resident", 16_384, 256, 5, 8),
-    Line("resident", 32_768, 256, 5, 16),
+    Line("resident", 2_048, 256, 5),  # 247 | 235
+    Line("resident", 4_096, 256, 5, 2),  # 248 | 238
+    Line("resident", 8_192, 256, 5, 4),  # 251 | 245
+    Line("resident", 16_384, 256, 5, 8),  # 255 | 241
+    Line("resident", 32_768, 256, 5, 16),  # 255 | 241
 )
 # 32 columns a thread in 128 registers: a float32 gradient spills 2, everything on 2 on sm_100.
-HEAVY_LONG_90 = Line("resident", 65_536, 512, 4, 16)
+HEAVY_LONG_90 = Line("resident", 65_536, 512, 4, 16)  # 128 | 0
 # Accesses of one element: up to 32 columns a thread (48 spilled with smoothing), and not in one
 # program, where 24 did with statistics.
 NARROW = (
-    Line("resident", 4_096, 256, 4, 2, 2),
-    Line("resident", 8_192, 256, 4, 4, 2),
-    Line("resident", 16_384, 256, 4, 8, 2),
+    Line("resident", 4_096, 256, 4, 2, 2),  # 128 | 128
+    Line("resident", 8_192, 256, 4, 4, 2),  # 128 | 128
+    Line("resident", 16_384, 256, 4, 8, 2),  # 128 | 128
 )
 # Blocks of what is streamed, in forward or in backward. A row gets 1024 threads where the options
 # leave room for that, so that few rows share a multiprocessor and the second loop finds the row in
 # L2; with smoothing, statistics, softcap or class weights it gets 512, with twice the registers.
-STREAMING_PLAIN = Line("streaming", 16_384, 1_024)
-STREAMING_HALVING = Line("streaming", 8_192, 1_024)  # 16 384 spilled 2 registers on sm_90
-STREAMING = Line("streaming", 8_192, 512)
-STREAMING_NARROW = Line("streaming", 4_096, 512)
+STREAMING_PLAIN = Line("streaming", 16_384, 1_024)  # 56 | 53
+STREAMING_HALVING = Line("streaming", 8_192, 1_024)  # 39 | 39; 16 384 spilled 2 registers on sm_90
+STREAMING = Line("streaming", 8_192, 512)  # 77 | 92
+STREAMING_NARROW = Line("streaming", 4_096, 512)  # 72 | 78
 
 
 def choose(row: Row, target: Target, form: str | None = None) -> Line:
