@@ -100,10 +100,10 @@ def exponential_of(b_v):
 
 @triton.jit
 def tanh(b_v):
-    # Below 0.625 the polynomial of Cephes tanhf (Moshier, netlib.org/cephes), where 1 - e would
-    # cancel.
+    # 1 - 2 e / (1 + e): one rounding, of 1's size, where (1 - e) / (1 + e) has three. Below 0.625,
+    # where it would cancel, the polynomial of Cephes tanhf (Moshier, netlib.org/cephes).
     b_e, b_r = exponential_of(b_v)
-    b_large = (1.0 - b_e) * b_r
+    b_large = tl.fma(-2.0 * b_e, b_r, 1.0)
     z = b_v * b_v
     b_poly = tl.fma(z, -5.70498872745e-3, 2.06390887954e-2)
     b_poly = tl.fma(b_poly, z, -5.37397155531e-2)

@@ -206,9 +206,21 @@ def target_of(device: torch.device) -> Target:
 def _words(row: Row, target: Target) -> str:
     """Why a row cannot be resident."""
     longest = max(line.columns for line in resident_lines(row, target))
+    why = []
+    if not row.contiguous:
+        why.append("a vocabulary with a stride")
+    elif not row.wide:
+        why.append("8 does not divide V, a stride between rows or the start in memory")
+    if not row.light:
+        why.append("softcap or class weights")
+    if not row.gradient:
+        why.append("no gradient")
+    if target.largest_cluster < 16:
+        why.append(f"clusters of {target.largest_cluster} at most")
+    reasons = f" ({'; '.join(why)})" if why else ""
+    gpu = f"{target.backend} {target.capability or ''}".strip()
     version = ".".join(map(str, target.triton))
     return (
-        f"rows of {row.V} columns: {longest} is the most for these options, strides and dtypes on "
-        f"{target.backend} {target.capability or ''} with Triton {version}; "
+        f"rows of {row.V} columns: {longest} is the most{reasons} on {gpu} with Triton {version}; "
         "use 'auto' or 'streaming'"
     )

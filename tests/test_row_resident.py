@@ -293,3 +293,23 @@ def test_the_chunks_of_a_linear_head_are_resident():
         patch.setattr(row_triton.launch, "row_forward", spy)
         sgp.linear_cross_entropy(hidden, weight, torch.tensor([0, IGNORE, 5, V - 1])).backward()
     assert seen == [row_triton.launch.row_resident]
+
+
+# -- the softcap -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["resident", "streaming"])
+@pytest.mark.parametrize("softcap", [30.0, 32.0, 0.5], ids=str)
+def test_infinite_logits_have_the_score_of_the_softcap(softcap, form, monkeypatch):
+    """As in PyTorch."""
+    monkeypatch.setenv("SGP_BACKEND", "triton")
+    monkeypatch.setenv("SGP_ROW_FORM", form)
+    logits = 40.0 * torch.randn(4, 500, generator=torch.Generator().manual_seed(1))
+    target = torch.tensor([3, 0, 1, 2])
+    logits[1, 7] = float("inf")
+    logits[2, 7] = -float("inf")
+    logits[3, 2] = float("inf")
+    with watch_accesses():
+        loss, gradient = check_cross_entropy(logits, target, softcap=softcap)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
