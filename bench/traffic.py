@@ -8,6 +8,9 @@ can touch is (1 + f) N V: read the kept logits, write every gradient. The budget
 1.02 of that; ask for at most 1.02 of that too in the resident form, of (1 + 2 f) N V in the
 streaming form. The forms are those that the launch table gives an H100 with Triton 3.9 (the
 interpreter runs a cluster's programs as one), and streaming forced.
+
+A second table has what the Triton kernels of other libraries ask for, where they are installed
+(`pip install -e ".[rivals]"`; rival_traffic.py).
 """
 
 from __future__ import annotations
@@ -24,11 +27,14 @@ os.environ["TRITON_INTERPRET"] = "1"
 os.environ["SGP_BACKEND"] = "triton"
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 import sgp
+from bench import rival_traffic
 from bench.interpreter import watch_accesses
+from bench.rival_traffic import RivalCount
 
 RESULTS = Path(__file__).parent / "results" / "traffic.json"
 VOCABULARIES = (
@@ -113,11 +119,37 @@ def main() -> int:
         numbers = (f"{c.asked:.4f}", f"{c.touched:.4f}", f"{c.least:.2f}")
         other = f"{c.other_bytes_per_row:.0f}"
         table.add_row(c.form, str(c.V), c.dtype, f"{c.kept:.2f}", *numbers, other, verdict)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    os.environ["SGP_ROW_FORM"] = "auto"
+    others = rival_traffic.count_all()
+    console.print(_beside_others(others))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(c._asdict() | {"ok": c.within_budget}) for c in counts)
-    arguments.output.write_text(f'{{"N": {N}, "records": [\n{lines}\n]}}\n')
-    return 0 if all(c.within_budget for c in counts) else 1
+    rivals = ",\n".join(json.dumps(c._asdict()) for c in others)
+    arguments.output.write_text(
+        f'{{"N": {N}, "records": [\n{lines}\n], "rivals": [\n{rivals}\n]}}\n'
+    )
+    fine = all(c.status == "ok" for c in others if c.name == "sgp")
+    return 0 if fine and all(c.within_budget for c in counts) else 1
+
+
+def _beside_others(counts: list[RivalCount]) -> Table:
+    table = Table(
+        title="Beside the Triton kernels of other libraries, N V elements asked for",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for name in ("library", "version", "task"):
+        table.add_column(name, no_wrap=True)
+    for name in ("V", "kept", "asked for", "least", "kernels"):
+        table.add_column(name, justify="right")
+    for c in counts:
+        asked = c.status if c.asked is None else f"{c.asked:.4f}"
+        numbers = (str(c.V), f"{c.kept:.2f}", asked, f"{c.least:.2f}", str(c.launches))
+        table.add_row(c.name, c.version or "", c.task, *numbers)
+    return table
 
 
 if __name__ == "__main__":

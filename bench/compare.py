@@ -1,0 +1,152 @@
+"""Every rival on every case, in one run: right first, then time, memory and ratios.
+
+    python -m bench compare                     # the cases for this machine, results file, tables
+    python -m bench compare --time-budget 480   # stop beginning cases after so many seconds
+    python -m bench compare --only linear --list
+
+Ratios are to the best rival that is not sgp, and to a bound measured on the same machine in the
+same run: for logits a copy's speed at the bytes that must move, for a head its bare matmuls. What
+is not installed, needs a GPU, is wrong or fails is shown as that. Cases that the budget leaves no
+time for are listed. Without a GPU the list is shorter, and sgp runs PyTorch's operators, not its
+kernels: their traffic is counted by `python -m bench traffic`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bench import cases, measure
+from bench.cases import Case
+from bench.measure import Measured
+
+RESULTS = Path(__file__).parent / "results"
+MIB = 1 << 20
+
+
+def record(case: Case, bound: float, measured: list[Measured]) -> dict[str, Any]:
+    """One case for the results file."""
+    plain = case._asdict() | {"model": case.model._asdict(), "name": case.name, "M": case.M}
+    return plain | {"bound_ms": bound, "rivals": [m._asdict() for m in measured]}
+
+
+def best_other(measured: list[Measured]) -> float | None:
+    """Milliseconds of the fastest that is not sgp."""
+    times = [m.both_ms for m in measured if m.both_ms and not m.rival.startswith("sgp")]
+    return min(times, default=None)
+
+
+def table_of(case: Case, bound: float, measured: list[Measured]) -> Table:
+    """The outcome of one case, the fastest first; beneath it who has no times, and why."""
+    timed = sorted((m for m in measured if m.both_ms), key=lambda m: m.both_ms or 0.0)
+    others: dict[str, list[str]] = {}
+    for m in measured:
+        if not m.both_ms:
+            others.setdefault(m.status, []).append(m.rival)
+    what = "the bare matmuls of the kept rows" if case.has_head else "its bytes at a copy's speed"
+    notes = [f"bound: {bound:.3g} ms, {what}"]
+    notes += [f"{', '.join(names)}: {status}" for status, names in others.items()]
+    table = Table(
+        title=f"\n{case.name}",
+        title_justify="left",
+        caption="\n".join(notes),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    headings = ("forward\nms", "backward\nms", "both ms", "to best\nrival", "to\nbound")
+    table.add_column("rival", no_wrap=True)
+    for heading in (*headings, "memory\nMiB", "gradient\nerror"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    best = best_other(measured)
+    for m in timed:
+        table.add_row(
+            m.rival,
+            f"{m.forward_ms:.3g}",
+            f"{m.backward_ms:.3g}",
+            f"{m.both_ms:.3g} ± {m.spread_ms:.1g}",
+            f"{m.both_ms / best:.2f}" if best and m.both_ms else "",
+            f"{m.both_ms / bound:.2f}" if m.both_ms else "",
+            f"{(m.memory_bytes or 0) / MIB:.1f}",
+            f"{m.gradient_error:.0e}",
+        )
+    return table
+
+
+def header(device: torch.device) -> dict[str, Any]:
+    """Machine, versions and commit."""
+    return {
+        "machine": measure.machine(device)._asdict(),
+        "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
+        "commit": measure.commit(),
+        "sgp": measure.backend(device),
+        "versions": measure.versions(),
+        "roofs": measure.roofs(device)._asdict(),
+    }
+
+
+def write(path: Path, head: dict[str, Any], records: list[dict[str, Any]], late: list[str]) -> None:
+    """The results file, one case a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(record) for record in records)
+    start = json.dumps(head | {"not_run": late})[:-1]
+    path.write_text(f'{start}, "cases": [\n{lines}\n]}}\n')
+
+
+def main() -> int:
+    """Measure, print, write; 1 if sgp is wrong or fails anywhere."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--time-budget", type=float, default=480.0, metavar="SECONDS")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has this text")
+    parser.add_argument("--rivals", nargs="+", metavar="NAME", help="these alone")
+    parser.add_argument("--list", action="store_true", help="name the cases, run none")
+    parser.add_argument("--output", type=Path, help="results file (default: bench/results/)")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    every = cases.gpu_cases() if device.type == "cuda" else cases.cpu_cases()
+    chosen = [case for case in every if arguments.only in case.name]
+    if not chosen:
+        parser.error(f"--only {arguments.only!r}: no case has this in its name; see --list")
+    if arguments.list:
+        print("\n".join(case.name for case in chosen))
+        return 0
+    head = header(device)
+    slug = measure.machine(device).slug
+    output = arguments.output or RESULTS / f"{slug}-{head['date']}.json"
+    console = Console()
+    records, late = [], []
+    start = time.perf_counter()
+    for number, case in enumerate(chosen):
+        spent = time.perf_counter() - start
+        if spent > arguments.time_budget:
+            late.append(case.name)
+            continue
+        share = (arguments.time_budget - spent) / (len(chosen) - number)
+        bound, measured = measure.measure(case, device, seconds=share / 2, only=arguments.rivals)
+        records.append(record(case, bound, measured))
+        console.print(table_of(case, bound, measured))
+        write(output, head, records, late)
+    write(output, head, records, late)
+    for name in late:
+        console.print(f"not run, the time budget was spent: {name}")
+    outcomes = [m for r in records for m in r["rivals"] if m["rival"].startswith("sgp")]
+    return 1 if any(m["status"] != "ok" for m in outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""From results files to the README's tables and to pictures.
+
+    python -m bench report            # rewrite the README's block and the pictures
+    python -m bench report --check    # exit code 1 if the README's block is not what it would write
+
+For each machine the newest results file of `python -m bench compare` counts. What nobody measured
+is said to be not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench import plots
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- python -m bench report: begin -->", "<!-- end -->"
+MIB = 1 << 20
+TITLES = {
+    "logits": "from logits",
+    "linear": "head and loss, from hidden states",
+    "log-probs": "log-probabilities, from logits",
+    "linear log-probs": "log-probabilities, from hidden states",
+}
+
+
+def newest(folder: Path = RESULTS) -> list[tuple[Path, dict[str, Any]]]:
+    """The newest results file of each machine, GPUs first."""
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        if not re.search(r"-\d{4}-\d\d-\d\d\.json$", path.name):
+            continue
+        content = json.loads(path.read_text())
+        if "roofs" not in content:
+            continue
+        name = content["machine"]["name"]
+        if name not in found or content["date"] >= found[name][1]["date"]:
+            found[name] = (path, content)
+    return sorted(found.values(), key=lambda item: "cores" in item[1]["machine"]["name"])
+
+
+def render(found: list[tuple[Path, dict[str, Any]]], root: Path = ROOT) -> str:
+    """The README's block."""
+    parts = []
+    if all("cores" in content["machine"]["name"] for _, content in found):
+        parts.append("**On a GPU: not measured yet.** No GPU was at hand; no speed is claimed.")
+    for path, content in found:
+        parts.append(_machine(path.relative_to(root), content))
+    return "\n\n".join(parts)
+
+
+def _machine(path: Path, content: dict[str, Any]) -> str:
+    versions = content["versions"]
+    machine = content["machine"]["name"]
+    on_cpu = "cores" in machine
+    what = f"{machine.replace('cores', 'CPU cores')}" if on_cpu else machine
+    note = " sgp's kernels do not run here, its PyTorch operators do." if on_cpu else ""
+    origin = f"[results]({path}); torch {versions['torch']}, {content['date']}"
+    parts = [f"**On {what}** (`python -m bench compare`, {origin}):{note}"]
+    parts += [_table(record) for record in _shown(content["cases"])]
+    stem = path.with_suffix("").as_posix()
+    parts += [
+        f"![{title}]({stem}-{name}.png)"
+        for name, title in (
+            ("linear", "Time and memory of the head against kept fraction, vocabulary and tokens"),
+            ("logits", "Time and memory from logits against kept fraction, vocabulary and tokens"),
+            ("roofline", "Roofline"),
+        )
+    ]
+    return "\n\n".join(parts)
+
+
+def _shown(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One case a form: the first at a quarter kept."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in records:
+        if record["kept"] == 0.25:
+            found.setdefault(record["form"], record)
+    return [found[form] for form in TITLES if form in found]
+
+
+def _table(record: dict[str, Any]) -> str:
+    model = record["model"]
+    size = f"V = {model['V']:_}, ".replace("_", " ")
+    size += f"D = {model['D']:_}, ".replace("_", " ") if "linear" in record["form"] else ""
+    title = (
+        f"{TITLES[record['form']].capitalize()}: {model['name']}, {size}N = {record['N']}, "
+        f"{record['dtype']}, a quarter of the rows kept; bound {record['bound_ms']:.3g} ms"
+    )
+    lines = [
+        title,
+        "",
+        "| | forward | backward | both | to the best other | to the bound | memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    timed = [r for r in record["rivals"] if r["both_ms"]]
+    best = min((r["both_ms"] for r in timed if not r["rival"].startswith("sgp")), default=None)
+    for r in sorted(timed, key=lambda r: float(r["both_ms"])):
+        cells = (
+            r["rival"],
+            f"{r['forward_ms']:.3g} ms",
+            f"{r['backward_ms']:.3g} ms",
+            f"{r['both_ms']:.3g} ms",
+            f"{r['both_ms'] / best:.2f}" if best else "",
+            f"{r['both_ms'] / record['bound_ms']:.2f}",
+            f"{r['memory_bytes'] / MIB:.0f} MiB",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        f"| {r['rival']} | {r['status']} | | | | | |" for r in record["rivals"] if not r["both_ms"]
+    ]
+    return "\n".join(lines)
+
+
+def block_of(text: str) -> str:
+    """What the README has between the marks.
+
+    Raises:
+        ValueError: if the marks are not there.
+    """
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"README.md: {BEGIN!r} and {END!r} must both be there")
+    return text.partition(BEGIN)[2].partition(END)[0].strip()
+
+
+def main() -> int:
+    """Write, or check."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    arguments = parser.parse_args()
+    found = newest()
+    text = README.read_text()
+    block = render(found)
+    if arguments.check:
+        same = block_of(text) == block
+        print(
+            "README.md is the results files'" if same else "README.md: run `python -m bench report`"
+        )
+        return 0 if same else 1
+    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+    README.write_text(f"{before}{BEGIN}\n{block}\n{END}{after}")
+    for path, content in found:
+        for picture in plots.draw(content, path.with_suffix("")):
+            print(f"wrote {picture}")
+    print("wrote README.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""The same cases and rivals under pytest-benchmark, to compare commits on one machine.
+
+    pytest bench                                    # a table a case
+    pytest bench --benchmark-autosave               # keep it ...
+    pytest bench --benchmark-compare                # ... and hold the next commit against it
+    pytest bench -k "linear and sgp" --benchmark-json=out.json
+
+Rivals that cannot run here are skipped with the reason; one that is wrong fails. `python -m bench
+compare` measures memory and bounds too, and lets rivals take turns.
+"""
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from bench import cases, measure, rivals
+from bench.cases import Case
+from bench.rivals import Rival
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CASES = cases.gpu_cases()[:20] if DEVICE.type == "cuda" else cases.cpu_cases()[:11]
+
+
+@pytest.mark.parametrize(
+    ("case", "rival"),
+    [
+        pytest.param(case, rival, id=f"{case.name}-{rival.name}".replace("=", ""))
+        for case in CASES
+        for rival in rivals.rivals_of(case.form)
+    ],
+)
+def test_forward_and_backward(case: Case, rival: Rival, benchmark: BenchmarkFixture) -> None:
+    """Loss and gradients from the leaves; on a GPU until it has finished."""
+    if reason := rival.missing(DEVICE):
+        pytest.skip(f"{rival.name}: {reason}")
+    found = measure.check(case, [rival], DEVICE)[rival.name]
+    if found.status != "ok":
+        pytest.fail(f"not timed: {found.status}")
+    problem = cases.make(case, DEVICE)
+    benchmark.group = case.name
+    benchmark.extra_info |= {"case": case.name, "rival": rival.name}
+
+    def step() -> None:
+        measure.run(rival, problem)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(step, rounds=5, warmup_rounds=1)

@@ -1,0 +1,319 @@
+"""The benchmarks measure what they say: right rivals, right bytes, no figure without a file."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import cases, compare, measure, plots, predict, report, rival_traffic, rivals
+from bench.cases import Case, Model
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+CPU = torch.device("cpu")
+TINY = Model("tiny", 512, 64)
+FORMS = ("logits", "linear", "log-probs", "linear log-probs")
+
+
+@pytest.fixture(autouse=True)
+def operators(monkeypatch):
+    """On a CPU a benchmark runs PyTorch's operators."""
+    monkeypatch.delenv("SGP_BACKEND", raising=False)
+
+
+# -- cases -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [cases.gpu_cases(), cases.cpu_cases()], ids=["GPU", "CPU"])
+def test_every_axis_is_there(every):
+    names = [case.name for case in every]
+    assert len(set(names)) == len(names), "a name is a case"
+    assert {case.form for case in every} == set(FORMS)
+    assert {case.model.V for case in every} >= {32_000, 128_256, 151_936, 248_320, 262_144}
+    for form in ("logits", "linear"):
+        assert {case.kept for case in every if case.form == form} == {0.05, 0.1, 0.25, 0.5, 1.0}
+    assert {case.pattern for case in every} == {"prefix", "scattered"}
+    if every == cases.gpu_cases():
+        assert {case.dtype for case in every} == {"bfloat16", "float16", "float32"}
+        assert {case.N for case in every} >= {2_048, 8_192, 16_384, 32_768, 65_536}
+
+
+@pytest.mark.parametrize("pattern", ["prefix", "scattered"])
+@pytest.mark.parametrize("kept", [1.0, 0.25, 0.1])
+def test_a_problem_keeps_what_its_case_says(kept, pattern):
+    case = Case("logits", TINY, 2_048, kept, "float32", pattern)
+    problem = cases.make(case, CPU)
+    scored = problem.labels != -100
+    assert int(scored.sum()) == problem.rows.numel() == pytest.approx(case.M, abs=2)
+    assert torch.equal(scored.nonzero()[:, 0], problem.rows)
+    assert torch.equal(problem.labels[problem.rows], problem.target)
+    first = scored[: cases.SEQUENCE]
+    if kept < 1:
+        assert bool((first.int().diff() >= 0).all()) == (pattern == "prefix")
+    part = cases.make(case, CPU, rows=64)
+    assert part.labels.numel() == 64
+    assert kept == 1 or 0 < part.rows.numel() < 64, "both kinds of token are checked"
+    again = cases.make(case, CPU)
+    assert torch.equal(problem.logits, again.logits)
+
+
+# -- rivals ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rivals_that_run_here_are_right(form, dtype):
+    case = Case(form, TINY, 128, 0.25, dtype)
+    contestants = [r for r in rivals.rivals_of(form) if "compile" not in r.name]
+    found = measure.check(case, contestants, CPU)
+    missing = {name for name, m in found.items() if m.status == "needs a GPU"}
+    missing |= {name for name, m in found.items() if m.status.endswith("is not installed")}
+    assert missing <= {"Liger", "cut-cross-entropy", "quack", "flash-linear-attention"}
+    ran = {name: m for name, m in found.items() if name not in missing}
+    assert {"sgp", rivals.BASELINE} <= set(ran)
+    for name, m in ran.items():
+        if (name, dtype) != ("TRL", "bfloat16"):  # it is what it is
+            assert m.status == "ok", (name, m)
+    assert ran["sgp"].gradient_error <= 1.5 * ran[rivals.BASELINE].gradient_error + 1e-6
+
+
+def test_torch_compile_is_a_rival():
+    case = Case("logits", TINY, 64, 0.5, "float32")
+    (compiled,) = (r for r in rivals.rivals_of("logits") if "compile" in r.name)
+    assert measure.check(case, [compiled], CPU)[compiled.name].status == "ok"
+
+
+def test_every_rival_is_named_once_a_form():
+    for form in FORMS:
+        names = [rival.name for rival in rivals.rivals_of(form)]
+        assert len(set(names)) == len(names)
+        assert names[0] == "sgp"
+        assert rivals.BASELINE in names, "the honest baseline is always shown"
+        assert set(names) <= set(plots.COLORS)
+
+
+def test_who_is_wrong_fails_or_is_missing_is_shown_as_that(monkeypatch):
+    def wrong(p):
+        return 1.1 * rivals.pytorch(p)
+
+    def broken(_):
+        raise RuntimeError("no kernel image\nand a second line")
+
+    def late(p):
+        if p.labels.numel() > measure.ERROR_ROWS:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return rivals.pytorch(p)
+
+    field = (
+        rivals.Rival("wrong", "logits", wrong),
+        rivals.Rival("broken", "logits", broken),
+        rivals.Rival("late", "logits", late),
+        rivals.Rival("absent", "logits", wrong, rivals.Package("nothing-here", "nothing_here")),
+        rivals.Rival("right", "logits", rivals.pytorch),
+    )
+    monkeypatch.setattr(rivals, "RIVALS", field)
+    bound, measured = measure.measure(
+        Case("logits", TINY, 128, 0.5, "float32"), CPU, seconds=0, most_turns=3
+    )
+    found = {m.rival: m for m in measured}
+    assert bound > 0
+    assert found["wrong"].status.startswith("wrong: error 1.0e-01")
+    assert found["broken"].status == "fails: RuntimeError: no kernel image"
+    assert found["late"].status == "out of memory"
+    assert found["absent"].status == "nothing-here is not installed"
+    assert found["right"].status == "ok"
+    assert found["right"].turns == 3
+    assert [m.both_ms is None for m in measured] == [True, True, True, True, False]
+
+
+def test_who_overwrites_leaves_the_others_their_logits():
+    problem = cases.make(Case("logits", TINY, 64, 0.5, "float32"), CPU)
+    before = problem.logits.detach().clone()
+    (in_place,) = (r for r in rivals.rivals_of("logits") if r.name == "sgp, in place")
+    assert in_place.overwrites
+    found = measure.run(in_place, problem)
+    assert torch.equal(problem.logits, before)
+    for error in measure.errors(found, measure.truth(problem)):
+        assert error < 1e-6
+
+
+def test_memory_is_what_is_held_beyond_inputs_and_returned_gradients():
+    case = Case("logits", TINY, 1_024, 0.5, "float32")
+    problem = cases.make(case, CPU)
+    unit = problem.logits.nbytes
+    held = {
+        r.name: measure.memory(r, problem) / unit
+        for r in rivals.rivals_of("logits")
+        if r.missing(CPU) is None and "compile" not in r.name
+    }
+    assert held["sgp, in place"] < 0.6, "the kept rows, at most"
+    assert held["sgp"] == pytest.approx(held["sgp, in place"] + 1, abs=0.1), "and the gradient"
+    assert held["PyTorch, all rows"] >= 2, "log-softmax and gradient"
+
+
+# -- numbers ---------------------------------------------------------------------------------------
+
+
+def test_compulsory_bytes_and_flops():
+    model = Model("m", 1_000, 10)
+    assert measure.compulsory_bytes(Case("logits", model, 100, 0.25)) == 1.25 * 100 * 1_000 * 2
+    assert measure.compulsory_bytes(Case("log-probs", model, 100, 0.25, "float32")) == 6e5
+    assert Case("linear", model, 100, 0.25).flops == 25 * 1_000 * (8 + 6 * 10)
+    assert Case("linear log-probs", model, 100, 0.25).flops == 25 * 1_000 * (8 + 8 * 10)
+
+
+def test_predictions_by_hand():
+    gpu = predict.Gpu("g", "g", bandwidth=1e12, half=1e14, single=1e13, source="none")
+    logits = predict.predict(Case("logits", cases.QWEN_3, 8_192, 0.25), gpu)
+    moved = 1.25 * 8_192 * 151_936 * 2
+    assert logits.total_ms == pytest.approx(1e3 * moved / 0.9e12 + 0.005)
+    assert logits.reread_ms == pytest.approx(1e3 * moved * 1.5 / 1.25 / 0.9e12 + 0.005)
+    linear = predict.predict(Case("linear", cases.QWEN_3, 8_192, 0.25), gpu)
+    flops = 6 * 2_048 * 151_936 * 4_096
+    assert linear.flops_ms == pytest.approx(1e3 * flops / 0.75e14)
+    assert linear.bytes_ms == pytest.approx(1e3 * 6 * 2_048 * 151_936 / 0.9e12)
+    whole = predict.predict(Case("linear", cases.QWEN_3, 8_192, 1.0), gpu)
+    extra = whole.bytes - 4 * linear.bytes
+    assert extra == pytest.approx(8 * 2 * 151_936 * 4_096), "two chunks into one accumulator"
+
+
+def test_predict_shows_what_was_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(predict, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["predict", "--gpu", "h200", "--only", "log-probs, Qwen3"])
+    assert predict.main() == 0
+    assert "there is no results file of this GPU" in " ".join(capsys.readouterr().out.split())
+    case = next(c for c in cases.gpu_cases() if c.form == "log-probs")
+    found = compare.record(case, 1.0, [measure.Measured("sgp", "ok", both_ms=12.34)])
+    content = {"machine": {"name": "NVIDIA H200"}, "cases": [found]}
+    (tmp_path / "nvidia-h200-2027-01-01.json").write_text(json.dumps(content))
+    assert predict.main() == 0
+    shown = capsys.readouterr().out
+    assert "12.34" in shown
+    assert "nvidia-h200-2027-01-01.json" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "asked"),
+    [
+        ("sgp", "loss", (2.0, 1.25)),
+        ("Liger", "loss", (3.0, 1.5)),
+        ("flash-linear-attention", "loss", (3.0, 3.0)),
+        ("sgp", "log-probs", (3.0, 1.5)),
+        ("TRL", "log-probs", (3.0, 1.5)),
+    ],
+)
+def test_what_row_kernels_ask_of_memory(name, task, asked, monkeypatch):
+    """Those of other libraries are facts of the versions that are installed."""
+    monkeypatch.setenv("SGP_BACKEND", "triton")
+    (contestant,) = (c for c in rival_traffic.CONTESTANTS if (c.name, c.task) == (name, task))
+    for kept_rows, expected in zip(rival_traffic.KEPT_ROWS, asked, strict=True):
+        found = rival_traffic.count(contestant, 8_200, kept_rows)
+        assert found.status == "ok"
+        assert found.asked == pytest.approx(expected, abs=0.01)
+
+
+# -- commands --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_cases(monkeypatch):
+    """Two small cases instead of the machine's."""
+    found = [Case(form, TINY, 128, 0.25, "float32") for form in ("logits", "linear")]
+    monkeypatch.setattr(cases, "cpu_cases", lambda: found)
+    names = ["sgp", rivals.BASELINE, "Liger"]
+    command = ["compare", "--time-budget", "2", "--rivals", *names]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(measure, "roofs", lambda _: measure.Roofs(1e10, 1e11, "float32"))
+    return found
+
+
+def test_compare_writes_what_it_shows(tiny_cases, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "2-cores-2027-01-01.json"
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--output", str(output)])
+    assert compare.main() == 0
+    content = json.loads(output.read_text())
+    assert [record["name"] for record in content["cases"]] == [case.name for case in tiny_cases]
+    assert content["not_run"] == []
+    assert content["versions"]["torch"] == torch.__version__
+    shown = capsys.readouterr().out
+    for record in content["cases"]:
+        assert record["bound_ms"] > 0
+        ours, plain, liger = record["rivals"]
+        assert ours["both_ms"] > 0
+        assert plain["both_ms"] > 0
+        assert liger["both_ms"] is None
+        assert liger["status"] in shown
+        assert f"{ours['both_ms']:.3g} ±" in shown
+    block = report.render([(output, content)], tmp_path)
+    assert "not measured" in block
+    assert f"| {content['cases'][0]['rivals'][0]['both_ms']:.3g} ms |" in block
+    assert (
+        "| Liger | needs a GPU |" in block or "| Liger | liger-kernel is not installed |" in block
+    )
+    pictures = plots.draw(content, tmp_path / "2-cores-2027-01-01")
+    assert [picture.exists() for picture in pictures] == [True]
+
+
+def test_compare_names_the_cases_that_it_had_no_time_for(tiny_cases, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "r.json"
+    command = [*sys.argv, "--output", str(output)]
+    command[command.index("2")] = "-1"
+    monkeypatch.setattr(sys, "argv", command)
+    assert compare.main() == 0
+    assert json.loads(output.read_text())["not_run"] == [case.name for case in tiny_cases]
+    assert "not run, the time budget was spent" in capsys.readouterr().out
+
+
+def test_compare_fails_if_sgp_is_wrong(tiny_cases, tmp_path, capsys, monkeypatch):
+    assert tiny_cases
+
+    def wrong(p):
+        return 2 * rivals.pytorch(p)
+
+    field = (rivals.Rival("sgp", "logits", wrong), rivals.Rival("sgp", "linear", wrong))
+    monkeypatch.setattr(rivals, "RIVALS", field)
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--output", str(tmp_path / "r.json")])
+    assert compare.main() == 1
+    assert "sgp: " in capsys.readouterr().out
+
+
+def test_the_report_of_the_readme_is_the_results_files():
+    readme = (ROOT / "README.md").read_text()
+    found = report.newest()
+    assert report.block_of(readme) == report.render(found), "run `python -m bench report`"
+    for path, content in found:
+        for name in ("linear", "logits", "roofline"):
+            assert (path.parent / f"{path.stem}-{name}.png").is_file()
+        assert content["not_run"] == []
+        assert all(r["status"] == "ok" for c in content["cases"] for r in c["rivals"][:1])
+    with pytest.raises(ValueError, match="must both be there"):
+        report.block_of("nothing")
+
+
+def test_pytest_benchmark_collects_the_same_cases(tmp_path):
+    """`pytest bench`: one small case is run, JSON written."""
+    output = tmp_path / "b.json"
+    command = [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:xdist"]
+    command += ["-k", "logits and N64 and V32000 and (sgp or Liger) and not hand"]
+    command += ["--benchmark-json", str(output)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TRITON_I"))}
+    run = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = json.loads(output.read_text())["benchmarks"]
+    assert {b["extra_info"]["rival"] for b in found} == {"sgp", "sgp, in place"}
+    assert "1 skipped" in run.stdout or torch.cuda.is_available()
+
+
+def test_the_command_lists_what_there_is():
+    run = subprocess.run(
+        [sys.executable, "-m", "bench", "--help"], cwd=ROOT, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    for command in ("all", "compare", "traffic", "resources", "predict", "report", "forms"):
+        assert f"  {command} " in run.stdout
