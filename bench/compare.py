@@ -67,7 +67,7 @@ def table_of(case: Case, bound: float, measured: list[Measured]) -> Table:
     )
     headings = ("forward\nms", "backward\nms", "both ms", "to best\nrival", "to\nbound")
     table.add_column("rival", no_wrap=True)
-    for heading in (*headings, "memory\nMiB", "gradient\nerror"):
+    for heading in (*headings, "memory\nMiB", "error"):
         table.add_column(heading, justify="right", no_wrap=True)
     best = best_other(measured)
     for m in timed:

@@ -29,7 +29,7 @@ import triton
 from rich.console import Console
 from rich.table import Table
 
-from bench import cubin, resources
+from bench import binary, cubin, kernel_cases
 from sgp.kernels import launch, table
 from sgp.kernels.layout import matrix
 from sgp.kernels.table import Line, Row, Target
@@ -131,8 +131,8 @@ def call_of(contestant: Contestant, p: Problem, on: Target) -> launch.Call:
 def build(folder: Path, name: str, *, tune: bool) -> int:
     """Compile every resident contestant for a named target; those that spill are left out."""
     folder.mkdir(parents=True, exist_ok=True)
-    on = resources.target_of(name)
-    triton.runtime.driver.set_active(resources._NamedTarget(resources.TARGETS[name]))  # noqa: SLF001
+    on = kernel_cases.target_of(name)
+    triton.runtime.driver.set_active(binary.NamedTarget(kernel_cases.TARGETS[name]))
     built = 0
     for V, data in itertools.product(VOCABULARIES, DATA):
         for contestant in contestants(V, data, on, tune=tune):
@@ -140,7 +140,7 @@ def build(folder: Path, name: str, *, tune: bool) -> int:
                 continue
             call = call_of(contestant, problem(64, V, data, 1.0, "meta"), on)
             kernel = call.kernel.warmup(*call.arguments, grid=call.grid, **call.constants)
-            if found := resources._read_nvidia(kernel, wide=False)["stack"]:  # noqa: SLF001
+            if found := binary.read_nvidia(kernel, wide=False)["stack"]:
                 print(f"{data} V = {V}, {contestant.words}: {found} bytes of stack, left out")
                 continue
             cubin.build(call).save(folder / contestant.file)

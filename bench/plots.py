@@ -18,10 +18,10 @@ MIB = 1 << 20
 COLORS = {  # of seaborn's colorblind palette: sgp is the dark blue
     "sgp": "#0173b2",
     "sgp, in place": "#56b4e9",
-    "sgp, kept rows by hand": "#029e73",
-    "PyTorch, kept rows by hand": "#de8f05",
+    "sgp, kept rows": "#029e73",
+    "PyTorch, kept rows": "#de8f05",
     "PyTorch, all rows": "#949494",
-    "torch.compile, all rows": "#ca9161",
+    "torch.compile": "#ca9161",
     "F.linear_cross_entropy": "#d55e00",
     "Liger": "#cc78bc",
     "cut-cross-entropy": "#fbafe4",
@@ -165,7 +165,7 @@ def _roofline(content: dict[str, Any], stem: Path) -> Path:
     for record in content["cases"]:
         case = case_of(record)
         moved = measure.compulsory_bytes(case) if not case.has_head else _head_bytes(case)
-        for rival in ("PyTorch, kept rows by hand", "sgp"):
+        for rival in ("PyTorch, kept rows", "sgp"):
             ms = next((r["both_ms"] for r in record["rivals"] if r["rival"] == rival), None)
             if ms:
                 axes.plot(
@@ -178,7 +178,7 @@ def _roofline(content: dict[str, Any], stem: Path) -> Path:
                 )
     for form, marker in markers.items():
         axes.plot([], [], marker, color="#555555", label=form)
-    for rival in ("sgp", "PyTorch, kept rows by hand"):
+    for rival in ("sgp", "PyTorch, kept rows"):
         axes.plot([], [], "-", color=COLORS[rival], linewidth=5, label=rival)
     axes.set_xscale("log")
     axes.set_yscale("log")

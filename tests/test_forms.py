@@ -31,7 +31,7 @@ LAUNCH = """
 import ctypes, json, sys
 import torch, triton
 from pathlib import Path
-from bench import cubin, forms, resources
+from bench import binary, cubin, forms, kernel_cases
 
 calls = []
 class Driver:
@@ -50,8 +50,8 @@ class Stream:
     cuda_stream = 5
 torch.cuda.current_stream = Stream
 
-on = resources.target_of("sm_90")
-triton.runtime.driver.set_active(resources._NamedTarget(resources.TARGETS["sm_90"]))
+on = kernel_cases.target_of("sm_90")
+triton.runtime.driver.set_active(binary.NamedTarget(kernel_cases.TARGETS["sm_90"]))
 for V, data in ((32_000, "bf16"), (151_936, "head")):
     contestant = list(forms.contestants(V, data, on, tune=False))[1]  # after streaming
     path = Path(sys.argv[1]) / contestant.file

@@ -148,16 +148,16 @@ def test_the_gradient_is_that_of_float32_rounded(V):
 COMPILE = """
 import json, re, sys, tempfile
 import triton
-from bench import resources
+from bench import binary, kernel_cases
 
-triton.runtime.driver.set_active(resources._NamedTarget(resources.TARGETS["sm_90"]))
+triton.runtime.driver.set_active(binary.NamedTarget(kernel_cases.TARGETS["sm_90"]))
 for case in json.loads(sys.argv[1]):
-    call = resources._call(resources.Case(*case), resources.target_of("sm_90"))
+    call = kernel_cases.call_of(kernel_cases.Case(*case), kernel_cases.target_of("sm_90"))
     kernel = call.kernel.warmup(*call.arguments, grid=call.grid, **call.constants)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        sass = resources._tool("cuobjdump", "-sass", file.name)
+        sass = binary.tool("cuobjdump", "-sass", file.name)
     name, num_warps = call.kernel.__name__, call.constants["num_warps"]
     print(json.dumps([name, num_warps, kernel.asm["ttgir"], sass]))
 """

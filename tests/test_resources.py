@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import resources
+from bench import kernel_cases, resources
 from sgp.kernels import table
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +29,7 @@ def test_the_results_are_of_these_sources():
     assert found["fingerprint"] == resources.fingerprint(), "run `python -m bench resources`"
     assert not found["longest"]
     records = found["records"]
-    assert {record["target"] for record in records} == set(resources.TARGETS)
+    assert {record["target"] for record in records} == set(kernel_cases.TARGETS)
     for record in records:
         assert record["spills"] == record["stack"] == 0, record
         assert not record["broken"], record
@@ -80,14 +80,14 @@ def test_what_is_read_once(target, dtype):
     are multiples of 16. (What is a multiple of 8 alone is compiled at the longest of each line.)
     """
     records = json.loads(RESULTS.read_text())["records"]
-    on = resources.target_of(target)
+    on = kernel_cases.target_of(target)
     for V, options in itertools.product(
         (32_896, 128_256, 131_072, 151_936, 248_320, 262_144), ("plain", "logged", "all")
     ):
         if options == "all" and V > 151_936:
             continue
         light, plain = options != "all", options == "plain"
-        row = table.Row(V, light=light, plain=plain, itemsize=resources.DTYPES[dtype].itemsize)
+        row = table.Row(V, light=light, plain=plain, itemsize=kernel_cases.DTYPES[dtype].itemsize)
         line = table.choose(row, on, "auto")
         assert line.form == "resident"
         assert any(
@@ -127,19 +127,21 @@ def test_no_spills_and_16_byte_accesses_without_a_gpu(target, tmp_path):
 
 def test_a_broken_budget_is_seen():
     """The budget itself can fail: a kernel told to expect wider rows than it has breaks it."""
-    on = resources.target_of("sm_90")
+    on = kernel_cases.target_of("sm_90")
 
     def broken(case, **found):
         fine = {"num_ctas": 1, "pieces": 1, "spills": 0, "stack": 0, "narrow": 9} | found
-        return len(resources._broken_budgets(case, resources._call(case, on), fine, nvidia=True))
+        return len(
+            resources._broken_budgets(case, kernel_cases.call_of(case, on), fine, nvidia=True)
+        )
 
-    case = resources.Case("forward", 50_264, "bf16", "plain", form="streaming")
+    case = kernel_cases.Case("forward", 50_264, "bf16", "plain", form="streaming")
     fine = {"form": "streaming", "num_warps": 32, "loads_16": 4, "stores_16": 4}
     assert broken(case, **fine) == 0
     assert broken(case, **fine | {"loads_16": 1, "spills": 2, "stack": 8}) == 2
     assert broken(case, **fine | {"narrow": 41}) == 1
 
-    case = resources.Case("forward", 151_936, "bf16", "plain")
+    case = kernel_cases.Case("forward", 151_936, "bf16", "plain")
     fine = {"form": "resident", "num_warps": 8, "num_ctas": 8, "pieces": 10}
     fine |= {"loads_16": 10, "stores_16": 10}
     assert broken(case, **fine) == 0

@@ -1,0 +1,233 @@
+"""Which kernels are compiled without a GPU: every line of the launch table, at its longest row."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from sgp.kernels import launch, table
+from sgp.kernels.launch import Options, Statistics
+from sgp.kernels.layout import Matrix, matrix
+from sgp.kernels.table import Row, Target
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+N = 64
+
+
+class Case(NamedTuple):
+    """One kernel as one line of the table launches it."""
+
+    kernel: str  # forward | statistics | loss | backward | factor
+    V: int
+    dtype: str
+    options: str  # plain | weighted | reported | logged | log-probs | all, or one option's name
+    layout: str = "rows"  # rows | slice | strided | in place (strided, so is the gradient) | head
+    # slice: logits[:, :-1], two strides between rows
+    # head: a bf16 gradient in the first half of float32 rows, as the linear head has it
+    form: str = "auto"  # or "streaming", forced
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether 16-byte accesses are promised."""
+        return self.V % 8 == 0 and self.layout in ("rows", "slice", "head")
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """What the gradient is stored in."""
+        return torch.bfloat16 if self.layout == "head" else DTYPES[self.dtype]
+
+
+EVERY_KERNEL = (  # each kernel with nothing on and with everything on
+    ("forward", "plain"),
+    ("forward", "all"),
+    ("statistics", "all"),
+    ("backward", "all"),
+    ("factor", "plain"),
+)
+DATA = (("bf16", "rows"), ("fp32", "rows"), ("fp32", "head"))
+LIGHT_OPTIONS = ("plain", "logged")
+HEAVY_OPTIONS = ("softcap", "class weight", "all")
+
+
+ENDS = (1, 8, 16)  # clusters of 2 and 4 run the same code a thread
+
+
+def target_of(name: str) -> Target:
+    """A target of this list, as the launch table knows it, with the installed Triton."""
+    found = TARGETS[name]
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    capability = 0 if found.backend == "hip" else int(found.arch)
+    return Target(found.backend, capability, table.CLUSTER_OF_16, version)
+
+
+def cases(name: str, *, longest: bool = False) -> list[Case]:
+    """Every line of the table with every kernel that uses it, options off, on and one by one."""
+    found = dict.fromkeys((*resident_cases(name, longest=longest), *streaming_cases()))
+    if not longest:
+        return list(found)
+    return [case for case in found if _is_telling(case)]
+
+
+def _is_telling(case: Case) -> bool:
+    """Whether a case is one of those that are likely to spill, or to be the first to break."""
+    if case.V in (256, 1_024, 2_048, 50_264) or case.layout == "slice":
+        return False
+    return case.options in ("logged", "all") or (case.options, case.dtype) == ("plain", "bf16")
+
+
+def resident_cases(name: str, *, longest: bool) -> Iterator[Case]:  # noqa: C901, PLR0912  (a list)
+    """Every line and count of pieces of the resident form, at the longest row that it takes."""
+    for (dtype, layout), (light, wide) in itertools.product(
+        DATA, ((True, True), (False, True), (True, False))
+    ):
+        itemsize, halving = DTYPES[dtype].itemsize, layout == "head"
+        row = Row(V=0, light=light, plain=False, wide=wide, itemsize=itemsize, halving=halving)
+        for V, is_longest in _longest_rows(row, target_of(name), longest=longest):
+            if is_longest or not longest:
+                for options in LIGHT_OPTIONS if light else HEAVY_OPTIONS:
+                    yield Case("forward", V, dtype, options, layout)
+            if is_longest and light:
+                yield Case("forward", V, dtype, "weighted", layout)
+                yield Case("forward", V, dtype, "smoothing", layout)
+                yield Case("forward", V, dtype, "reported", layout)
+            if is_longest and wide:
+                most = "logged" if light else "all"
+                yield Case("forward", V - 8, dtype, most, layout)  # no multiple of 16
+                if not halving:
+                    yield Case("forward", V, dtype, most, "slice")
+                if not light:
+                    yield Case("forward", V, dtype, "softcap reported", layout)
+        if not halving:
+            for V, is_longest in _longest_rows(
+                row._replace(gradient=False), target_of(name), longest=longest
+            ):
+                if is_longest or not longest:
+                    yield Case("statistics", V, dtype, "logged" if light else "all")
+                if is_longest and dtype == "bf16":
+                    yield Case("statistics", V, "fp16", "logged" if light else "all")
+                    yield Case("loss", V, dtype, "plain" if light else "softcap")
+    for line, dtype in itertools.product(table.ONE_BLOCK, ("bf16", "fp32")):
+        yield Case("forward", line.BV - 1, dtype, "all")  # accesses of one element
+    for dtype, layout in itertools.product(("bf16", "fp32"), ("strided", "in place")):
+        yield Case("forward", 4_096, dtype, "all", layout)
+
+
+def _longest_rows(row: Row, target: Target, *, longest: bool) -> Iterator[tuple[int, bool]]:
+    """(the longest row of a choice, whether it is the longest of its line)."""
+    shorter = 0
+    for line in table.resident_lines(row, target):
+        for pieces in table.PIECES:
+            V = line.BV * pieces
+            if line.columns >= V > shorter:
+                telling = not longest or line.programs in ENDS
+                yield V - (not row.wide), line.columns == V and telling
+        shorter = max(shorter, line.columns)
+
+
+def streaming_cases() -> Iterator[Case]:  # noqa: C901  (a list)
+    """The kernels that go block by block; forward is forced, where a GPU might choose resident.
+
+    fp16 has bf16's width and another conversion: it is compiled at the two ends. 262 144 is not
+    here because Triton compiles the same kernel for it as for 151 936, both multiples of 16.
+    """
+    wide = ("bf16", "fp32")
+    for line, dtype in itertools.product(table.ONE_BLOCK, wide):
+        for kernel, options in EVERY_KERNEL:
+            yield Case(kernel, line.BV, dtype, options)
+    # 151 936 is a multiple of 16, 50 264 of 8 only, 50 257 (GPT-2) of nothing.
+    for V, dtype in itertools.product((151_936, 50_264, 50_257), wide):
+        for kernel, options in EVERY_KERNEL:
+            yield Case(kernel, V, dtype, options, form="streaming")
+        for options in ("weighted", "softcap", "smoothing", "class weight", "reported"):
+            yield Case("forward", V, dtype, options, form="streaming")
+        yield Case("statistics", V, dtype, "plain", form="streaming")
+        yield Case("loss", V, dtype, "plain", form="streaming")
+        yield Case("backward", V, dtype, "plain")
+        yield Case("backward", V, dtype, "log-probs")
+    for V, kernel, options in itertools.product(
+        (151_936, 50_264, 50_257), ("forward", "backward"), ("plain", "all")
+    ):
+        yield Case(kernel, V, "fp32", options, "head", form="streaming")
+    for line, options in itertools.product(table.ONE_BLOCK, ("plain", "all")):
+        yield Case("forward", line.BV, "fp32", options, "head")
+        yield Case("backward", line.BV, "fp32", options, "head")
+    for V, dtype, layout in itertools.product((50_264, 50_257), wide, ("strided", "in place")):
+        for kernel, options in EVERY_KERNEL:
+            yield Case(kernel, V, dtype, options, layout)
+        yield Case("forward", V, dtype, "weighted", layout)
+    for kernel, options in itertools.product(("forward", "backward"), ("plain", "all")):
+        yield Case(kernel, 50_264, "fp16", options, form="streaming")
+    yield Case("forward", 131_072, "fp16", "plain")
+
+
+def call_of(case: Case, on: Target) -> launch.Call:
+    """The launch of a case on tensors without memory."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    V, dtype = case.V, DTYPES[case.dtype]
+    logits = _matrix(case, dtype, strided=case.layout in ("strided", "in place"))
+    dlogits = _matrix(case, dtype, strided=case.layout == "in place")
+    if case.layout == "head":
+        dlogits = _first_halves(case)
+    target, row = empty(N, dtype=torch.int64), empty(N)
+    everything = Options(empty(V), empty(), row, empty(), 0.1, 1e-4, 30.0, 1 / 30.0, 0.5, 0.7)
+    light = Options(None, None, row, empty(), 0.1, 1e-4, logit_scale=0.5, inverse_temperature=0.7)
+    if case.kernel == "backward":
+        everything = everything._replace(lse_weight=row, entropy_weight=row, entropy=row)
+    options = {
+        "plain": Options(scale=empty()),
+        "reported": Options(scale=empty()),
+        "logged": light,
+        "weighted": light._replace(label_smoothing=None),
+        "softcap": Options(scale=empty(), softcap=30.0, inverse_softcap=1 / 30.0),
+        "softcap reported": Options(scale=empty(), softcap=30.0, inverse_softcap=1 / 30.0),
+        "smoothing": Options(scale=empty(), label_smoothing=0.1),
+        "class weight": Options(weight=empty(V), weight_mean=empty(), scale=empty()),
+        "log-probs": Options(
+            row_weight=row, inverse_temperature=0.7, lse_weight=row, entropy_weight=row, entropy=row
+        ),
+        "all": everything,
+    }[case.options]
+    shared = {"V": V, "ignore_index": -100, "on": on}
+    if case.kernel == "backward":
+        return launch.row_gradient(logits, dlogits, target, empty(N, 3), options, **shared)
+    if case.kernel == "factor":
+        return launch.multiply(dlogits, target, empty(), N=N, **shared)
+    with_stats = case.options in ("all", "logged", "reported", "softcap reported")
+    stats = Statistics(row, row, row, empty(N, dtype=torch.bool)) if with_stats else None
+    sink = dlogits if case.kernel == "forward" else None
+    saved = empty(N, 3) if case.kernel == "statistics" else None
+    shared["form"] = case.form
+    return launch.row_forward(logits, sink, target, row, saved, stats, options, **shared)
+
+
+def _matrix(case: Case, dtype: torch.dtype, *, strided: bool) -> Matrix:
+    if strided:  # (B, V, T) moved to (B, T, V)
+        x = torch.empty(4, case.V, N // 4, dtype=dtype, device="meta").movedim(1, -1)
+    elif case.layout == "slice":
+        x = torch.empty(4, N // 4 + 1, case.V, dtype=dtype, device="meta")[:, :-1]
+    else:
+        x = torch.empty(N, case.V, dtype=dtype, device="meta")
+    found = matrix(x)
+    assert found is not None, f"{case.layout}: has more than two levels of rows"  # noqa: S101
+    return found
+
+
+def _first_halves(case: Case) -> Matrix:
+    rows = torch.empty(N, 2 * case.V, dtype=case.gradient_dtype, device="meta")
+    found = matrix(rows[:, : case.V])
+    assert found is not None, "one stride between rows"  # noqa: S101
+    return found
