@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench import cases, measure
+from bench import cases, measure, tables
 from bench.cases import Case
 from bench.measure import Measured
 
@@ -54,28 +53,19 @@ def table_of(case: Case, bound: float, measured: list[Measured]) -> Table:
         if not m.both_ms:
             others.setdefault(m.status, []).append(m.rival)
     what = "the bare matmuls of the kept rows" if case.has_head else "its bytes at a copy's speed"
-    notes = [f"bound: {bound:.3g} ms, {what}"]
+    notes = [f"bound: {tables.ms(bound)} ms, {what}"]
     notes += [f"{', '.join(names)}: {status}" for status, names in others.items()]
-    table = Table(
-        title=f"\n{case.name}",
-        title_justify="left",
-        caption="\n".join(notes),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
     headings = ("forward\nms", "backward\nms", "both ms", "to best\nrival", "to\nbound")
-    table.add_column("rival", no_wrap=True)
-    for heading in (*headings, "memory\nMiB", "error"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = tables.make(
+        case.name, ["rival"], [*headings, "memory\nMiB", "error"], notes="\n".join(notes)
+    )
     best = best_other(measured)
     for m in timed:
         table.add_row(
             m.rival,
-            f"{m.forward_ms:.3g}",
-            f"{m.backward_ms:.3g}",
-            f"{m.both_ms:.3g} ± {m.spread_ms:.1g}",
+            tables.ms(m.forward_ms or 0.0),
+            tables.ms(m.backward_ms or 0.0),
+            f"{tables.ms(m.both_ms or 0.0)} ± {tables.ms(m.spread_ms or 0.0)}",
             f"{m.both_ms / best:.2f}" if best and m.both_ms else "",
             f"{m.both_ms / bound:.2f}" if m.both_ms else "",
             f"{(m.memory_bytes or 0) / MIB:.1f}",

@@ -30,11 +30,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from bench import cases
+from bench import cases, tables
 from bench.cases import Case
 from sgp.chunks import default_chunk_rows
 
@@ -137,25 +135,14 @@ def main() -> int:
     if not chosen:
         parser.error(f"--only {arguments.only!r}: no case has this in its name")
     known = measured(gpu)
-    table = Table(
-        title=f"\n{gpu.name}, predicted milliseconds: {gpu.bandwidth / 1e12:.2f} TB/s and "
+    files = ", ".join(sorted({name for _, name in known.values()}))
+    table = tables.make(
+        f"{gpu.name}, predicted milliseconds: {gpu.bandwidth / 1e12:.2f} TB/s and "
         f"{gpu.half / 1e12:.0f} TFLOP/s ({gpu.source}), of which {COPY:.0%} and {MATMUL:.0%}",
-        title_justify="left",
-        caption="measured: "
-        + (
-            ", ".join(sorted({name for _, name in known.values()}))
-            if known
-            else "-, there is no results file of this GPU"
-        ),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
+        ["form", "model"],
+        ["N", "kept", "bytes", "FLOPs", "total", "re-read", "measured"],
+        notes=f"measured: {files or '-, there is no results file of this GPU'}",
     )
-    table.add_column("form", no_wrap=True)
-    table.add_column("model", no_wrap=True)
-    for heading in ("N", "kept", "bytes", "FLOPs", "total", "re-read", "measured"):
-        table.add_column(heading, justify="right", no_wrap=True)
     for case in chosen:
         p = predict(case, gpu)
         here = known.get(case.name)

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import plots
+from bench import plots, tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -92,7 +92,7 @@ def _table(record: dict[str, Any]) -> str:
     size += f"D = {model['D']:_}, ".replace("_", " ") if "linear" in record["form"] else ""
     title = (
         f"{TITLES[record['form']].capitalize()}: {model['name']}, {size}N = {record['N']}, "
-        f"{record['dtype']}, a quarter of the rows kept; bound {record['bound_ms']:.3g} ms"
+        f"{record['dtype']}, a quarter of the rows kept; bound {tables.ms(record['bound_ms'])} ms"
     )
     lines = [
         title,
@@ -105,9 +105,9 @@ def _table(record: dict[str, Any]) -> str:
     for r in sorted(timed, key=lambda r: float(r["both_ms"])):
         cells = (
             r["rival"],
-            f"{r['forward_ms']:.3g} ms",
-            f"{r['backward_ms']:.3g} ms",
-            f"{r['both_ms']:.3g} ms",
+            f"{tables.ms(r['forward_ms'])} ms",
+            f"{tables.ms(r['backward_ms'])} ms",
+            f"{tables.ms(r['both_ms'])} ms",
             f"{r['both_ms'] / best:.2f}" if best else "",
             f"{r['both_ms'] / record['bound_ms']:.2f}",
             f"{r['memory_bytes'] / MIB:.0f} MiB",

@@ -26,10 +26,9 @@ from typing import Any
 
 import torch
 import triton
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from bench import tables
 from bench.binary import NamedTarget, read_amd, read_nvidia
 from bench.kernel_cases import DTYPES, TARGETS, Case, call_of, cases, target_of
 from sgp.kernels import launch
@@ -175,27 +174,13 @@ def occupancy(record: dict[str, Any]) -> float:
 
 
 def _print(records: list[dict[str, Any]]) -> None:
-    table = Table(
-        title=f"{len(records)} kernels compiled with Triton {triton.__version__}; occupancy: "
-        "of a multiprocessor's warps, by registers and shared memory",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
+    table = tables.make(
+        f"{len(records)} kernels compiled with Triton {triton.__version__}; occupancy: of a "
+        "multiprocessor's warps, by registers and shared memory; 16-byte loads: kernels that have "
+        "them (narrow rows have none)",
+        ["target", "kernel", "form"],
+        ["n", "registers", "spills", "stack", "shared\nbytes", "16-byte\nloads", "occupancy"],
     )
-    for name in ("target", "kernel", "form"):
-        table.add_column(name, no_wrap=True)
-    headings = (
-        "n",
-        "registers",
-        "spills",
-        "stack",
-        "shared",
-        "16 byte\nloads",
-        "occupancy",
-        "broken",
-    )
-    for name in headings:
-        table.add_column(name, justify="right", no_wrap=True)
     keys = sorted({(r["target"], r["kernel"], r["form"]) for r in records})
     for key in keys:
         group = [r for r in records if (r["target"], r["kernel"], r["form"]) == key]
@@ -207,10 +192,9 @@ def _print(records: list[dict[str, Any]]) -> None:
             f"{min(registers)}-{max(registers)}",
             str(sum(r["spills"] for r in group)),
             str(sum(r["stack"] for r in group)),
-            f"{max(r['shared'] for r in group)} B",
-            f"{sum(r['loads_16'] > 0 for r in group)} of {len(group)}",
-            f"{min(occupied):.0%}-{max(occupied):.0%}",
-            str(sum(bool(r["broken"]) for r in group)),
+            str(max(r["shared"] for r in group)),
+            f"{sum(r['loads_16'] > 0 for r in group)}",
+            f"{100 * min(occupied):.0f}-{100 * max(occupied):.0f} %",
         )
     console = Console()
     console.print(table)

@@ -27,12 +27,11 @@ os.environ["TRITON_INTERPRET"] = "1"
 os.environ["SGP_BACKEND"] = "triton"
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 import sgp
-from bench import rival_traffic
+from bench import rival_traffic, tables
 from bench.interpreter import watch_accesses
 from bench.rival_traffic import RivalCount
 
@@ -99,21 +98,11 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=RESULTS, help="results file (JSON)")
     arguments = parser.parse_args()
     counts = [count(*c) for c in itertools.product(FORMS, VOCABULARIES, DTYPES, (0, 1, 2, 4))]
-    table = Table(
-        title="Loss and backward, upstream factor 1, in units of N V elements; other: bytes a row"
+    table = tables.make(
+        "Loss and backward, upstream factor 1, in units of N V elements; other: bytes a row",
+        ["form"],
+        ["V", "dtype", "kept", "asked for", "touched", "least", "other bytes/row", ""],
     )
-    for name in (
-        "form",
-        "V",
-        "dtype",
-        "kept",
-        "asked for",
-        "touched",
-        "least",
-        "other bytes/row",
-        "",
-    ):
-        table.add_column(name, justify="right")
     for c in counts:
         verdict = "[green]ok" if c.within_budget else "[red]OVER"
         numbers = (f"{c.asked:.4f}", f"{c.touched:.4f}", f"{c.least:.2f}")
@@ -135,16 +124,11 @@ def main() -> int:
 
 
 def _beside_others(counts: list[RivalCount]) -> Table:
-    table = Table(
-        title="Beside the Triton kernels of other libraries, N V elements asked for",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
+    table = tables.make(
+        "Beside the Triton kernels of other libraries, N V elements asked for",
+        ["library", "version", "task"],
+        ["V", "kept", "asked for", "least", "kernels"],
     )
-    for name in ("library", "version", "task"):
-        table.add_column(name, no_wrap=True)
-    for name in ("V", "kept", "asked for", "least", "kernels"):
-        table.add_column(name, justify="right")
     for c in counts:
         asked = c.status if c.asked is None else f"{c.asked:.4f}"
         numbers = (str(c.V), f"{c.kept:.2f}", asked, f"{c.least:.2f}", str(c.launches))

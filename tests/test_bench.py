@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cases, compare, measure, plots, predict, report, rival_traffic, rivals
+from bench import cases, compare, measure, plots, predict, report, rival_traffic, rivals, tables
 from bench.cases import Case, Model
 
 ROOT = Path(__file__).parent.parent
@@ -247,10 +247,10 @@ def test_compare_writes_what_it_shows(tiny_cases, tmp_path, capsys, monkeypatch)
         assert plain["both_ms"] > 0
         assert liger["both_ms"] is None
         assert liger["status"] in shown
-        assert f"{ours['both_ms']:.3g} ±" in shown
+        assert f"{tables.ms(ours['both_ms'])} ±" in shown
     block = report.render([(output, content)], tmp_path)
     assert "not measured" in block
-    assert f"| {content['cases'][0]['rivals'][0]['both_ms']:.3g} ms |" in block
+    assert f"| {tables.ms(content['cases'][0]['rivals'][0]['both_ms'])} ms |" in block
     assert (
         "| Liger | needs a GPU |" in block or "| Liger | liger-kernel is not installed |" in block
     )

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from bench import report
+from sgp import chunks
 from sgp.kernels import table
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +43,16 @@ def test_traffic_table_is_the_results_file():
                 if record["kept"] == f:
                     assert record["touched"] == pytest.approx(touched, abs=0.01)
                     assert record["asked"] == pytest.approx(asked, abs=0.01)
+
+
+def test_rivals_in_the_traffic_table_are_the_results_file():
+    found = json.loads((RESULTS / "traffic.json").read_text())["rivals"]
+    for name in ("Liger", "flash-linear-attention"):
+        rows = [r for r in found if r["name"] == name]
+        (line,) = (s for s in README.splitlines() if s.startswith(f"| {name} {rows[0]['version']}"))
+        shown = [float(cell) for cell in line.split("|")[4:-1]]
+        for row in rows:
+            assert row["asked"] == pytest.approx(shown[0 if row["kept"] == 1 else 1], abs=0.01)
 
 
 def test_the_longest_resident_rows_are_the_launch_table():
@@ -107,25 +119,22 @@ def test_train_table_is_the_results_file():
     assert f"{found['seconds']:.0f} s on 2 CPU cores" in PROSE
 
 
-def test_head_table_is_the_results_file():
-    found = json.loads((RESULTS / "head-2-cores-2026-11-23.json").read_text())
-    size, *memory = found["sizes"]
-    first = size["lines"][0]["milliseconds"]
-    table = README[README.index("| head | time | ratio | memory |") :]
-    shown = [line.split("|")[2:-1] for line in table.splitlines()[2 : 2 + len(size["lines"])]]
-    for cells, line in zip(shown, size["lines"], strict=True):
-        assert [cell.strip() for cell in cells] == [
-            f"{line['milliseconds']:.0f} ms",
-            f"{line['milliseconds'] / first:.2f}",
-            f"{line['peak_bytes'] / 2**20:.0f} MiB",
-            f"{line['peak_bytes'] / size['kept_logits_bytes']:.2f}",
-        ]
-    times = {line["name"]: line["milliseconds"] for line in size["lines"]}
-    assert times["sgp, linear"] <= 0.40 * times["PyTorch, all rows"]
-    assert times["sgp, linear"] <= 1.10 * times["PyTorch, kept rows"]
-    assert size["lines"][-1]["peak_bytes"] <= 1.05 * size["kept_logits_bytes"]
-    held = {entry["M"]: f"{entry['lines'][0]['peak_bytes'] / 2**20:.0f} MiB" for entry in memory}
-    assert f"holds {held[512]} for 512 kept rows, and {held[2048]} for 2048" in PROSE
+def test_no_time_or_size_without_a_source():
+    """What is not in a block or table that a test compares with a results file is a formula's."""
+    text = README.replace(report.block_of(README), "")
+    train = text[text.index("`sgp train` compares the heads") : text.index("## Measure it")]
+    train += text[text.index("## sgp train") : text.index("## Check it yourself")]
+    found = re.findall(r"\d[\d.]*\s?(?:ms|s|MiB|GiB|GB/s|TB/s|TFLOP/s|%)(?=\W)", text)
+    checked = re.findall(r"\d[\d.]*\s?(?:ms|s|MiB|GiB|GB/s|TB/s|TFLOP/s|%)(?=\W)", train)
+    for figure in checked:
+        found.remove(figure)
+    sizes = {"4 GiB": chunks.GPU_BYTES, "256 MiB": chunks.CPU_BYTES}
+    assert sizes == {"4 GiB": 4 << 30, "256 MiB": 256 << 20}
+    V, D = 151_936, 4_096
+    rows = chunks.default_chunk_rows(V, "cuda")
+    logits, accumulator = 4 * rows * V / 2**30, 4 * V * D / 2**30
+    assert f"the formula says {logits:.1f} + {accumulator:.1f} GiB" in PROSE
+    assert sorted(found) == sorted([*sizes, f"{accumulator:.1f} GiB"])
 
 
 def test_no_kernel_in_the_results_breaks_its_budget():
