@@ -167,9 +167,9 @@ def make(case: Case, device: torch.device, *, rows: int | None = None) -> Proble
     logits = hidden = weight = None
     if case.has_head:
         hidden = normal(N, D).requires_grad_()
-        weight = (normal(V, D) * (2.5 / D**0.5)).requires_grad_()
+        weight = normal(V, D).mul_(2.5 / D**0.5).requires_grad_()
     else:
-        logits = (normal(N, V) * 2.5).requires_grad_()
+        logits = normal(N, V).mul_(2.5).requires_grad_()
     return Problem(
         case, logits, hidden, weight, labels, selection, selection.rows, selection.target
     )

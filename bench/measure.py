@@ -323,26 +323,31 @@ def measure(
 ) -> tuple[float, list[Measured]]:
     """(the bound in milliseconds, every rival on a case); about `seconds` of turns.
 
-    Every rival is run twice before, and at least three times for its time.
+    Every rival is run before, and at least three times for its time; twice, where that would take
+    longer than all the others are meant to.
     """
     contestants = [r for r in rivals.rivals_of(case.form) if only is None or r.name in only]
     found = check(case, contestants, device)
     problem = cases.make(case, device)
+    bound = bound_of(problem)
     running = [r for r in contestants if found[r.name].status == "ok"]
-    laps: dict[str, list[list[float]]] = {}
-    for rival in list(running):
+    laps: dict[str, list[list[float]]] = {r.name: [] for r in running}
+
+    def attempt(rival: Rival, step: Callable[[], Any]) -> Any:
+        """The step's value; a rival that fails is out."""
         try:
-            for _ in range(2):
-                run(rival, problem)
-            found[rival.name] = found[rival.name]._replace(memory_bytes=memory(rival, problem))
-            laps[rival.name] = []
-        except Exception as error:  # noqa: BLE001
-            found[rival.name] = found[rival.name]._replace(status=failure(error))
+            return step()
+        except Exception as error:  # noqa: BLE001  (whatever a library raises is its result)
+            found[rival.name] = Measured(rival.name, failure(error))
             running.remove(rival)
+            return None
+
+    for rival in list(running):
+        held = attempt(rival, lambda rival=rival: _warm_up(rival, problem))
+        found[rival.name] = found[rival.name]._replace(memory_bytes=held)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     clock = Clock(device)
-    bound = bound_of(problem)
     bound.work()
     bounds = []
     start = time.perf_counter()
@@ -353,12 +358,21 @@ def measure(
         bound.work()
         clock.lap()
         bounds += clock.laps()
-        for rival in running:
-            run(rival, problem, clock)
-            laps[rival.name].append(clock.laps())
+        for rival in list(running):
+            if turn >= 2 and 1e-3 * sum(laps[rival.name][-1]) > seconds / 4:
+                continue
+            attempt(rival, lambda rival=rival: run(rival, problem, clock))
+            if rival in running:
+                laps[rival.name].append(clock.laps())
     for rival in running:
         found[rival.name] = _timed(found[rival.name], laps[rival.name])
     return bound.share * statistics.median(bounds), [found[r.name] for r in contestants]
+
+
+def _warm_up(rival: Rival, problem: Problem) -> int:
+    """Run; then run again and see what it holds."""
+    run(rival, problem)
+    return memory(rival, problem)
 
 
 def _timed(measured: Measured, laps: list[list[float]]) -> Measured:

@@ -23,8 +23,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ["TRITON_INTERPRET"] = "1"
-os.environ["SGP_BACKEND"] = "triton"
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
 import torch
 from rich.console import Console
@@ -97,6 +96,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench traffic", description=__doc__)
     parser.add_argument("--output", type=Path, default=RESULTS, help="results file (JSON)")
     arguments = parser.parse_args()
+    os.environ["SGP_BACKEND"] = "triton"
     counts = [count(*c) for c in itertools.product(FORMS, VOCABULARIES, DTYPES, (0, 1, 2, 4))]
     table = tables.make(
         "Loss and backward, upstream factor 1, in units of N V elements; other: bytes a row",

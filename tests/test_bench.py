@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cases, compare, measure, plots, predict, report, rival_traffic, rivals, tables
+from bench import cases, compare, measure, plots, predict, report, rival_traffic, rivals, tables, traffic
 from bench.cases import Case, Model
 
 ROOT = Path(__file__).parent.parent
@@ -117,7 +117,7 @@ def test_who_is_wrong_fails_or_is_missing_is_shown_as_that(monkeypatch):
     )
     monkeypatch.setattr(rivals, "RIVALS", field)
     bound, measured = measure.measure(
-        Case("logits", TINY, 128, 0.5, "float32"), CPU, seconds=0, most_turns=3
+        Case("logits", TINY, 128, 0.5, "float32"), CPU, seconds=10, most_turns=3
     )
     found = {m.rival: m for m in measured}
     assert bound > 0
@@ -292,6 +292,22 @@ def test_the_report_of_the_readme_is_the_results_files():
         assert all(r["status"] == "ok" for c in content["cases"] for r in c["rivals"][:1])
     with pytest.raises(ValueError, match="must both be there"):
         report.block_of("nothing")
+
+
+def test_the_traffic_command_holds_its_budgets(tmp_path):
+    output = tmp_path / "traffic.json"
+    command = [sys.executable, "-m", "bench", "traffic", "--output", str(output)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = json.loads(output.read_text())
+    assert found == json.loads((RESULTS / "traffic.json").read_text()), "counted, not measured"
+    fine = traffic.Count(
+        "resident", 8_192, "bf16", 0.25, asked=1.25, touched=1.25, least=1.25, other_bytes_per_row=9
+    )
+    assert fine.within_budget
+    assert not fine._replace(asked=1.5).within_budget
+    assert not fine._replace(touched=1.3).within_budget
+    assert fine._replace(form="streaming", asked=1.5).within_budget
 
 
 def test_pytest_benchmark_collects_the_same_cases(tmp_path):
