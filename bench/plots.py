@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from bench import measure
 from bench.cases import Case, Model
@@ -98,14 +98,16 @@ def _sweeps(form: str, records: list[Record], content: dict[str, Any], stem: Pat
             style = {"color": color, "marker": "o", "markersize": 4}
             style |= {"linewidth": 2.6 if rival == "sgp" else 1.4, "zorder": 3}
             (names[rival],) = time.plot(x, [r["both_ms"] for _, r in points], **style)
-            memory.plot(x, [max(r["memory_bytes"], 1) / MIB for _, r in points], **style)
+            memory.plot(x, [r["memory_bytes"] / MIB for _, r in points], **style)
         bounds = [record["bound_ms"] for record in found]
         at = [_value(record, key) for record in found]
         (names["bound"],) = time.plot(at, bounds, color="black", linestyle=":", linewidth=1.4)
         time.set_ylabel("forward and backward, ms")
         memory.set_ylabel("memory, MiB")
         for axes in (time, memory):
-            _logarithmic(axes, at, label)
+            _dress(axes, at, label)
+        _logarithmic(time)
+        memory.set_ylim(bottom=0)
         time.set_title(_what(found[0], key), fontsize=9)
     legend = dict(sorted(names.items(), key=lambda item: item[0] == "bound"))
     figure.legend(
@@ -128,17 +130,23 @@ def _what(record: Record, swept: str) -> str:
     return ", ".join([*parts, record["dtype"]])
 
 
-def _logarithmic(axes: Axes, ticks: list[float], label: str) -> None:
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+def _dress(axes: Axes, ticks: list[float], label: str) -> None:
+    if label != "vocabulary":
+        axes.set_xscale("log")
     axes.set_xlabel(label)
     axes.set_xticks(ticks)
+    axes.tick_params("x", rotation=45 if label == "vocabulary" else 0)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(visible=True, which="major", color="#e5e5e5")
     axes.spines[["top", "right"]].set_visible(b=False)
+
+
+def _logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _short(x: float) -> str:
@@ -156,20 +164,20 @@ def _roofline(content: dict[str, Any], stem: Path) -> Path:
     roofs = content["roofs"]
     bandwidth, rate = roofs["copy_bytes_per_s"], roofs["matmul_flops_per_s"]
     figure, axes = plt.subplots(figsize=(7.4, 5.0), layout="constrained")
-    span = (0.5, 20_000.0)
     ridge = rate / bandwidth
+    intensities = [case.flops / _moved(case) for case in map(case_of, content["cases"])]
+    span = (min([*intensities, ridge]) / 2, 4 * max([*intensities, ridge]))
     axes.plot(
         [span[0], ridge, span[1]], [span[0] * bandwidth, rate, rate], color="black", linewidth=1.4
     )
     markers = {"logits": "o", "linear": "s", "log-probs": "^", "linear log-probs": "D"}
     for record in content["cases"]:
         case = case_of(record)
-        moved = measure.compulsory_bytes(case) if not case.has_head else _head_bytes(case)
         for rival in ("PyTorch, kept rows", "sgp"):
             ms = next((r["both_ms"] for r in record["rivals"] if r["rival"] == rival), None)
             if ms:
                 axes.plot(
-                    case.flops / moved,
+                    case.flops / _moved(case),
                     1e3 * case.flops / ms,
                     markers[case.form],
                     color=COLORS[rival],
@@ -198,6 +206,8 @@ def _roofline(content: dict[str, Any], stem: Path) -> Path:
     return path
 
 
-def _head_bytes(case: Case) -> float:
-    """Hidden states and weight read, their gradients written; logits need not touch memory."""
-    return case.itemsize * (2.0 * case.M * case.model.D + 2.0 * case.model.V * case.model.D)
+def _moved(case: Case) -> float:
+    """Bytes that must move; with a head hidden states, weight and gradients, but no logits."""
+    if not case.has_head:
+        return measure.compulsory_bytes(case)
+    return case.itemsize * 2.0 * (case.M * case.model.D + case.model.V * case.model.D)

@@ -24,10 +24,8 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- python -m bench report: begin -->", "<!-- end -->"
 MIB = 1 << 20
 TITLES = {
-    "logits": "from logits",
-    "linear": "head and loss, from hidden states",
-    "log-probs": "log-probabilities, from logits",
-    "linear log-probs": "log-probabilities, from hidden states",
+    "logits": "From logits",
+    "linear": "Head and loss, from hidden states",
 }
 
 
@@ -66,14 +64,9 @@ def _machine(path: Path, content: dict[str, Any]) -> str:
     parts = [f"**On {what}** (`python -m bench compare`, {origin}):{note}"]
     parts += [_table(record) for record in _shown(content["cases"])]
     stem = path.with_suffix("").as_posix()
-    parts += [
-        f"![{title}]({stem}-{name}.png)"
-        for name, title in (
-            ("linear", "Time and memory of the head against kept fraction, vocabulary and tokens"),
-            ("logits", "Time and memory from logits against kept fraction, vocabulary and tokens"),
-            ("roofline", "Roofline"),
-        )
-    ]
+    parts.append(f"![Time and memory of the head, against three axes]({stem}-linear.png)")
+    logits, roofline = f"[from logits]({stem}-logits.png)", f"[roofline]({stem}-roofline.png)"
+    parts.append(f"More pictures: {logits}, {roofline}.")
     return "\n\n".join(parts)
 
 
@@ -83,7 +76,7 @@ def _shown(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for record in records:
         if record["kept"] == 0.25:
             found.setdefault(record["form"], record)
-    return [found[form] for form in TITLES if form in found]
+    return [found[form] for form in ("linear", "logits") if form in found]
 
 
 def _table(record: dict[str, Any]) -> str:
@@ -91,7 +84,7 @@ def _table(record: dict[str, Any]) -> str:
     size = f"V = {model['V']:_}, ".replace("_", " ")
     size += f"D = {model['D']:_}, ".replace("_", " ") if "linear" in record["form"] else ""
     title = (
-        f"{TITLES[record['form']].capitalize()}: {model['name']}, {size}N = {record['N']}, "
+        f"{TITLES[record['form']]}: {model['name']}, {size}N = {record['N']}, "
         f"{record['dtype']}, a quarter of the rows kept; bound {tables.ms(record['bound_ms'])} ms"
     )
     lines = [
@@ -113,9 +106,12 @@ def _table(record: dict[str, Any]) -> str:
             f"{r['memory_bytes'] / MIB:.0f} MiB",
         )
         lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        f"| {r['rival']} | {r['status']} | | | | | |" for r in record["rivals"] if not r["both_ms"]
-    ]
+    others: dict[str, list[str]] = {}
+    for r in record["rivals"]:
+        if not r["both_ms"]:
+            others.setdefault(r["status"], []).append(r["rival"])
+    notes = [f"{', '.join(names)}: {status}" for status, names in others.items()]
+    lines += ["", f"Not in the table: {'; '.join(notes)}."] if notes else []
     return "\n".join(lines)
 
 

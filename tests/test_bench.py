@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cases, compare, measure, plots, predict, report, rival_traffic, rivals, tables, traffic
+from bench import (
+    cases,
+    compare,
+    measure,
+    plots,
+    predict,
+    report,
+    rival_traffic,
+    rivals,
+    tables,
+    traffic,
+)
 from bench.cases import Case, Model
 
 ROOT = Path(__file__).parent.parent
