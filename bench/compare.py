@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import cases, measure, tables
+from bench import cases, machine, measure, tables
 from bench.cases import Case
 from bench.measure import Measured
 
@@ -77,12 +77,12 @@ def table_of(case: Case, bound: float, measured: list[Measured]) -> Table:
 def header(device: torch.device) -> dict[str, Any]:
     """Machine, versions and commit."""
     return {
-        "machine": measure.machine(device)._asdict(),
+        "machine": machine.describe(device)._asdict(),
         "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
-        "commit": measure.commit(),
-        "sgp": measure.backend(device),
-        "versions": measure.versions(),
-        "roofs": measure.roofs(device)._asdict(),
+        "commit": machine.commit(),
+        "sgp": machine.backend(device),
+        "versions": machine.versions(),
+        "roofs": machine.roofs(device)._asdict(),
     }
 
 
@@ -116,7 +116,7 @@ def main() -> int:
         print("\n".join(case.name for case in chosen))
         return 0
     head = header(device)
-    slug = measure.machine(device).slug
+    slug = machine.describe(device).slug
     output = arguments.output or RESULTS / f"{slug}-{head['date']}.json"
     console = Console()
     records, late = [], []

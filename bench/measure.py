@@ -1,4 +1,4 @@
-"""Time, memory and error of a rival on a case, and what the machine itself can do.
+"""Time, memory and error of a rival on a case, beside what the machine itself can do.
 
 Times: rivals take turns, so that a machine that slows down slows down all of them; each turn is
 forward, then backward, from the same leaves. On a GPU events time it, after the L2 cache has been
@@ -14,29 +14,25 @@ anything is timed; who is wrong is not timed.
 from __future__ import annotations
 
 import gc
-import platform
 import statistics
-import subprocess
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import sgp
 from bench import cases, rivals
 from bench.cases import Case, Problem
+from bench.machine import Clock
 from bench.rivals import Rival
 from sgp.tolerance import relative_error
 from sgp.train.memory import cpu_peak
 
 ERROR_ROWS = 64
 ALLOWED = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}  # relative, of loss and gradient
-CACHE = 256 << 20  # bytes, above any L2 cache
 FLOAT64_LIMIT = 1 << 28  # elements of a weight beyond which the truth is float32's
 
 
@@ -55,72 +51,7 @@ class Measured(NamedTuple):
     gradient_error: float | None = None
 
 
-class Machine(NamedTuple):
-    """What ran it."""
-
-    name: str
-    driver: str | None
-    platform: str
-    python: str
-
-    @property
-    def slug(self) -> str:
-        """The name in file names."""
-        return self.name.lower().replace(" ", "-")
-
-
-def machine(device: torch.device) -> Machine:
-    """The GPU, or how many CPU cores PyTorch uses."""
-    driver = None
-    name = f"{torch.get_num_threads()} cores"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            found = subprocess.run(query, capture_output=True, text=True, check=True)
-            driver = found.stdout.splitlines()[0].strip()
-        except (OSError, subprocess.CalledProcessError, IndexError):
-            driver = None
-    return Machine(name, driver, platform.machine(), platform.python_version())
-
-
-def commit() -> str:
-    """The commit that is checked out, and whether anything in it was changed."""
-    root = Path(__file__).parent.parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 # -- bounds ----------------------------------------------------------------------------------------
-
-
-class Roofs(NamedTuple):
-    """What the machine reaches, measured."""
-
-    copy_bytes_per_s: float  # read and written
-    matmul_flops_per_s: float
-    matmul_dtype: str
-
-
-def roofs(device: torch.device) -> Roofs:
-    """Of a copy far above any cache and of a large square matmul."""
-    on_gpu = device.type == "cuda"
-    source = torch.ones((1 << 30) if on_gpu else (1 << 28), dtype=torch.int8, device=device)
-    sink = torch.empty_like(source)
-    copy = median_ms(lambda: sink.copy_(source), device)
-    size, dtype = (8_192, torch.bfloat16) if on_gpu else (2_048, torch.float32)
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    product = median_ms(lambda: a @ a, device)
-    name = str(dtype).removeprefix("torch.")
-    return Roofs(2e3 * source.nbytes / copy, 2e3 * size**3 / product, name)
 
 
 def compulsory_bytes(case: Case) -> float:
@@ -160,52 +91,6 @@ def bound_of(problem: Problem) -> Bound:
         return logits @ weight
 
     return Bound(matmuls, 1.0)
-
-
-def median_ms(run: Callable[[], Any], device: torch.device, *, turns: int = 7) -> float:
-    """Median time of a call."""
-    clock = Clock(device)
-    run()
-    times = []
-    for _ in range(turns):
-        clock.start()
-        run()
-        clock.lap()
-        times.append(clock.laps()[0])
-    return statistics.median(times)
-
-
-class Clock:
-    """Laps in milliseconds: by events on a GPU, whose L2 cache is emptied first, or wall time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-        self.cache = torch.empty(CACHE if self.on_gpu else 0, dtype=torch.int8, device=device)
-        self.marks: list[Any] = []
-
-    def start(self) -> None:
-        """Begin the first lap."""
-        if self.on_gpu:
-            self.cache.zero_()
-        self.marks = []
-        self.lap()
-
-    def lap(self) -> None:
-        """End a lap and begin the next."""
-        if not self.on_gpu:
-            self.marks.append(time.perf_counter())
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self.marks.append(event)
-
-    def laps(self) -> list[float]:
-        """Milliseconds of each lap; waits for a GPU."""
-        pairs = list(zip(self.marks, self.marks[1:], strict=False))
-        if not self.on_gpu:
-            return [1e3 * (after - before) for before, after in pairs]
-        torch.cuda.synchronize()
-        return [before.elapsed_time(after) for before, after in pairs]
 
 
 # -- rivals ----------------------------------------------------------------------------------------
@@ -329,44 +214,61 @@ def measure(
     contestants = [r for r in rivals.rivals_of(case.form) if only is None or r.name in only]
     found = check(case, contestants, device)
     problem = cases.make(case, device)
-    bound = bound_of(problem)
     running = [r for r in contestants if found[r.name].status == "ok"]
-    laps: dict[str, list[list[float]]] = {r.name: [] for r in running}
+    field = Field(problem, running, found, Clock(device))
+    bound = field.take_turns(seconds, most_turns)
+    return bound, [found[r.name] for r in contestants]
 
-    def attempt(rival: Rival, step: Callable[[], Any]) -> Any:
+
+class Field:
+    """Those who are still running on a case."""
+
+    def __init__(
+        self, problem: Problem, running: list[Rival], found: dict[str, Measured], clock: Clock
+    ) -> None:
+        self.problem, self.running, self.found, self.clock = problem, running, found, clock
+        self.laps: dict[str, list[list[float]]] = {rival.name: [] for rival in running}
+
+    def take_turns(self, seconds: float, most_turns: int) -> float:
+        """Fill in `found`; the bound in milliseconds."""
+        for rival in list(self.running):
+            held = self.attempt(rival, lambda rival=rival: _warm_up(rival, self.problem))
+            self.found[rival.name] = self.found[rival.name]._replace(memory_bytes=held)
+            if self.problem.labels.is_cuda:
+                torch.cuda.empty_cache()
+        bound = bound_of(self.problem)
+        bound.work()
+        bounds: list[float] = []
+        start = time.perf_counter()
+        for turn in range(most_turns):
+            if turn >= 3 and time.perf_counter() - start > seconds:
+                break
+            self.clock.start()
+            bound.work()
+            self.clock.lap()
+            bounds += self.clock.laps()
+            for rival in list(self.running):
+                laps = self.laps[rival.name]
+                if turn >= 2 and 1e-3 * sum(laps[-1]) > seconds / 4:
+                    continue
+                done = self.attempt(rival, lambda rival=rival: self._lap(rival))
+                laps += done or []
+        for rival in self.running:
+            self.found[rival.name] = _timed(self.found[rival.name], self.laps[rival.name])
+        return bound.share * statistics.median(bounds)
+
+    def attempt(self, rival: Rival, step: Callable[[], Any]) -> Any:
         """The step's value; a rival that fails is out."""
         try:
             return step()
         except Exception as error:  # noqa: BLE001  (whatever a library raises is its result)
-            found[rival.name] = Measured(rival.name, failure(error))
-            running.remove(rival)
+            self.found[rival.name] = Measured(rival.name, failure(error))
+            self.running.remove(rival)
             return None
 
-    for rival in list(running):
-        held = attempt(rival, lambda rival=rival: _warm_up(rival, problem))
-        found[rival.name] = found[rival.name]._replace(memory_bytes=held)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    clock = Clock(device)
-    bound.work()
-    bounds = []
-    start = time.perf_counter()
-    for turn in range(most_turns):
-        if turn >= 3 and time.perf_counter() - start > seconds:
-            break
-        clock.start()
-        bound.work()
-        clock.lap()
-        bounds += clock.laps()
-        for rival in list(running):
-            if turn >= 2 and 1e-3 * sum(laps[rival.name][-1]) > seconds / 4:
-                continue
-            attempt(rival, lambda rival=rival: run(rival, problem, clock))
-            if rival in running:
-                laps[rival.name].append(clock.laps())
-    for rival in running:
-        found[rival.name] = _timed(found[rival.name], laps[rival.name])
-    return bound.share * statistics.median(bounds), [found[r.name] for r in contestants]
+    def _lap(self, rival: Rival) -> list[list[float]]:
+        run(rival, self.problem, self.clock)
+        return [self.clock.laps()]
 
 
 def _warm_up(rival: Rival, problem: Problem) -> int:
@@ -385,15 +287,3 @@ def _timed(measured: Measured, laps: list[list[float]]) -> Measured:
         spread_ms=third - first,
         turns=len(laps),
     )
-
-
-def versions() -> dict[str, str | None]:
-    """Of what was used."""
-    import triton  # noqa: PLC0415
-
-    return {"triton": triton.__version__, "cuda": torch.version.cuda} | rivals.versions()
-
-
-def backend(device: torch.device) -> str:
-    """Which of sgp's two implementations ran."""
-    return "kernels" if device.type == "cuda" else f"PyTorch operators (sgp {sgp.__version__})"

@@ -1,0 +1,141 @@
+"""The machine: its name, what is installed on it, what it reaches, and its clock."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import sgp
+from bench import rivals
+
+CACHE = 256 << 20  # bytes, above any L2 cache
+
+
+class Machine(NamedTuple):
+    """What ran it."""
+
+    name: str
+    driver: str | None
+    platform: str
+    python: str
+
+    @property
+    def slug(self) -> str:
+        """The name in file names."""
+        return self.name.lower().replace(" ", "-")
+
+
+def describe(device: torch.device) -> Machine:
+    """The GPU, or how many CPU cores PyTorch uses."""
+    driver = None
+    name = f"{torch.get_num_threads()} cores"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            found = subprocess.run(query, capture_output=True, text=True, check=True)
+            driver = found.stdout.splitlines()[0].strip()
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            driver = None
+    return Machine(name, driver, platform.machine(), platform.python_version())
+
+
+def commit() -> str:
+    """The commit that is checked out, and whether anything in it was changed."""
+    root = Path(__file__).parent.parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def versions() -> dict[str, str | None]:
+    """Of what was used."""
+    import triton  # noqa: PLC0415
+
+    return {"triton": triton.__version__, "cuda": torch.version.cuda} | rivals.versions()
+
+
+def backend(device: torch.device) -> str:
+    """Which of sgp's two implementations ran."""
+    return "kernels" if device.type == "cuda" else f"PyTorch operators (sgp {sgp.__version__})"
+
+
+class Roofs(NamedTuple):
+    """What the machine reaches, measured."""
+
+    copy_bytes_per_s: float  # read and written
+    matmul_flops_per_s: float
+    matmul_dtype: str
+
+
+def roofs(device: torch.device) -> Roofs:
+    """Of a copy far above any cache and of a large square matmul."""
+    on_gpu = device.type == "cuda"
+    source = torch.ones((1 << 30) if on_gpu else (1 << 28), dtype=torch.int8, device=device)
+    sink = torch.empty_like(source)
+    copy = median_ms(lambda: sink.copy_(source), device)
+    size, dtype = (8_192, torch.bfloat16) if on_gpu else (2_048, torch.float32)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    product = median_ms(lambda: a @ a, device)
+    name = str(dtype).removeprefix("torch.")
+    return Roofs(2e3 * source.nbytes / copy, 2e3 * size**3 / product, name)
+
+
+def median_ms(run: Callable[[], Any], device: torch.device, *, turns: int = 7) -> float:
+    """Median time of a call."""
+    clock = Clock(device)
+    run()
+    times = []
+    for _ in range(turns):
+        clock.start()
+        run()
+        clock.lap()
+        times.append(clock.laps()[0])
+    return statistics.median(times)
+
+
+class Clock:
+    """Laps in milliseconds: by events on a GPU, whose L2 cache is emptied first, or wall time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.cache = torch.empty(CACHE if self.on_gpu else 0, dtype=torch.int8, device=device)
+        self.marks: list[Any] = []
+
+    def start(self) -> None:
+        """Begin the first lap."""
+        if self.on_gpu:
+            self.cache.zero_()
+        self.marks = []
+        self.lap()
+
+    def lap(self) -> None:
+        """End a lap and begin the next."""
+        if not self.on_gpu:
+            self.marks.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.marks.append(event)
+
+    def laps(self) -> list[float]:
+        """Milliseconds of each lap; waits for a GPU."""
+        pairs = list(zip(self.marks, self.marks[1:], strict=False))
+        if not self.on_gpu:
+            return [1e3 * (after - before) for before, after in pairs]
+        torch.cuda.synchronize()
+        return [before.elapsed_time(after) for before, after in pairs]
