@@ -31,6 +31,7 @@ from bench.measure import Measured
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 1 << 20
+MOST_SECONDS = 3.0  # of turns, for one case
 
 
 def record(case: Case, bound: float, measured: list[Measured]) -> dict[str, Any]:
@@ -127,7 +128,9 @@ def main() -> int:
             late.append(case.name)
             continue
         share = (arguments.time_budget - spent) / (len(chosen) - number)
-        bound, measured = measure.measure(case, device, seconds=share / 2, only=arguments.rivals)
+        bound, measured = measure.measure(
+            case, device, seconds=min(share / 2, MOST_SECONDS), only=arguments.rivals
+        )
         records.append(record(case, bound, measured))
         console.print(table_of(case, bound, measured))
         write(output, head, records, late)

@@ -249,7 +249,7 @@ class Field:
             bounds += self.clock.laps()
             for rival in list(self.running):
                 laps = self.laps[rival.name]
-                if turn >= 2 and 1e-3 * sum(laps[-1]) > seconds / 4:
+                if turn >= 2 and 1e-3 * sum(laps[-1]) > seconds:
                     continue
                 done = self.attempt(rival, lambda rival=rival: self._lap(rival))
                 laps += done or []
