@@ -61,12 +61,12 @@ class Case(NamedTuple):
     def flops(self) -> float:
         """Of forward and backward on the kept rows, at the least.
 
-        With a head 2 M V D for each matmul (three; four for log-probabilities, whose logits are
-        made twice) plus what logits take: about 8 for each, counted from the formulas (maximum,
-        difference, exponential, sum; exponential again, two multiplications and a subtraction).
+        With a head 2 M V D for each of three matmuls plus what logits take: about 8 for each,
+        counted from the formulas (maximum, difference, exponential, sum; exponential again, two
+        multiplications and a subtraction).
         """
         rows = 8.0 * self.M * self.model.V
-        matmuls = {"linear": 3, "linear log-probs": 4}.get(self.form, 0)
+        matmuls = 3 if self.has_head else 0
         return rows + 2.0 * matmuls * self.M * self.model.V * self.model.D
 
     @property

@@ -81,7 +81,7 @@ def header(device: torch.device) -> dict[str, Any]:
         "machine": machine.describe(device)._asdict(),
         "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
         "commit": machine.commit(),
-        "sgp": machine.backend(device),
+        "sgp": machine.settings(device),
         "versions": machine.versions(),
         "roofs": machine.roofs(device)._asdict(),
     }
@@ -128,15 +128,18 @@ def main() -> int:
             late.append(case.name)
             continue
         share = (arguments.time_budget - spent) / (len(chosen) - number)
-        bound, measured = measure.measure(
-            case, device, seconds=min(share / 2, MOST_SECONDS), only=arguments.rivals
-        )
+        seconds = min(share / 2, MOST_SECONDS)
+        try:
+            bound, measured = measure.measure(case, device, seconds=seconds, only=arguments.rivals)
+        except torch.OutOfMemoryError:  # of the case itself: nobody could run it
+            late.append(f"{case.name} (does not fit this machine)")
+            continue
         records.append(record(case, bound, measured))
         console.print(table_of(case, bound, measured))
         write(output, head, records, late)
     write(output, head, records, late)
     for name in late:
-        console.print(f"not run, the time budget was spent: {name}")
+        console.print(f"not run, the time budget was spent: {name}", soft_wrap=True)
     outcomes = [m for r in records for m in r["rivals"] if m["rival"].startswith("sgp")]
     return 1 if any(m["status"] != "ok" for m in outcomes) else 0
 

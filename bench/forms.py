@@ -285,7 +285,8 @@ def main() -> int:
     if arguments.cubins and not arguments.cubins.is_dir():
         parser.error(f"--cubins {arguments.cubins}: no such folder; --build makes it")
     name = torch.cuda.get_device_name().lower().replace(" ", "-")
-    output = arguments.output or RESULTS / f"forms-{name}.json"
+    today = dt.datetime.now(dt.timezone.utc).date().isoformat()
+    output = arguments.output or RESULTS / f"forms-{name}-{today}.json"
     return run_here(arguments.rows, arguments.cubins, output, tune=arguments.tune)
 
 

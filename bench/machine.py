@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import subprocess
@@ -12,16 +13,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-import sgp
 from bench import rivals
+from sgp import backend
 
-CACHE = 256 << 20  # bytes, above any L2 cache
+CACHE = {"cuda": 256 << 20, "cpu": 64 << 20}  # bytes, above L2 on any GPU, and most CPUs' L3
+HEAD_START = 8  # times that a GPU clears as much before a lap, while Python gets ahead of it
 
 
 class Machine(NamedTuple):
     """What ran it."""
 
     name: str
+    device: str  # "cuda" | "cpu"
+    cpu: str
     driver: str | None
     platform: str
     python: str
@@ -44,7 +48,16 @@ def describe(device: torch.device) -> Machine:
             driver = found.stdout.splitlines()[0].strip()
         except (OSError, subprocess.CalledProcessError, IndexError):
             driver = None
-    return Machine(name, driver, platform.machine(), platform.python_version())
+    found = (name, device.type, _cpu(), driver, platform.machine(), platform.python_version())
+    return Machine(*found)
+
+
+def _cpu() -> str:
+    """The CPU's model, where Linux says it."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    lines = [line.split(":", 1)[1] for line in text.splitlines() if line.startswith("model name")]
+    return lines[0].strip() if lines else platform.processor()
 
 
 def commit() -> str:
@@ -69,9 +82,11 @@ def versions() -> dict[str, str | None]:
     return {"triton": triton.__version__, "cuda": torch.version.cuda} | rivals.versions()
 
 
-def backend(device: torch.device) -> str:
-    """Which of sgp's two implementations ran."""
-    return "kernels" if device.type == "cuda" else f"PyTorch operators (sgp {sgp.__version__})"
+def settings(device: torch.device) -> dict[str, str | None]:
+    """Which of sgp's two implementations runs for bf16 and float32, and what was set."""
+    names = ("SGP_BACKEND", "SGP_ROW_FORM", "SGP_CHECK", "CUDA_VISIBLE_DEVICES")
+    chosen = backend.choose(device, torch.float32)
+    return {"backend": chosen} | {name: os.environ.get(name) for name in names}
 
 
 class Roofs(NamedTuple):
@@ -109,16 +124,19 @@ def median_ms(run: Callable[[], Any], device: torch.device, *, turns: int = 7) -
 
 
 class Clock:
-    """Laps in milliseconds: by events on a GPU, whose L2 cache is emptied first, or wall time."""
+    """Laps in milliseconds: by events on a GPU, caches emptied first, or wall time.
+
+    A GPU's laps begin when it gets to them: Python's own time counts where it falls behind only.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
-        self.cache = torch.empty(CACHE if self.on_gpu else 0, dtype=torch.int8, device=device)
+        self.cache = torch.empty(CACHE[device.type], dtype=torch.int8, device=device)
         self.marks: list[Any] = []
 
     def start(self) -> None:
         """Begin the first lap."""
-        if self.on_gpu:
+        for _ in range(HEAD_START if self.on_gpu else 1):
             self.cache.zero_()
         self.marks = []
         self.lap()

@@ -1,14 +1,14 @@
 """Time, memory and error of a rival on a case, beside what the machine itself can do.
 
-Times: rivals take turns, so that a machine that slows down slows down all of them; each turn is
-forward, then backward, from the same leaves. On a GPU events time it, after the L2 cache has been
-emptied; on a CPU the wall clock. What is given are medians and the quartiles' distance.
+Times: rivals take turns, in another order each time, so that a machine that slows down slows down
+all of them; each turn is forward, then backward, from the same leaves, after the caches have been
+emptied. On a GPU events time it, on a CPU the wall clock. The first turn is not counted. What is
+given are medians, and half of the distance between the quartiles.
 
 Memory: the most bytes held at one time beyond the case's inputs and the gradients of hidden states
 and weight, which every rival has to return.
 
-Error: loss and gradient against the same formula in higher precision, on the first rows, before
-anything is timed; who is wrong is not timed.
+Error: right.py. Who is wrong is not timed.
 """
 
 from __future__ import annotations
@@ -22,18 +22,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from bench import cases, rivals
+from bench import cases, right, rivals
 from bench.cases import Case, Problem
 from bench.machine import Clock
 from bench.rivals import Rival
-from sgp.tolerance import relative_error
 from sgp.train.memory import cpu_peak
 
-ERROR_ROWS = 64
-ALLOWED = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}  # relative, of loss and gradient
-FLOAT64_LIMIT = 1 << 28  # elements of a weight beyond which the truth is float32's
+FEWEST, MOST = 5, 25  # turns that are counted
+FEWEST_SLOW = 2  # of a rival whose single turn takes longer than all turns are meant to
+SINK = 1 << 28  # bytes that a copy is made into, part by part
 
 
 class Measured(NamedTuple):
@@ -44,7 +42,7 @@ class Measured(NamedTuple):
     forward_ms: float | None = None
     backward_ms: float | None = None
     both_ms: float | None = None
-    spread_ms: float | None = None  # of both: third quartile less the first
+    spread_ms: float | None = None  # of both: half of third quartile less first
     turns: int = 0
     memory_bytes: int | None = None
     loss_error: float | None = None
@@ -65,7 +63,7 @@ def compulsory_bytes(case: Case) -> float:
 
 
 class Bound(NamedTuple):
-    """What no rival can beat: `share` of the time of `work`, measured in the same turns."""
+    """What the machine takes for the least work: `share` of the fastest turn of `work`."""
 
     work: Callable[[], Any]
     share: float
@@ -75,20 +73,28 @@ def bound_of(problem: Problem) -> Bound:
     """Bytes at a copy's speed, or the matmuls.
 
     From logits: `compulsory_bytes` at the speed of a copy of the logits, which reads and writes
-    each once. With a head: logits, `d_hidden` and `d_weight` of the kept rows, and nothing else.
+    each once. With a head: logits, `d_hidden` and `d_weight` of the kept rows, and nothing else,
+    by PyTorch's own matmul.
     """
     if problem.logits is not None:
         source = problem.logits.detach()
-        sink = torch.empty_like(source)
-        share = compulsory_bytes(problem.case) / (2 * source.nbytes)
-        return Bound(lambda: sink.copy_(source), share)
+        rows = max(1, SINK // (source.shape[1] * source.element_size()))
+        sink = torch.empty_like(source[:rows])
+
+        def copy() -> None:
+            for part in source.split(rows):
+                sink[: len(part)].copy_(part)
+
+        return Bound(copy, compulsory_bytes(problem.case) / (2 * source.nbytes))
     assert problem.hidden is not None and problem.weight is not None, "a head"  # noqa: S101, PT018
     hidden, weight = problem.hidden.detach()[problem.rows], problem.weight.detach()
+    logits = hidden @ weight.t()
+    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
 
-    def matmuls() -> Tensor:
-        logits = hidden @ weight.t()
-        logits.t() @ hidden
-        return logits @ weight
+    def matmuls() -> None:
+        torch.mm(hidden, weight.t(), out=logits)
+        torch.mm(logits.t(), hidden, out=d_weight)
+        torch.mm(logits, weight, out=d_hidden)
 
     return Bound(matmuls, 1.0)
 
@@ -127,32 +133,10 @@ class _Untouched(torch.autograd.Function):
         return gradient
 
 
-def truth(problem: Problem) -> tuple[Tensor, ...]:
-    """Loss and gradients of PyTorch in float64, or float32 where the head is very large."""
-    p = problem
-    large = p.weight is not None and p.weight.numel() > FLOAT64_LIMIT
-    dtype = torch.float32 if large else torch.float64
-    leaves = [x.detach().to(dtype).requires_grad_() for x in p.leaves]
-    logits = leaves[0][p.rows]
-    if len(leaves) == 2:
-        logits = F.linear(logits, leaves[1])
-    loss = F.cross_entropy(logits, p.target)
-    return loss.detach(), *torch.autograd.grad(loss, leaves)
-
-
-def errors(found: tuple[Tensor, ...], true: tuple[Tensor, ...]) -> tuple[float, float]:
-    """Relative errors of the loss and, the worst, of the gradients, each as one vector."""
-    of = [
-        relative_error(ours.reshape(1, -1), theirs.reshape(1, -1))
-        for ours, theirs in zip(found, true, strict=True)
-    ]
-    return of[0], max(of[1:])
-
-
 def check(case: Case, contestants: list[Rival], device: torch.device) -> dict[str, Measured]:
-    """Everybody's errors on the case's first rows, and who cannot run, fails or is wrong."""
-    problem = cases.make(case, device, rows=min(case.N, ERROR_ROWS))
-    true = truth(problem)
+    """Everybody's errors on a few rows, and who cannot run, fails or is wrong."""
+    problem = cases.make(case, device, rows=min(case.N, right.ROWS))
+    true = right.truth(problem)
     outcome = {}
     for rival in contestants:
         if reason := rival.missing(device):
@@ -161,17 +145,20 @@ def check(case: Case, contestants: list[Rival], device: torch.device) -> dict[st
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of a library's own dependencies
-                loss_error, gradient_error = errors(run(rival, problem), true)
-        except Exception as error:  # noqa: BLE001  (whatever a library raises is its result)
-            outcome[rival.name] = Measured(rival.name, failure(error))
+                error = right.errors(run(rival, problem), true)
+        except Exception as exception:  # noqa: BLE001  (whatever a library raises is its result)
+            outcome[rival.name] = Measured(rival.name, failure(exception))
             continue
-        allowed = ALLOWED[case.dtype]
-        right = loss_error <= allowed and gradient_error <= allowed
-        status = "ok" if right else f"wrong: error {max(loss_error, gradient_error):.1e}"
         outcome[rival.name] = Measured(
-            rival.name, status, loss_error=loss_error, gradient_error=gradient_error
+            rival.name, _verdict(error, case), loss_error=error.loss, gradient_error=error.gradient
         )
     return outcome
+
+
+def _verdict(error: right.Errors, case: Case) -> str:
+    if error.worst <= right.ALLOWED[case.dtype]:
+        return "ok"
+    return f"wrong: error {error.worst:.1e}"
 
 
 def failure(error: BaseException) -> str:
@@ -204,86 +191,93 @@ def measure(
     *,
     seconds: float,
     only: list[str] | None = None,
-    most_turns: int = 25,
 ) -> tuple[float, list[Measured]]:
-    """(the bound in milliseconds, every rival on a case); about `seconds` of turns.
-
-    Every rival is run before, and at least three times for its time; twice, where that would take
-    longer than all the others are meant to.
-    """
+    """(the bound in milliseconds, every rival on a case); about `seconds` of turns."""
     contestants = [r for r in rivals.rivals_of(case.form) if only is None or r.name in only]
     found = check(case, contestants, device)
     problem = cases.make(case, device)
-    running = [r for r in contestants if found[r.name].status == "ok"]
-    field = Field(problem, running, found, Clock(device))
-    bound = field.take_turns(seconds, most_turns)
+    field = Field(problem, [r for r in contestants if found[r.name].status == "ok"], found)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bound = field.take_turns(seconds)
     return bound, [found[r.name] for r in contestants]
 
 
 class Field:
     """Those who are still running on a case."""
 
-    def __init__(
-        self, problem: Problem, running: list[Rival], found: dict[str, Measured], clock: Clock
-    ) -> None:
-        self.problem, self.running, self.found, self.clock = problem, running, found, clock
+    def __init__(self, problem: Problem, running: list[Rival], found: dict[str, Measured]) -> None:
+        self.problem, self.running, self.found = problem, running, found
+        self.clock = Clock(problem.labels.device)
         self.laps: dict[str, list[list[float]]] = {rival.name: [] for rival in running}
 
-    def take_turns(self, seconds: float, most_turns: int) -> float:
+    def take_turns(self, seconds: float) -> float:
         """Fill in `found`; the bound in milliseconds."""
-        for rival in list(self.running):
-            held = self.attempt(rival, lambda rival=rival: _warm_up(rival, self.problem))
-            self.found[rival.name] = self.found[rival.name]._replace(memory_bytes=held)
-            if self.problem.labels.is_cuda:
-                torch.cuda.empty_cache()
+        sample = right.sample(self.problem)
+        slow = {r.name for r in list(self.running) if self._warm_up(r, sample) > seconds}
+        for _ in range(FEWEST_SLOW):
+            for rival in [r for r in self.running if r.name in slow]:
+                self._attempt(rival, self._lap)
         bound = bound_of(self.problem)
-        bound.work()
-        bounds: list[float] = []
+        bounds = []
         start = time.perf_counter()
-        for turn in range(most_turns):
-            if turn >= 3 and time.perf_counter() - start > seconds:
+        for turn in range(1 + MOST):
+            if turn > FEWEST and time.perf_counter() - start > seconds:
                 break
-            self.clock.start()
-            bound.work()
-            self.clock.lap()
-            bounds += self.clock.laps()
-            for rival in list(self.running):
-                laps = self.laps[rival.name]
-                if turn >= 2 and 1e-3 * sum(laps[-1]) > seconds:
-                    continue
-                done = self.attempt(rival, lambda rival=rival: self._lap(rival))
-                laps += done or []
+            bounds.append(self._lap_of_bound(bound))
+            quick = [r for r in self.running if r.name not in slow]
+            first = turn % max(1, len(quick))
+            for rival in (*quick[first:], *quick[:first]):
+                self._attempt(rival, self._lap)
+            if turn == 0:
+                for rival in quick:
+                    self.laps[rival.name].clear()
         for rival in self.running:
             self.found[rival.name] = _timed(self.found[rival.name], self.laps[rival.name])
-        return bound.share * statistics.median(bounds)
+        return bound.share * min(bounds)
 
-    def attempt(self, rival: Rival, step: Callable[[], Any]) -> Any:
-        """The step's value; a rival that fails is out."""
+    def _warm_up(self, rival: Rival, sample: right.Sample) -> float:
+        """Run twice: is it right at this size, and what does it hold; seconds of the second."""
+        name, started = rival.name, []
+
+        def step(_: Rival) -> None:
+            verdict = _verdict(sample.errors(run(rival, self.problem)), self.problem.case)
+            started.append(time.perf_counter())
+            held = memory(rival, self.problem)
+            self.found[name] = self.found[name]._replace(memory_bytes=held, status=verdict)
+            if verdict != "ok":
+                self.found[name] = self.found[name]._replace(status=f"{verdict} at full size")
+                self.running.remove(rival)
+
+        self._attempt(rival, step)
+        return time.perf_counter() - started[0] if started else 0.0
+
+    def _attempt(self, rival: Rival, step: Callable[[Rival], None]) -> None:
+        """Run the step; a rival that fails is out."""
         try:
-            return step()
+            step(rival)
         except Exception as error:  # noqa: BLE001  (whatever a library raises is its result)
-            self.found[rival.name] = Measured(rival.name, failure(error))
+            self.found[rival.name] = self.found[rival.name]._replace(status=failure(error))
             self.running.remove(rival)
-            return None
 
-    def _lap(self, rival: Rival) -> list[list[float]]:
+    def _lap(self, rival: Rival) -> None:
         run(rival, self.problem, self.clock)
-        return [self.clock.laps()]
+        self.laps[rival.name].append(self.clock.laps())
 
-
-def _warm_up(rival: Rival, problem: Problem) -> int:
-    """Run; then run again and see what it holds."""
-    run(rival, problem)
-    return memory(rival, problem)
+    def _lap_of_bound(self, bound: Bound) -> float:
+        self.clock.start()
+        bound.work()
+        self.clock.lap()
+        return self.clock.laps()[0]
 
 
 def _timed(measured: Measured, laps: list[list[float]]) -> Measured:
     both = [sum(lap) for lap in laps]
-    first, _, third = statistics.quantiles(both, n=4)
+    first, _, third = statistics.quantiles(both, n=4, method="inclusive")
     return measured._replace(
         forward_ms=statistics.median(lap[0] for lap in laps),
         backward_ms=statistics.median(lap[1] for lap in laps),
         both_ms=statistics.median(both),
-        spread_ms=third - first,
+        spread_ms=(third - first) / 2,
         turns=len(laps),
     )

@@ -25,18 +25,17 @@ prediction is not a measurement.
 from __future__ import annotations
 
 import argparse
-import json
+import re
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from rich.console import Console
 
-from bench import cases, tables
+from bench import cases, files, tables
 from bench.cases import Case
 from sgp.chunks import default_chunk_rows
 
-RESULTS = Path(__file__).parent / "results"
 COPY = 0.90  # of the data sheet's bandwidth
 MATMUL = 0.75  # of the data sheet's dense rate
 LAUNCH_MS = 0.005
@@ -47,7 +46,7 @@ class Gpu(NamedTuple):
     """A data sheet: bandwidth in bytes/s, dense rates in FLOP/s, without sparsity."""
 
     name: str
-    match: str  # in the names of results files
+    match: str  # a pattern of the names that its driver gives
     bandwidth: float
     half: float  # bf16 and fp16, matrix units
     single: float  # float32, outside them
@@ -56,15 +55,29 @@ class Gpu(NamedTuple):
 
 GPUS = {
     "a100": Gpu(
-        "NVIDIA A100 SXM 80 GB", "a100", 2.039e12, 312e12, 19.5e12, "NVIDIA A100 data sheet, 2021"
+        "NVIDIA A100 SXM 80 GB",
+        "A100-SXM4-80GB",
+        2.039e12,
+        312e12,
+        19.5e12,
+        "NVIDIA A100 data sheet, 2021",
     ),
-    "h100": Gpu("NVIDIA H100 SXM", "h100", 3.35e12, 989e12, 67e12, "NVIDIA H100 data sheet, 2024"),
-    "h200": Gpu("NVIDIA H200 SXM", "h200", 4.8e12, 989e12, 67e12, "NVIDIA H200 data sheet, 2024"),
+    "h100": Gpu(
+        "NVIDIA H100 SXM", "H100 80GB HBM3", 3.35e12, 989e12, 67e12, "NVIDIA H100 data sheet, 2024"
+    ),
+    "h200": Gpu(
+        "NVIDIA H200 SXM", "NVIDIA H200$", 4.8e12, 989e12, 67e12, "NVIDIA H200 data sheet, 2024"
+    ),
     "b200": Gpu(
-        "NVIDIA B200 (HGX)", "b200", 8.0e12, 2250e12, 75e12, "NVIDIA HGX B200 data sheet, 2025"
+        "NVIDIA B200 (HGX)",
+        "NVIDIA B200$",
+        8.0e12,
+        2250e12,
+        75e12,
+        "NVIDIA HGX B200 data sheet, 2025",
     ),
     "mi300x": Gpu(
-        "AMD Instinct MI300X", "mi300x", 5.3e12, 1307e12, 163.4e12, "AMD MI300X data sheet, 2023"
+        "AMD Instinct MI300X", "MI300X", 5.3e12, 1307e12, 163.4e12, "AMD MI300X data sheet, 2023"
     ),
 }
 
@@ -107,17 +120,21 @@ def predict(case: Case, gpu: Gpu) -> Prediction:
 
 def measured(gpu: Gpu) -> dict[str, tuple[float, str]]:
     """Milliseconds of sgp by case, and the file they are from: the newest of that GPU."""
-    found: dict[str, tuple[float, str]] = {}
-    for path in sorted(RESULTS.glob("*.json")):
-        content = json.loads(path.read_text())
-        machine = content.get("machine")
-        if not isinstance(machine, dict) or gpu.match not in machine["name"].lower():
-            continue
-        for record in content["cases"]:
-            for rival in record["rivals"]:
-                if rival["rival"] == "sgp" and rival["both_ms"]:
-                    found[record["name"]] = (rival["both_ms"], path.name)
-    return found
+    for path, content in files.newest():
+        if re.search(gpu.match, content["machine"]["name"]):
+            return {
+                record["name"]: (rival["both_ms"], path.name)
+                for record in content["cases"]
+                for rival in record["rivals"]
+                if rival["rival"] == "sgp" and rival["both_ms"]
+            }
+    return {}
+
+
+def here() -> str:
+    """The GPU of this machine; h200 where it has none of the list."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((key for key, gpu in GPUS.items() if re.search(gpu.match, name)), "h200")
 
 
 def main() -> int:
@@ -127,7 +144,9 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--gpu", choices=GPUS, default="h200")
+    parser.add_argument(
+        "--gpu", choices=GPUS, default=here(), help="default: this machine's, or h200"
+    )
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has this text")
     arguments = parser.parse_args()
     gpu = GPUS[arguments.gpu]
@@ -145,7 +164,7 @@ def main() -> int:
     )
     for case in chosen:
         p = predict(case, gpu)
-        here = known.get(case.name)
+        timed = known.get(case.name)
         table.add_row(
             f"{case.form}{'' if case.dtype == 'bfloat16' else ' ' + case.dtype}"
             f"{'' if case.pattern == 'prefix' else ' ' + case.pattern}",
@@ -156,7 +175,7 @@ def main() -> int:
             f"{p.flops_ms:.2f}",
             f"{p.total_ms:.2f}",
             f"{p.reread_ms:.2f}",
-            f"{here[0]:.2f}" if here else "-",
+            f"{timed[0]:.2f}" if timed else "-",
         )
     Console().print(table)
     return 0

@@ -10,16 +10,13 @@ is said to be not measured.
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from bench import plots, tables
+from bench import files, plots, tables
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- python -m bench report: begin -->", "<!-- end -->"
 MIB = 1 << 20
@@ -29,25 +26,10 @@ TITLES = {
 }
 
 
-def newest(folder: Path = RESULTS) -> list[tuple[Path, dict[str, Any]]]:
-    """The newest results file of each machine, GPUs first."""
-    found: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for path in sorted(folder.glob("*.json")):
-        if not re.search(r"-\d{4}-\d\d-\d\d\.json$", path.name):
-            continue
-        content = json.loads(path.read_text())
-        if "roofs" not in content:
-            continue
-        name = content["machine"]["name"]
-        if name not in found or content["date"] >= found[name][1]["date"]:
-            found[name] = (path, content)
-    return sorted(found.values(), key=lambda item: "cores" in item[1]["machine"]["name"])
-
-
 def render(found: list[tuple[Path, dict[str, Any]]], root: Path = ROOT) -> str:
     """The README's block."""
     parts = []
-    if all("cores" in content["machine"]["name"] for _, content in found):
+    if all(content["machine"]["device"] == "cpu" for _, content in found):
         parts.append("**On a GPU: not measured yet.** No GPU was at hand; no speed is claimed.")
     for path, content in found:
         parts.append(_machine(path.relative_to(root), content))
@@ -56,9 +38,10 @@ def render(found: list[tuple[Path, dict[str, Any]]], root: Path = ROOT) -> str:
 
 def _machine(path: Path, content: dict[str, Any]) -> str:
     versions = content["versions"]
-    machine = content["machine"]["name"]
-    on_cpu = "cores" in machine
-    what = f"{machine.replace('cores', 'CPU cores')}" if on_cpu else machine
+    machine = content["machine"]
+    on_cpu = machine["device"] == "cpu"
+    cores = machine["name"].replace("cores", "CPU cores")
+    what = f"{cores} ({machine['cpu']})" if on_cpu else machine["name"]
     note = " sgp's kernels do not run here, its PyTorch operators do." if on_cpu else ""
     origin = f"[results]({path}); torch {versions['torch']}, {content['date']}"
     parts = [f"**On {what}** (`python -m bench compare`, {origin}):{note}"]
@@ -135,7 +118,7 @@ def main() -> int:
     )
     parser.add_argument("--check", action="store_true", help="write nothing")
     arguments = parser.parse_args()
-    found = newest()
+    found = files.newest()
     text = README.read_text()
     block = render(found)
     if arguments.check:

@@ -156,7 +156,7 @@ def _records_of_other_targets(
 
 
 def occupancy(record: dict[str, Any]) -> float:
-    """The share of a multiprocessor's warps that the registers, and shared memory, leave room for.
+    """The share of a multiprocessor's warps that fits its registers; NVIDIA: and its shared memory.
 
     NVIDIA (Programming Guide, "Technical Specifications per Compute Capability"): 65 536 registers,
     given to a warp in units of 256; 64 warps; 164 KiB of shared memory on 8.0, 228 KiB on 9.0 and
@@ -176,16 +176,17 @@ def occupancy(record: dict[str, Any]) -> float:
 def _print(records: list[dict[str, Any]]) -> None:
     table = tables.make(
         f"{len(records)} kernels compiled with Triton {triton.__version__}; occupancy: of a "
-        "multiprocessor's warps, by registers and shared memory; 16-byte loads: kernels that have "
-        "them (narrow rows have none)",
+        "multiprocessor's warps, by registers and shared memory; widest load 16 bytes: in how many "
+        "of the kernels whose rows are multiples of 8 (in others it is not read)",
         ["target", "kernel", "form"],
-        ["n", "registers", "spills", "stack", "shared\nbytes", "16-byte\nloads", "occupancy"],
+        ["n", "registers", "spills", "stack", "shared\nbytes", "widest\nload 16", "occupancy"],
     )
     keys = sorted({(r["target"], r["kernel"], r["form"]) for r in records})
     for key in keys:
         group = [r for r in records if (r["target"], r["kernel"], r["form"]) == key]
         registers = [r["registers"] for r in group]
         occupied = [occupancy(r) for r in group]
+        wide = [r for r in group if Case(**{k: r[k] for k in Case._fields}).is_wide]
         table.add_row(
             *key,
             str(len(group)),
@@ -193,7 +194,7 @@ def _print(records: list[dict[str, Any]]) -> None:
             str(sum(r["spills"] for r in group)),
             str(sum(r["stack"] for r in group)),
             str(max(r["shared"] for r in group)),
-            f"{sum(r['loads_16'] > 0 for r in group)}",
+            f"{sum(r['loads_16'] > 0 for r in wide)}/{len(wide)}",
             f"{100 * min(occupied):.0f}-{100 * max(occupied):.0f} %",
         )
     console = Console()

@@ -3,7 +3,8 @@
 Libraries written in Triton run in its interpreter too: every load and store of logits and gradient
 is counted with real addresses. Which library is installed decides who is counted; who is not is
 named. Loss and gradient are compared with PyTorch's first. PyTorch operators that a library runs
-beside its kernels are not seen here.
+beside its kernels are not seen here. The fused heads of Liger and flash-linear-attention run the
+kernels that are counted here, on chunks of logits.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Contestant(NamedTuple):
     name: str
     task: str  # "loss" | "log-probs"
     package: Package
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor] | None  # None: see `why_not`
+    why_not: str = ""
 
 
 class RivalCount(NamedTuple):
@@ -90,6 +92,9 @@ CONTESTANTS = (
     Contestant("sgp", "loss", rivals.SGP, ours),
     Contestant("Liger", "loss", rivals.LIGER, liger),
     Contestant("flash-linear-attention", "loss", rivals.FLA, flash_linear_attention),
+    Contestant(
+        "cut-cross-entropy", "loss", rivals.CCE, None, "not counted: its logits never reach memory"
+    ),
     Contestant("sgp", "log-probs", rivals.SGP, ours_log_probs),
     Contestant("TRL", "log-probs", rivals.TRL, trl),
 )
@@ -110,6 +115,8 @@ def count(contestant: Contestant, V: int, kept_rows: int) -> RivalCount:
     )
     if result.version is None:
         return result._replace(status=f"{contestant.package.distribution} is not installed")
+    if contestant.loss is None:
+        return result._replace(status=contestant.why_not)
     logits = torch.randn(N, V, generator=torch.Generator().manual_seed(0)).requires_grad_()
     labels = torch.full((N,), -100)
     labels[:kept_rows] = torch.arange(kept_rows) % V

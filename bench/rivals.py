@@ -95,8 +95,14 @@ def pytorch_linear_by_hand(p: Problem) -> Tensor:
 
 
 def pytorch_chunked(p: Problem) -> Tensor:
-    """PyTorch's own chunked head, default options, on all rows."""
+    """PyTorch's own chunked head, its own choice of chunks, on all rows."""
     options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(p.hidden, p.weight, p.labels, options=options)
+
+
+def pytorch_large_chunks(p: Problem) -> Tensor:
+    """The same in chunks of 1024 rows: its choice is slow where there are fewer rows than D."""
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=min(1_024, p.labels.numel()))
     return F.linear_cross_entropy(p.hidden, p.weight, p.labels, options=options)
 
 
@@ -114,26 +120,28 @@ def _mean_nll(logits: Tensor, target: Tensor) -> Tensor:
     return -torch.log_softmax(logits.float(), -1).gather(-1, target[:, None]).mean()
 
 
-@functools.cache
-def _compiled(function: Callable[[Problem], Tensor]) -> Callable[..., Tensor]:
-    def of_tensors(*tensors: Tensor) -> Tensor:
-        if function is pytorch:
-            logits, labels = tensors
-            return F.cross_entropy(logits.float(), labels)
-        hidden, weight, labels = tensors
+@functools.lru_cache(maxsize=1)
+def _compiled(form: str, V: int, dtype: torch.dtype) -> Callable[..., Tensor]:  # noqa: ARG001
+    """Compiled anew for each head, as in a model: only the number of rows is left open."""
+    torch._dynamo.reset()  # noqa: SLF001
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # noqa: SLF001  (not eager in disguise)
+
+    def of_logits(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), labels)
+
+    def of_hidden(hidden: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(hidden, weight).float(), labels)
 
-    return torch.compile(of_tensors, dynamic=True)
+    return torch.compile(of_logits if form == "logits" else of_hidden)
 
 
 def pytorch_compiled(p: Problem) -> Tensor:
-    """`torch.compile` of the usual way, for any number of rows."""
-    return _compiled(pytorch)(p.logits, p.labels)
-
-
-def pytorch_linear_compiled(p: Problem) -> Tensor:
-    """The same with the head inside."""
-    return _compiled(pytorch_linear)(p.hidden, p.weight, p.labels)
+    """`torch.compile` of the usual way, with or without the head."""
+    rows = p.logits if p.hidden is None else p.hidden
+    function = _compiled(p.case.form, p.case.model.V, rows.dtype)
+    torch._dynamo.mark_dynamic(rows, 0)  # noqa: SLF001
+    torch._dynamo.mark_dynamic(p.labels, 0)  # noqa: SLF001
+    return function(rows, p.labels, *p.leaves[1:])
 
 
 # -- sgp -------------------------------------------------------------------------------------------
@@ -256,8 +264,9 @@ RIVALS = (
     Rival("PyTorch, all rows", "logits", pytorch),
     Rival("PyTorch, all rows", "linear", pytorch_linear),
     Rival("torch.compile", "logits", pytorch_compiled),
-    Rival("torch.compile", "linear", pytorch_linear_compiled),
-    Rival("F.linear_cross_entropy", "linear", pytorch_chunked),
+    Rival("torch.compile", "linear", pytorch_compiled),
+    Rival("F.linear_ce, auto", "linear", pytorch_chunked),
+    Rival("F.linear_ce, 1k rows", "linear", pytorch_large_chunks),
     Rival("Liger", "logits", liger, LIGER, overwrites=True),
     Rival("Liger", "linear", liger_linear, LIGER),
     Rival("cut-cross-entropy", "linear", cut_cross_entropy, CCE),

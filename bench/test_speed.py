@@ -9,18 +9,34 @@ Rivals that cannot run here are skipped with the reason; one that is wrong fails
 compare` measures memory and bounds too, and lets rivals take turns.
 """
 
+import functools
+
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import cases, measure, rivals
-from bench.cases import Case
+from bench.cases import Case, Problem
+from bench.measure import Measured
 from bench.rivals import Rival
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CASES = cases.gpu_cases()[:20] if DEVICE.type == "cuda" else cases.cpu_cases()[:11]
+CASES = cases.gpu_cases() if DEVICE.type == "cuda" else cases.cpu_cases()
 
 
+@functools.lru_cache(maxsize=1)
+def checked(case: Case) -> dict[str, Measured]:
+    """Who is right on a case; tests of one case follow one another."""
+    return measure.check(case, rivals.rivals_of(case.form), DEVICE)
+
+
+@functools.lru_cache(maxsize=1)
+def problem_of(case: Case) -> Problem:
+    """Its tensors."""
+    return cases.make(case, DEVICE)
+
+
+@pytest.mark.filterwarnings("ignore")  # a library's warnings are its own
 @pytest.mark.parametrize(
     ("case", "rival"),
     [
@@ -33,10 +49,10 @@ def test_forward_and_backward(case: Case, rival: Rival, benchmark: BenchmarkFixt
     """Loss and gradients from the leaves; on a GPU until it has finished."""
     if reason := rival.missing(DEVICE):
         pytest.skip(f"{rival.name}: {reason}")
-    found = measure.check(case, [rival], DEVICE)[rival.name]
+    found = checked(case)[rival.name]
     if found.status != "ok":
         pytest.fail(f"not timed: {found.status}")
-    problem = cases.make(case, DEVICE)
+    problem = problem_of(case)
     benchmark.group = case.name
     benchmark.extra_info |= {"case": case.name, "rival": rival.name}
 
