@@ -2,6 +2,7 @@
 
     python -m bench compare                     # the cases for this machine, results file, tables
     python -m bench compare --time-budget 480   # stop beginning cases after so many seconds
+    python -m bench compare --continue          # the cases that today's file does not have yet
     python -m bench compare --only linear --list
 
 Ratios are to the best rival that is not sgp, and to a bound measured on the same machine in the
@@ -37,6 +38,7 @@ MOST_SECONDS = 3.0  # of turns, for one case
 def record(case: Case, bound: float, measured: list[Measured]) -> dict[str, Any]:
     """One case for the results file."""
     plain = case._asdict() | {"model": case.model._asdict(), "name": case.name, "M": case.M}
+    plain |= {"commit": machine.commit()}
     return plain | {"bound_ms": bound, "rivals": [m._asdict() for m in measured]}
 
 
@@ -80,7 +82,6 @@ def header(device: torch.device) -> dict[str, Any]:
     return {
         "machine": machine.describe(device)._asdict(),
         "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
-        "commit": machine.commit(),
         "sgp": machine.settings(device),
         "versions": machine.versions(),
         "roofs": machine.roofs(device)._asdict(),
@@ -95,6 +96,21 @@ def write(path: Path, head: dict[str, Any], records: list[dict[str, Any]], late:
     path.write_text(f'{start}, "cases": [\n{lines}\n]}}\n')
 
 
+def _recorded(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cases of a file that was made on this machine with these versions; [] if there is none.
+
+    Raises:
+        SystemExit: if it was made otherwise.
+    """
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    for key in ("machine", "versions", "sgp"):
+        if found[key] != head[key]:
+            sys.exit(f"{path.name}: {key} was {found[key]}, is {head[key]}; not continued")
+    return list(found["cases"])
+
+
 def main() -> int:
     """Measure, print, write; 1 if sgp is wrong or fails anywhere."""
     parser = argparse.ArgumentParser(
@@ -103,6 +119,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--time-budget", type=float, default=480.0, metavar="SECONDS")
+    parser.add_argument("--continue", dest="go_on", action="store_true", help="see above")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has this text")
     parser.add_argument("--rivals", nargs="+", metavar="NAME", help="these alone")
     parser.add_argument("--list", action="store_true", help="name the cases, run none")
@@ -120,7 +137,10 @@ def main() -> int:
     slug = machine.describe(device).slug
     output = arguments.output or RESULTS / f"{slug}-{head['date']}.json"
     console = Console()
-    records, late = [], []
+    records = _recorded(output, head) if arguments.go_on else []
+    known = {record["name"] for record in records}
+    chosen = [case for case in chosen if case.name not in known]
+    late: list[str] = []
     start = time.perf_counter()
     for number, case in enumerate(chosen):
         spent = time.perf_counter() - start
