@@ -43,6 +43,7 @@ def _machine(path: Path, content: dict[str, Any]) -> str:
     cores = machine["name"].replace("cores", "CPU cores")
     what = f"{cores} ({machine['cpu']})" if on_cpu else machine["name"]
     note = " sgp's kernels do not run here, its PyTorch operators do." if on_cpu else ""
+    note += ' "Kept rows": gathered by hand before; "memory": beyond inputs and weight gradients.'
     origin = f"[results]({path}); torch {versions['torch']}, {content['date']}"
     parts = [f"**On {what}** (`python -m bench compare`, {origin}):{note}"]
     parts += [_table(record) for record in _shown(content["cases"])]
