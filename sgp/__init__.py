@@ -7,6 +7,8 @@ Kernels are imported at first use.
 """
 
 from sgp import reference
+from sgp.auditing import AuditReport, audit
+from sgp.context import context_loss
 from sgp.linear import LinearCrossEntropyLoss, linear_cross_entropy
 from sgp.log_probs import linear_token_log_probs, token_log_probs
 from sgp.losses import CrossEntropyLoss, cross_entropy
@@ -15,10 +17,13 @@ from sgp.selection import Selection
 
 __version__ = "0.1.0"
 __all__ = [
+    "AuditReport",
     "CrossEntropyLoss",
     "LinearCrossEntropyLoss",
     "Selection",
     "TokenLogProbs",
+    "audit",
+    "context_loss",
     "cross_entropy",
     "linear_cross_entropy",
     "linear_token_log_probs",

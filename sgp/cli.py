@@ -1,4 +1,4 @@
-"""The command line: `sgp train`, `sgp verify`, `sgp doctor`.
+"""The command line: `sgp train`, `sgp audit`, `sgp verify`, `sgp doctor`.
 
 Only the standard library is imported here; each command imports what it needs when it runs.
 """
@@ -43,6 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(
         commands.add_parser("train", help="train a small model, PyTorch's loss beside sgp's")
+    )
+    _add_audit(
+        commands.add_parser("audit", help="look for wrong masks in a file, and at its gradient")
     )
     verify = commands.add_parser("verify", help="check the kernels against the reference")
     verify.add_argument("--quick", action="store_true", help="a small part of the checks")
@@ -109,6 +112,38 @@ def _train(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:  # later ones end the training early and are not raised
         print("sgp train: interrupted before the first step; nothing was saved", file=sys.stderr)
         return _INTERRUPTED
+
+
+def _add_audit(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Look at every sample's labels for masks that were lost, shifted or cover the wrong "
+        "tokens, and at the gradient of the first few. Exit code 1 if there are errors."
+    )
+    add = parser.add_argument
+    add(
+        "data",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="lines of input_ids and labels (-100: no loss; not shifted), as a collator makes "
+        "them, or of prompt and completion, which the tokenizer turns into both",
+    )
+    add("--model", metavar="PATH", help="folder or hub name of a causal model, else a tiny Llama")
+    add("--tokenizer", metavar="PATH", help="folder or hub name; default: the model's")
+    add("--rows", type=_count, default=4, metavar="B", help="samples for a backward pass (4)")
+    add("--max-length", type=_count, default=512, metavar="T", help="their tokens, at most (512)")
+    add("--out", type=Path, metavar="FOLDER", help="write audit.png, audit.html and audit.json")
+    parser.set_defaults(run=_audit)
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from sgp.auditing import command  # noqa: PLC0415  only this command needs it
+    from sgp.train.errors import UserError  # noqa: PLC0415  same reason
+
+    try:
+        return command.run(arguments)
+    except UserError as error:
+        print(f"sgp audit: {error}", file=sys.stderr)
+        return _USAGE
 
 
 def _verify(arguments: argparse.Namespace) -> int:

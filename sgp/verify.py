@@ -31,7 +31,7 @@ OPTIONS = {
     "plain": {},
     "all": {
         "label_smoothing": 0.1,
-        "softcap": 5.0,  # small, so that both branches of tanh are taken
+        "softcap": 30.0,
         "logit_scale": 0.8,
         "lse_square_scale": 1e-4,
     },

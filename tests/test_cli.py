@@ -160,7 +160,7 @@ def test_version(capsys):
 def test_every_option_has_help():
     parser = cli._parser()
     (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    assert set(commands.choices) == {"train", "verify", "doctor"}
+    assert set(commands.choices) == {"train", "audit", "verify", "doctor"}
     for command in commands.choices.values():
         assert all(action.help for action in command._actions)
         command.format_help()  # a stray % in a help text is an error here

@@ -20,7 +20,8 @@ import sgp
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted((ROOT / "sgp").glob("*.py"))
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
-SOURCES = sorted([*ROOT.glob("sgp/*.py"), *ROOT.glob("sgp/train/**/*.py"), *KERNELS])
+ROOMS = ("sgp", "sgp/auditing", "sgp/train")
+SOURCES = sorted([*(path for room in ROOMS for path in ROOT.glob(f"{room}/*.py")), *KERNELS])
 
 
 def name_of(path):

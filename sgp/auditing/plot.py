@@ -1,0 +1,84 @@
+"""A picture of an audit: the tokens of a row as a strip of roles, over a map of gradient norms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from sgp.auditing.report import ROLES, AuditReport
+
+LONGEST = 96  # tokens that are drawn with their text
+
+
+def plot(report: AuditReport, path: str | Path, *, row: int = 0) -> Path:
+    """Draw one row of the batch; needs matplotlib.
+
+    The strip has a cell a token, in the colour of its role. The map beneath has a line a layer,
+    the embeddings at the bottom: the logarithm of the norm of dL / d hidden. Cells that are exactly
+    zero are white with a dot; what is small is dark.
+
+    Args:
+        report: of `sgp.audit`.
+        path: where to write; its suffix decides the format.
+        row: which row of the batch.
+
+    Raises:
+        IndexError: if the batch has no such row.
+    """
+    import matplotlib as mpl  # noqa: PLC0415  (optional, and slow to import)
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+    from matplotlib.patches import Patch  # noqa: PLC0415
+
+    if not 0 <= row < len(report.tokens):
+        raise IndexError(f"plot: row {row} of a batch of {len(report.tokens)}")
+    tokens = report.tokens[row]
+    norms = report.grad_norm[:, row]
+    layers, T = norms.shape
+    width = min(20.0, max(7.0, 0.32 * T + 2.0))
+    figure, (strip, field) = plt.subplots(
+        2,
+        1,
+        figsize=(width, 2.6 + 0.26 * layers),
+        sharex=True,
+        height_ratios=[1, max(3, layers)],
+        layout="constrained",
+    )
+    for token in tokens:
+        strip.bar(token.position, 1.0, width=1.0, color=ROLES[token.role][1], edgecolor="white")
+        if T <= LONGEST:
+            strip.text(
+                token.position,
+                0.5,
+                token.text.strip()[:10],
+                rotation=90,
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if token.role == "output" else "black",
+                parse_math=False,
+            )
+    strip.set_axis_off()
+    used = {token.role for token in tokens}
+    patches = [Patch(color=ROLES[role][1], label=role) for role in ROLES if role in used]
+    strip.legend(
+        handles=patches, ncols=len(patches), loc="lower left", bbox_to_anchor=(0, 1.0),
+        frameon=False, fontsize=8,
+    )  # fmt: skip
+    alive = norms > 0
+    shown = torch.where(alive, norms.clamp(min=1e-45).log10(), torch.nan)
+    image = field.imshow(
+        shown.numpy(), aspect="auto", origin="lower", cmap="viridis", interpolation="nearest"
+    )
+    dead = (~alive).nonzero()
+    field.plot(dead[:, 1], dead[:, 0], ".", color="#b0b0b0", markersize=2)
+    field.set_yticks([0, layers - 1], ["embeddings", f"layer {layers - 1}"])
+    field.set_xlabel("position; a dot: exactly zero")
+    figure.colorbar(image, ax=field, label="log10 |dL / d hidden|", pad=0.01)
+    figure.suptitle(f"{report.model_name}, row {row}", fontsize=10, x=0.01, ha="left")
+    found = Path(path)
+    figure.savefig(found, dpi=110)
+    plt.close(figure)
+    return found

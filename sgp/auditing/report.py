@@ -1,0 +1,151 @@
+"""What an audit says: every token's role, loss and gradient, and what is wrong."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sgp.auditing.findings import Finding
+
+if TYPE_CHECKING:  # rich is imported where it prints
+    from rich.console import Console
+    from rich.table import Table
+
+ROLES = {  # role: (style of a terminal, colour of a picture, what it is)
+    "context": ("dim", "#9aa5b1", "carries no loss; a later token attends to it"),
+    "predictor": ("yellow", "#de8f05", "context that predicts the first output token"),
+    "output": ("green", "#0173b2", "carries loss"),
+    "ignored": ("magenta", "#cc78bc", "after an output, without loss, predicting nothing"),
+    "padding": ("bright_black", "#e5e5e5", "not attended to"),
+}
+
+
+@dataclass(frozen=True)
+class Token:
+    """One position of one row."""
+
+    row: int
+    position: int
+    token_id: int
+    text: str
+    role: str  # one of ROLES
+    target_id: int | None  # what it predicts; None where nothing
+    target: str | None
+    loss: float | None  # of that prediction, in nats
+    probability: float | None
+    gradient: float  # norm of dL / d logits here
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """The outcome of `sgp.audit`."""
+
+    tokens: list[list[Token]]
+    grad_norm: Tensor  # (layers + 1, B, T)
+    loss: float
+    context_share: float | None
+    cosine_detached: float | None
+    findings: list[Finding]
+    model_name: str
+
+    @property
+    def errors(self) -> list[Finding]:
+        """The findings that are errors."""
+        return [finding for finding in self.findings if finding.severity == "error"]
+
+    @property
+    def dead(self) -> Tensor:
+        """(layers + 1, B, T) bool: cells whose gradient is exactly zero."""
+        return self.grad_norm == 0
+
+    def print(self, console: Console | None = None, *, rows: int = 4) -> None:
+        """A table a row of the batch, for the first `rows`, and every finding."""
+        from rich.console import Console  # noqa: PLC0415
+        from rich.text import Text  # noqa: PLC0415
+
+        console = console or Console()
+        for number, tokens in enumerate(self.tokens[:rows]):
+            console.print(self._table(number, tokens))
+        if len(self.tokens) > rows:
+            console.print(f"{len(self.tokens) - rows} more rows")
+        console.print(Text("  ".join(f"{role}: {what}" for role, (_, _, what) in ROLES.items())))
+        console.print(f"loss {self.loss:.4f} nats")
+        if self.context_share is not None:
+            console.print(
+                f"of the gradient of the linear layers, |g_context| / |g| = "
+                f"{self.context_share:.3f} comes through the context; without it the direction "
+                f"would have cosine {self.cosine_detached:.3f}"
+            )
+        styles = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+        for finding in self.findings:
+            console.print(Text(str(finding), style=styles[finding.severity]), soft_wrap=True)
+        if not self.findings:
+            console.print(Text("no findings", style="green"))
+
+    def _table(self, number: int, tokens: list[Token]) -> Table:
+        from rich.table import Table  # noqa: PLC0415
+        from rich.text import Text  # noqa: PLC0415
+
+        table = Table(title=f"row {number}", title_justify="left", box=None, pad_edge=False)
+        for name in ("t", "token", "role", "predicts"):
+            table.add_column(name, no_wrap=True)
+        for name in ("loss", "probability", "|dL/dlogits|", "|dL/dhidden|"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for token in tokens:
+            style = ROLES[token.role][0]
+            hidden = self.grad_norm[:, token.row, token.position]
+            table.add_row(
+                str(token.position),
+                Text(_shown(token.text), style=style),
+                Text(token.role, style=style),
+                _shown(token.target) if token.target is not None else "",
+                f"{token.loss:.3f}" if token.loss is not None else "",
+                f"{token.probability:.3f}" if token.probability is not None else "",
+                _norm(token.gradient),
+                _norm(float(hidden.max())),
+            )
+        return table
+
+    def plot(self, path: str | Path, *, row: int = 0) -> Path:
+        """Draw one row's tokens over a map of its gradient norms (plot.py); needs matplotlib."""
+        from sgp.auditing.plot import plot  # noqa: PLC0415  (matplotlib is optional)
+
+        return plot(self, path, row=row)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write one self-contained page (page.py)."""
+        from sgp.auditing.page import to_html  # noqa: PLC0415  (page.py imports this file)
+
+        return to_html(self, path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it; not finite numbers as None."""
+        return {
+            "model": self.model_name,
+            "loss": _finite(self.loss),
+            "context_share": self.context_share,
+            "cosine_detached": self.cosine_detached,
+            "findings": [asdict(finding) for finding in self.findings],
+            "tokens": [
+                [{k: _finite(v) for k, v in asdict(token).items()} for token in row]
+                for row in self.tokens
+            ],
+            "grad_norm": torch.nan_to_num(self.grad_norm, nan=-1.0).tolist(),
+        }
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _norm(x: float) -> str:
+    return "0" if x == 0 else f"{x:.1e}"
+
+
+def _shown(text: str) -> str:
+    return text.replace("\n", "\\n").replace("\t", "\\t")
