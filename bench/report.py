@@ -1,6 +1,6 @@
 """From results files to the README's tables and to pictures.
 
-    python -m bench report            # rewrite the README's block and the pictures
+    python -m bench report            # rewrite the README's block, the pictures, and docs' tables
     python -m bench report --check    # exit code 1 if the README's block is not what it would write
 
 For each machine the newest results file of `python -m bench compare` counts. What nobody measured
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import files, plots, tables
+from bench import files, page, plots, tables
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -123,17 +123,17 @@ def main() -> int:
     text = README.read_text()
     block = render(found)
     if arguments.check:
-        same = block_of(text) == block
-        print(
-            "README.md is the results files'" if same else "README.md: run `python -m bench report`"
-        )
+        docs = page.PAGE.read_text()
+        same = block_of(text) == block and page.filled(docs) == docs
+        print("README and docs are the results files'" if same else "run `python -m bench report`")
         return 0 if same else 1
     before, after = text.partition(BEGIN)[0], text.partition(END)[2]
     README.write_text(f"{before}{BEGIN}\n{block}\n{END}{after}")
     for path, content in found:
         for picture in plots.draw(content, path.with_suffix("")):
             print(f"wrote {picture}")
-    print("wrote README.md")
+    page.PAGE.write_text(page.filled(page.PAGE.read_text()))
+    print("wrote README.md and docs/selective-gradients.md")
     return 0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report
+from bench import page, report
 from sgp import chunks
 from sgp.kernels import table
 
@@ -141,3 +141,22 @@ def test_no_kernel_in_the_results_breaks_its_budget():
     records = json.loads((RESULTS / "resources.json").read_text())["records"]
     assert {r["target"] for r in records} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert not [record for record in records if record["broken"]]
+
+
+def test_the_page_of_selective_gradients_is_the_results_files():
+    text = page.PAGE.read_text()
+    assert page.filled(text) == text, "run `python -m bench report`"
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (page.PAGE.parent / target).is_file(), target
+    _, found = page.newest("recall")
+    last = {mode: curve[-1]["accuracy"] for mode, curve in found["curves"].items()}
+    assert last["exact"] > 0.95
+    assert last["detach"] < 1.3 * found["chance"] + 0.05, "at chance"
+
+
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
+    """And makes the picture."""
+    code = page.PAGE.read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})  # noqa: S102  (our own page)
+    assert (tmp_path / "square-this-number.png").is_file()

@@ -1,0 +1,69 @@
+"""The tables of docs/selective-gradients.md, from the newest results of `recall` and `context`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from bench import tables
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "selective-gradients.md"
+RESULTS = Path(__file__).parent / "results"
+MIB = 1 << 20
+
+
+def newest(kind: str) -> tuple[Path, dict[str, Any]]:
+    """The newest results file of a command."""
+    path = max(RESULTS.glob(f"{kind}-*.json"), key=lambda p: p.stem[-10:])
+    return path, json.loads(path.read_text())
+
+
+def recall() -> str:
+    """Held-out accuracy, first, middle and last."""
+    path, found = newest("recall")
+    exact, detach = found["curves"]["exact"], found["curves"]["detach"]
+    lines = ["| step | exact | detached |", "|---|---|---|"]
+    for i in (0, len(exact) // 2, len(exact) - 1):
+        cells = (f"{100 * curve[i]['accuracy']:.1f} %" for curve in (exact, detach))
+        lines.append(f"| {exact[i]['step']} | {' | '.join(cells)} |")
+    source = (
+        f"Held-out accuracy; chance is {100 * found['chance']:.0f} %. `python -m bench recall`, "
+        f"{found['seconds']:.0f} s on {found['machine']['name']} "
+        f"([results](../bench/results/{path.name}))."
+    )
+    return "\n".join([*lines, "", source])
+
+
+def context() -> str:
+    """Time and memory of each way, beside one pass."""
+    path, found = newest("context")
+    size = found["size"]
+    lines = ["| context | way | time | | memory | |", "|---|---|---|---|---|---|"]
+    for r in found["records"]:
+        one = next(
+            o for o in found["records"] if (o["context"], o["way"]) == (r["context"], "one pass")
+        )
+        lines.append(
+            f"| {100 * r['context']:.0f} % | {r['way']} | {tables.ms(r['ms'])} ms | "
+            f"{r['ms'] / one['ms']:.2f} | {r['peak_bytes'] / MIB:.0f} MiB | "
+            f"{r['peak_bytes'] / one['peak_bytes']:.2f} |"
+        )
+    source = (
+        f"A Llama of {size['layers']} layers, D = {size['D']}, {size['B']} x {size['T']} tokens, "
+        f"float32, {found['machine']['name']} ({found['machine']['cpu']}); ratios are to one pass. "
+        f"`python -m bench context` ([results](../bench/results/{path.name}))."
+    )
+    return "\n".join([*lines, "", source])
+
+
+def filled(text: str) -> str:
+    """The page with both tables and the picture's name."""
+    for name, block in (("recall", recall()), ("context", context())):
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n{block}\n{end}{rest.partition(end)[2]}"
+    picture = newest("recall")[0].with_suffix(".png").name
+    return re.sub(r"(!\[[^]]*\]\(\.\./bench/results/)[^)]+", rf"\g<1>{picture}", text)
