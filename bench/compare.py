@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -38,7 +39,7 @@ MOST_SECONDS = 3.0  # of turns, for one case
 def record(case: Case, bound: float, measured: list[Measured]) -> dict[str, Any]:
     """One case for the results file."""
     plain = case._asdict() | {"model": case.model._asdict(), "name": case.name, "M": case.M}
-    plain |= {"commit": machine.commit()}
+    plain |= {"commit": machine.commit(), "load": os.getloadavg()[0]}  # of all processes, 1 min
     return plain | {"bound_ms": bound, "rivals": [m._asdict() for m in measured]}
 
 
@@ -118,9 +119,20 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--time-budget", type=float, default=480.0, metavar="SECONDS")
+    parser.add_argument(
+        "--time-budget",
+        type=float,
+        default=480.0,
+        metavar="SECONDS",
+        help="begin no case after so long; the one that runs is finished (480)",
+    )
     parser.add_argument("--continue", dest="go_on", action="store_true", help="see above")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has this text")
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="cases whose name, as --list has it, contains this text",
+    )
     parser.add_argument("--rivals", nargs="+", metavar="NAME", help="these alone")
     parser.add_argument("--list", action="store_true", help="name the cases, run none")
     parser.add_argument("--output", type=Path, help="results file (default: bench/results/)")

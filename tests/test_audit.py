@@ -83,6 +83,10 @@ def test_a_correct_batch_has_no_finding(model, batch):
     report = sgp.audit(model, batch, tokenizer=Tokenizer())
     assert report.findings == []
     assert report.errors == []
+    assert (
+        repr(report)
+        == f"AuditReport(LlamaForCausalLM, 3 rows, loss={report.loss:.4f}, no findings)"
+    )
     roles = [[token.role for token in row] for row in report.tokens]
     for b, (context, length) in enumerate(zip(CONTEXTS, LENGTHS, strict=True)):
         expected = ["context"] * (context - 1) + ["predictor"] + ["output"] * (length - context)
@@ -347,7 +351,11 @@ def test_the_command(tmp_path, capsys):
     right = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, 7, 8, 9]}
     twice = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 7, 8, 9, -100]}
     assert main(["audit", write(tmp_path / "right.jsonl", [right] * 3)]) == 0
-    assert "3 samples" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "3 samples" in shown
+    assert "random weights" in shown
+    assert main(["audit", str(tmp_path / "right.jsonl"), "--model", str(tmp_path / "nope")]) == 2
+    assert "nope" in capsys.readouterr().err
     out = tmp_path / "out"
     data = write(tmp_path / "wrong.jsonl", [right, twice, twice])
     assert main(["audit", data, "--rows", "1", "--out", str(out)]) == 1
@@ -367,6 +375,7 @@ def test_the_command(tmp_path, capsys):
         ('{"prompt": "x", "completion": "y"}', ":1: prompt and completion need --tokenizer"),
         ('{"input_ids": [1, 2], "labels": [1]}', ":1: columns of different lengths"),
         ("nonsense", ":1: Expecting value"),
+        ('{"input_ids": "abc", "labels": [1, 2, 3]}', ":1: input_ids is 'abc'; expected a list"),
     ],
 )
 def test_the_command_refuses_what_it_cannot_read(lines, message, tmp_path, capsys):
@@ -379,6 +388,14 @@ def test_the_command_refuses_what_it_cannot_read(lines, message, tmp_path, capsy
 
 
 def test_what_is_refused(model, batch):
+    with pytest.raises(TypeError, match="batch is Tensor; expected a dict"):
+        sgp.audit(model, batch["input_ids"])
+    with pytest.raises(TypeError, match=r"Linear\.forward takes .*; expected a causal"):
+        sgp.audit(torch.nn.Linear(2, 2), batch)
+    wrong = batch["input_ids"].clone()
+    wrong[1, 2] = 99
+    with pytest.raises(ValueError, match=r"input_ids\[1, 2\] = 99 is outside \[0, 61\)"):
+        sgp.audit(model, batch | {"input_ids": wrong})
     with pytest.raises(ValueError, match="expected input_ids"):
         sgp.audit(model, {"labels": batch["labels"]})
     with pytest.raises(ValueError, match="expected labels, or selection="):

@@ -59,9 +59,12 @@ def audit(
         the two parts of the gradient are then not defined.
 
     Raises:
-        ValueError: without labels and selection, or if shapes disagree.
+        ValueError: without labels and selection, if shapes disagree, or a token is outside the
+            model's vocabulary.
+        TypeError: if the batch is no mapping, or the model takes no `output_hidden_states`.
     """
     input_ids, labels = _input_ids_and_labels(batch, selection)
+    _check_model(model, input_ids)
     view = _view(batch, input_ids, labels, tokenizer)
     device = next(model.parameters()).device
     inputs = _inputs(model, batch, device, with_labels=selection is None)
@@ -114,6 +117,8 @@ def look(batch: Mapping[str, Any], *, tokenizer: Any = None) -> list[Finding]:
 def _input_ids_and_labels(
     batch: Mapping[str, Any], selection: Selection | None
 ) -> tuple[Tensor, Tensor]:
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"{NAME}: batch is {type(batch).__name__}; expected a dict with input_ids")
     if "input_ids" not in batch:
         raise ValueError(f"{NAME}: the batch has {sorted(batch)}; expected input_ids")
     input_ids = batch["input_ids"].cpu()
@@ -136,6 +141,25 @@ def _input_ids_and_labels(
             f"{NAME}: labels is {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}"
         )
     return input_ids, labels
+
+
+def _check_model(model: nn.Module, input_ids: Tensor) -> None:
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if not takes_any and "output_hidden_states" not in parameters:
+        raise TypeError(
+            f"{NAME}: {type(model).__name__}.forward takes {list(parameters)}; expected a causal "
+            "language model that takes input_ids and output_hidden_states"
+        )
+    config = getattr(model, "config", None)
+    V = getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
+    outside = (input_ids < 0) | (input_ids >= V) if V is not None else torch.zeros(0)
+    if bool(outside.any()):
+        row, column = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"{NAME}: input_ids[{row}, {column}] = {int(input_ids[row, column])} is outside "
+            f"[0, {V}); is it the model's tokenizer?"
+        )
 
 
 def _view(batch: Mapping[str, Any], input_ids: Tensor, labels: Tensor, tokenizer: Any) -> View:

@@ -35,6 +35,11 @@ def run(arguments: argparse.Namespace) -> int:
         for finding in look(_batch([sample]), tokenizer=tokenizer):
             codes[finding.code] += 1
             examples.setdefault(finding.code, (number + 1, finding))
+    report = _backward(arguments, samples, tokenizer)
+    console.print()
+    if not arguments.model:
+        console.print("A tiny Llama with random weights: who receives a gradient, not how much.")
+    report.print(console, rows=1, findings=False)
     console.print(f"{len(samples)} samples of {arguments.data}")
     for code, count in codes.most_common():
         line, finding = examples[code]
@@ -44,8 +49,6 @@ def run(arguments: argparse.Namespace) -> int:
             soft_wrap=True,
             markup=False,
         )
-    report = _backward(arguments, samples, tokenizer)
-    report.print(console)
     if arguments.out:
         _write(arguments.out, report, codes, len(samples), console)
     wrong = any(finding.severity == "error" for _, finding in examples.values())
@@ -88,7 +91,11 @@ def _tokenizer(arguments: argparse.Namespace) -> Any:
         return None
     from transformers import AutoTokenizer  # noqa: PLC0415  (takes seconds)
 
-    return AutoTokenizer.from_pretrained(name)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # every kind of error comes out of a foreign folder
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"tokenizer {name}: {type(error).__name__}: {reason}") from error
 
 
 def _samples(path: Path, tokenizer: Any) -> Iterator[dict[str, Any]]:
@@ -107,6 +114,11 @@ def _samples(path: Path, tokenizer: Any) -> Iterator[dict[str, Any]]:
 def _sample(sample: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     if "input_ids" in sample and "labels" in sample:
         found = {k: sample[k] for k in COLUMNS if sample.get(k) is not None}
+        for name, column in found.items():
+            if not isinstance(column, list) or not all(type(x) is int for x in column):
+                raise ValueError(
+                    f"{name} is {str(column)[:40]!r}; expected a list of whole numbers"
+                )
         sizes = {k: len(v) for k, v in found.items()}
         if len(set(sizes.values())) != 1:
             raise ValueError(f"columns of different lengths: {sizes}")

@@ -31,6 +31,7 @@ def plot(report: AuditReport, path: str | Path, *, row: int = 0) -> Path:
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415
     from matplotlib.patches import Patch  # noqa: PLC0415
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
 
     if not 0 <= row < len(report.tokens):
         raise IndexError(f"plot: row {row} of a batch of {len(report.tokens)}")
@@ -74,7 +75,9 @@ def plot(report: AuditReport, path: str | Path, *, row: int = 0) -> Path:
     )
     dead = (~alive).nonzero()
     field.plot(dead[:, 1], dead[:, 0], ".", color="#b0b0b0", markersize=2)
-    field.set_yticks([0, layers - 1], ["embeddings", f"layer {layers - 1}"])
+    field.set_yticks(range(layers), ["embeddings", *map(str, range(1, layers))])
+    field.xaxis.set_major_locator(MaxNLocator(integer=True))
+    field.set_ylabel("layer")
     field.set_xlabel("position; a dot: exactly zero")
     figure.colorbar(image, ax=field, label="log10 |dL / d hidden|", pad=0.01)
     figure.suptitle(f"{report.model_name}, row {row}", fontsize=10, x=0.01, ha="left")

@@ -41,7 +41,7 @@ class Token:
     gradient: float  # norm of dL / d logits here
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AuditReport:
     """The outcome of `sgp.audit`."""
 
@@ -63,7 +63,14 @@ class AuditReport:
         """(layers + 1, B, T) bool: cells whose gradient is exactly zero."""
         return self.grad_norm == 0
 
-    def print(self, console: Console | None = None, *, rows: int = 4) -> None:
+    def __repr__(self) -> str:
+        codes = ", ".join(sorted({finding.code for finding in self.findings})) or "no findings"
+        rows = len(self.tokens)
+        return f"AuditReport({self.model_name}, {rows} rows, loss={self.loss:.4f}, {codes})"
+
+    def print(
+        self, console: Console | None = None, *, rows: int = 4, findings: bool = True
+    ) -> None:
         """A table a row of the batch, for the first `rows`, and every finding."""
         from rich.console import Console  # noqa: PLC0415
         from rich.text import Text  # noqa: PLC0415
@@ -82,6 +89,8 @@ class AuditReport:
                 f"would have cosine {self.cosine_detached:.3f}"
             )
         styles = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+        if not findings:
+            return
         for finding in self.findings:
             console.print(Text(str(finding), style=styles[finding.severity]), soft_wrap=True)
         if not self.findings:
