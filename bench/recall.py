@@ -3,10 +3,10 @@
     python -m bench recall        # minutes on two CPU cores; table, picture, results file
 
 The context is four pairs of key and value, no two alike, and then one of the keys; the output is
-that key's value. To find it, the position of each value has to know the key before it, which is learned where the
-context is processed. The same small Llama, from the same weights on the same batches, is trained
-with `sgp.context_loss(..., context_grad="exact")` and with `"detach"`. Both losses are the same
-function of the weights; only the gradients differ.
+that key's value. To find it, the position of each value has to know the key before it, which is
+learned where the context is processed. The same small Llama, from the same weights on the same
+batches, is trained with `sgp.context_loss(..., context_grad="exact")` and with `"detach"`. Both
+losses are the same function of the weights; only the gradients differ.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--steps", type=int, default=1_500)
-    parser.add_argument("--every", type=int, default=100, help="steps between two measurements")
+    parser.add_argument("--steps", type=int, default=3_000)
+    parser.add_argument("--every", type=int, default=200, help="steps between two measurements")
     parser.add_argument("--output", type=Path, help="results file; the picture stands beside it")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*not the gradient of the loss")
