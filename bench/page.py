@@ -30,7 +30,7 @@ def recall() -> str:
         cells = (f"{100 * curve[i]['accuracy']:.1f} %" for curve in (exact, detach))
         lines.append(f"| {exact[i]['step']} | {' | '.join(cells)} |")
     source = (
-        f"Held-out accuracy; chance is {100 * found['chance']:.0f} %. `python -m bench recall`, "
+        f"Held-out accuracy; guessing has {100 * found['guessing']:.1f} %. `python -m bench recall`, "
         f"{found['seconds']:.0f} s on {found['machine']['name']} "
         f"([results](../bench/results/{path.name}))."
     )
