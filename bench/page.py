@@ -29,8 +29,9 @@ def recall() -> str:
     for i in (0, len(exact) // 2, len(exact) - 1):
         cells = (f"{100 * curve[i]['accuracy']:.1f} %" for curve in (exact, detach))
         lines.append(f"| {exact[i]['step']} | {' | '.join(cells)} |")
+    guessing = 100 * found["guessing"]
     source = (
-        f"Held-out accuracy; guessing has {100 * found['guessing']:.1f} %. `python -m bench recall`, "
+        f"Held-out accuracy; guessing has {guessing:.1f} %. `python -m bench recall`, "
         f"{found['seconds']:.0f} s on {found['machine']['name']} "
         f"([results](../bench/results/{path.name}))."
     )

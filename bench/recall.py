@@ -3,10 +3,11 @@
     python -m bench recall        # minutes on two CPU cores; table, picture, results file
 
 The context is four pairs of key and value and then one of the keys; the output is that key's value.
-Without reading, the best guess is the commonest value of the context. To find it, the position of each value has to know the key before it, which is
-learned where the context is processed. The same small Llama, from the same weights on the same
-batches, is trained with `sgp.context_loss(..., context_grad="exact")` and with `"detach"`. Both
-losses are the same function of the weights; only the gradients differ.
+Without reading, the best guess is the commonest value of the context. To find it, the position of
+each value has to know the key before it, which is learned where the context is processed. The same
+small Llama, from the same weights on the same batches, is trained with
+`sgp.context_loss(..., context_grad="exact")` and with `"detach"`. Both losses are the same function
+of the weights; only the gradients differ.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def draw(curves: dict[str, list[dict[str, float]]], guess: float, path: Path) ->
     axes.set_ylim(0, 103)
     axes.grid(visible=True, color="#e5e5e5")
     axes.spines[["top", "right"]].set_visible(b=False)
-    axes.legend(frameon=False, loc="center right")
+    axes.legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
 
