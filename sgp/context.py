@@ -201,6 +201,7 @@ def _context(model: torch.nn.Module, parts: _Parts, mode: str, G: int) -> Any:
     if mode == "detach":
         with torch.no_grad():
             flat = run(parts.context_ids)
+        torch.clear_autocast_cache()  # casts of weights made without a graph must not be used again
     elif mode == "replay" and torch.is_grad_enabled():
         flat = checkpoint(run, parts.context_ids, use_reentrant=False)
     else:
@@ -262,7 +263,6 @@ def _flat(cache: Any) -> tuple[Tensor, ...]:
 def _warn_of_detached() -> None:
     warnings.warn(
         f'{NAME}: context_grad="detach" is not the gradient of the loss: what the model reads in '
-        "the context is not trained, and the loss curve does not show it. It saves time, never "
-        'memory that "replay" does not save too',
+        "the context is not trained, and the loss curve does not show it",
         stacklevel=3,
     )

@@ -139,6 +139,15 @@ def test_the_parts_are_not_defined_for_masks_with_holes(model, batch):
     assert report.cosine_detached is None
 
 
+def test_the_parts_are_not_defined_where_not_every_layer_is_seen(batch):
+    """GPT-2's layers are Conv1D; a module that is called twice has one gradient, not two parts."""
+    torch.manual_seed(0)
+    assert sgp.audit(AutoModelForCausalLM.from_config(CONFIGS["gpt2"]), batch).context_share is None
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"])
+    model.model.layers[1] = model.model.layers[0]
+    assert sgp.audit(model, batch).context_share is None
+
+
 def test_everything_is_left_as_it_was(model, batch):
     for p in model.parameters():
         p.grad = torch.randn_like(p)
@@ -356,6 +365,9 @@ def test_the_command(tmp_path, capsys):
     assert "random weights" in shown
     assert main(["audit", str(tmp_path / "right.jsonl"), "--model", str(tmp_path / "nope")]) == 2
     assert "nope" in capsys.readouterr().err
+    long = {"input_ids": [5] * 600 + [6, 7], "labels": [-100] * 600 + [6, 7]}
+    assert main(["audit", write(tmp_path / "long.jsonl", [long, right])]) == 0
+    assert "no-targets" not in capsys.readouterr().out
     out = tmp_path / "out"
     data = write(tmp_path / "wrong.jsonl", [right, twice, twice])
     assert main(["audit", data, "--rows", "1", "--out", str(out)]) == 1
@@ -392,6 +404,10 @@ def test_what_is_refused(model, batch):
         sgp.audit(model, batch["input_ids"])
     with pytest.raises(TypeError, match=r"Linear\.forward takes .*; expected a causal"):
         sgp.audit(torch.nn.Linear(2, 2), batch)
+    wrong = batch["labels"].clone()
+    wrong[0, 9] = -1
+    with pytest.raises(ValueError, match=r"labels\[0, 9\] = -1 is outside"):
+        sgp.audit(model, batch | {"labels": wrong})
     wrong = batch["input_ids"].clone()
     wrong[1, 2] = 99
     with pytest.raises(ValueError, match=r"input_ids\[1, 2\] = 99 is outside \[0, 61\)"):

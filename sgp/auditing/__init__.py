@@ -64,7 +64,7 @@ def audit(
         TypeError: if the batch is no mapping, or the model takes no `output_hidden_states`.
     """
     input_ids, labels = _input_ids_and_labels(batch, selection)
-    _check_model(model, input_ids)
+    _check_model(model, input_ids, labels)
     view = _view(batch, input_ids, labels, tokenizer)
     device = next(model.parameters()).device
     inputs = _inputs(model, batch, device, with_labels=selection is None)
@@ -143,7 +143,7 @@ def _input_ids_and_labels(
     return input_ids, labels
 
 
-def _check_model(model: nn.Module, input_ids: Tensor) -> None:
+def _check_model(model: nn.Module, input_ids: Tensor, labels: Tensor) -> None:
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     if not takes_any and "output_hidden_states" not in parameters:
@@ -153,13 +153,16 @@ def _check_model(model: nn.Module, input_ids: Tensor) -> None:
         )
     config = getattr(model, "config", None)
     V = getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
-    outside = (input_ids < 0) | (input_ids >= V) if V is not None else torch.zeros(0)
-    if bool(outside.any()):
-        row, column = outside.nonzero()[0].tolist()
-        raise ValueError(
-            f"{NAME}: input_ids[{row}, {column}] = {int(input_ids[row, column])} is outside "
-            f"[0, {V}); is it the model's tokenizer?"
-        )
+    if V is None:
+        return
+    for name, ids, kept in (("input_ids", input_ids, True), ("labels", labels, labels != -100)):
+        outside = ((ids < 0) | (ids >= V)) & kept
+        if bool(outside.any()):
+            row, column = outside.nonzero()[0].tolist()
+            raise ValueError(
+                f"{NAME}: {name}[{row}, {column}] = {int(ids[row, column])} is outside [0, {V}); "
+                "is it the model's tokenizer?"
+            )
 
 
 def _view(batch: Mapping[str, Any], input_ids: Tensor, labels: Tensor, tokenizer: Any) -> View:

@@ -19,6 +19,7 @@ from sgp.auditing.findings import Finding
 from sgp.auditing.report import AuditReport
 from sgp.train.errors import UserError
 
+OF_THE_GRADIENT = ("context-logit-gradient", "missing-gradient", "nan")
 COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids", "completion_mask")
 
 
@@ -51,8 +52,12 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if arguments.out:
         _write(arguments.out, report, codes, len(samples), console)
-    wrong = any(finding.severity == "error" for _, finding in examples.values())
-    return 1 if wrong or report.errors else 0
+    for finding in report.findings:
+        if finding.code in OF_THE_GRADIENT:
+            console.print(f"backward pass: {finding}", soft_wrap=True, markup=False)
+    found = [finding for _, finding in examples.values()]
+    found += [finding for finding in report.findings if finding.code in OF_THE_GRADIENT]
+    return 1 if any(finding.severity == "error" for finding in found) else 0
 
 
 def _backward(
@@ -63,14 +68,14 @@ def _backward(
     if arguments.model:
         model, _ = load(arguments.model)
     else:
-        vocabulary = 1 + max(max(sample["input_ids"]) for sample in samples)
+        ids = (x for sample in samples for x in (*sample["input_ids"], *sample["labels"]))
+        vocabulary = 1 + max(ids, default=0)
         model = tiny_llama(vocabulary, arguments.max_length, seed=0)
     if torch.cuda.is_available():
         model = model.to("cuda")
-    cut = [
-        {k: v[: arguments.max_length] for k, v in sample.items()}
-        for sample in samples[: arguments.rows]
-    ]
+    cut = [{k: v[: arguments.max_length] for k, v in sample.items()} for sample in samples]
+    cut = [sample for sample in cut if any(label != -100 for label in sample["labels"])] or cut
+    cut = cut[: arguments.rows]
     return audit(model, _batch(cut), tokenizer=tokenizer)
 
 
@@ -145,7 +150,9 @@ def _batch(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         if all(name in sample for sample in samples):
             rows = [s[name] + [fill.get(name, 0)] * (longest - len(s[name])) for s in samples]
             batch[name] = torch.tensor(rows)
-    if "attention_mask" not in batch:
+    if (
+        "attention_mask" not in batch and "position_ids" not in batch
+    ):  # packed: no mask across seams
         lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
         batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
     return batch

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from sgp.auditing.findings import Finding
@@ -137,14 +136,16 @@ class AuditReport:
         return {
             "model": self.model_name,
             "loss": _finite(self.loss),
-            "context_share": self.context_share,
-            "cosine_detached": self.cosine_detached,
+            "context_share": _finite(self.context_share),
+            "cosine_detached": _finite(self.cosine_detached),
             "findings": [asdict(finding) for finding in self.findings],
             "tokens": [
                 [{k: _finite(v) for k, v in asdict(token).items()} for token in row]
                 for row in self.tokens
             ],
-            "grad_norm": torch.nan_to_num(self.grad_norm, nan=-1.0).tolist(),
+            "grad_norm": [
+                [[_finite(x) for x in row] for row in layer] for layer in self.grad_norm.tolist()
+            ],
         }
 
 

@@ -7,11 +7,14 @@ sequence is context, then output, the positions that predict output give g_outpu
 whole gradient if the context is held constant (nothing flows into them from later positions but
 outputs), and the others g_context, what comes back through the context's keys and values.
 
-The parts of one module are made, measured and dropped when the backward pass reaches it.
+The parts of one module are made, measured and dropped when the backward pass reaches it. Of a
+head that is tied to the embeddings only the head's own part is counted. A model with a linear
+layer that is called twice, on flattened tokens, or is not `nn.Linear` (GPT-2) has neither number.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,6 +47,7 @@ class _Parts:
     outputs: float = 0.0
     context: float = 0.0
     product: float = 0.0
+    complete: bool = True  # every weight was seen once, at every position
     handles: list[Any] = field(default_factory=list)
 
 
@@ -81,14 +85,15 @@ def trace(
         finally:
             for handle in parts.handles:
                 handle.remove()
+        share, cosine = _share_and_cosine(parts) if outputs is not None else (None, None)
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         return Trace(
             loss=float(loss.detach()),
             log_prob=log_prob.detach().float().cpu(),
             logit_grad_norm=_norm(logits),
             grad_norm=torch.stack([_norm(h) for h in hidden]),
-            context_share=_share(parts) if outputs is not None else None,
-            cosine_detached=_cosine(parts) if outputs is not None else None,
+            context_share=share,
+            cosine_detached=cosine,
             without_gradient=tuple(n for n in trainable if n not in gradients.seen),
             not_finite=tuple(n for n in gradients.seen if not gradients.seen[n]),
         )
@@ -105,10 +110,14 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def _watch(model: nn.Module, outputs: Tensor, parts: _Parts) -> None:
-    def forward(_: nn.Module, args: tuple[Any, ...], result: Tensor) -> None:
+    seen: set[int] = set()
+
+    def forward(module: nn.Linear, args: tuple[Any, ...], result: Tensor) -> None:
         x = args[0]
-        if not result.requires_grad or x.shape[:2] != outputs.shape:
+        if x.shape[:2] != outputs.shape or id(module.weight) in seen or not result.requires_grad:
+            parts.complete = False
             return
+        seen.add(id(module.weight))
         kept = x.detach()
 
         def backward(delta: Tensor) -> None:
@@ -121,6 +130,8 @@ def _watch(model: nn.Module, outputs: Tensor, parts: _Parts) -> None:
         result.register_hook(backward)
 
     for module in model.modules():
+        if type(module).__name__ == "Conv1D":  # GPT-2's linear layers are none of PyTorch's
+            parts.complete = False
         if isinstance(module, nn.Linear) and module.weight.requires_grad:
             parts.handles.append(module.register_forward_hook(forward))
 
@@ -129,16 +140,13 @@ def _product(delta: Tensor, x: Tensor, where: Tensor) -> Tensor:
     return delta[where].float().t() @ x[where].float()
 
 
-def _share(parts: _Parts) -> float:
+def _share_and_cosine(parts: _Parts) -> tuple[float | None, float | None]:
+    """(|g_context| / |g|, cos(g, g_outputs)); None where not all was seen, or nothing finite."""
     whole = parts.outputs + parts.context + 2 * parts.product
-    return float((parts.context / whole) ** 0.5) if whole > 0 else 0.0
-
-
-def _cosine(parts: _Parts) -> float:
-    whole = parts.outputs + parts.context + 2 * parts.product
-    if whole <= 0 or parts.outputs <= 0:
-        return 1.0
-    return float((parts.outputs + parts.product) / (whole * parts.outputs) ** 0.5)
+    if not parts.complete or not math.isfinite(whole) or whole <= 0 or parts.outputs <= 0:
+        return None, None
+    cosine = (parts.outputs + parts.product) / (whole * parts.outputs) ** 0.5
+    return float((parts.context / whole) ** 0.5), float(cosine)
 
 
 # -- leaving things as they were -------------------------------------------------------------------
