@@ -23,7 +23,6 @@ ERRORS = (
     "nan",
 )
 WARNINGS = ("padding-scored", "special-scored", "no-eos", "all-scored")
-NOTES = ("unequal-lengths", "truncated")
 
 
 @dataclass(frozen=True)
