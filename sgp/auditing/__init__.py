@@ -1,29 +1,37 @@
 """See where the gradient flows: `audit` looks at one batch and one backward pass.
 
-`findings.py` has what can be wrong, `trace.py` the backward pass seen from inside, `report.py` what
-is shown of both.
+`view.py` reads the batch, `trace.py` is the backward pass seen from inside (`parts.py` the two
+parts of the linear layers' gradient, `untouched.py` what it leaves as it was), `findings.py` has
+what can be wrong, `report.py` what is shown of it all.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sgp.auditing import findings
-from sgp.auditing.findings import Finding, View
+from sgp.auditing.findings import Finding
 from sgp.auditing.report import AuditReport, Token
-from sgp.auditing.trace import Trace, trace
-from sgp.selection import Selection
+from sgp.auditing.trace import Trace, input_embeddings, trace
+from sgp.auditing.view import NAME, View, read, suffixes
+from sgp.selection import IGNORE, Selection
 
 __all__ = ["AuditReport", "Finding", "audit"]
 
-NAME = "sgp.audit"
-OUTPUT_MASKS = ("completion_mask", "assistant_masks", "assistant_mask")
+OPTIONS = {"output_hidden_states": True, "use_cache": False}
+SHARDED = ("device_mesh", "ds_id", "_is_flat_param")  # DTensor, DeepSpeed's ZeRO 3, FSDP 1
+THROUGH = (  # keys that Hugging Face's models take without naming them in forward
+    "position_ids", "shift_labels", "num_items_in_batch", "seq_idx",
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+)  # fmt: skip
 
 
 def audit(
@@ -46,49 +54,54 @@ def audit(
         model: a causal language model that returns `.logits` (B, T, V) and, asked for
             `output_hidden_states`, `.hidden_states`, as Hugging Face's do.
         batch: `input_ids` (B, T) and, unless a selection is given, `labels` (B, T): -100 where
-            there is no loss, not shifted; as Hugging Face has them. `attention_mask`,
-            `position_ids` and masks of output tokens (`completion_mask`, `assistant_masks`) are
-            looked at where they are there; what the model's forward knows is passed on.
-        selection: which tokens carry loss, in place of labels.
+            there is no loss, not shifted; as Hugging Face has them (or `shift_labels`, shifted).
+            Padding, seams and masks of output tokens are read from what else there is
+            (view.py says from which keys); what the model's forward takes is passed on.
+        selection: which tokens carry loss, in place of labels. The loss is its (weighted) mean.
         tokenizer: decodes tokens and knows the special ones; None: numbers, and no findings about
-            special tokens and the end of text.
+            special tokens and the end of text, which the model's generation_config adds to.
 
     Returns:
         The report: `.tokens`, `.grad_norm`, `.context_share`, `.cosine_detached`, `.findings`.
-        `context_share` and `cosine_detached` are None where a row is not context, then output:
-        the two parts of the gradient are then not defined.
+        `context_share` and `cosine_detached` are None where a row is not context, then output
+        (the two parts of the gradient are then not defined), and where not all of a linear
+        layer's gradient was seen; parts.py says when.
 
     Raises:
         ValueError: without labels and selection, if shapes disagree, or a token is outside the
             model's vocabulary.
-        TypeError: if the batch is no mapping, or the model takes no `output_hidden_states`.
+        TypeError: if the batch is no mapping, the model takes no `output_hidden_states` or its
+            parameters are sharded over processes.
     """
-    input_ids, labels = _input_ids_and_labels(batch, selection)
-    _check_model(model, input_ids, labels)
-    view = _view(batch, input_ids, labels, tokenizer)
-    device = next(model.parameters()).device
+    model = _unwrapped(model)
+    ends = _ends(model) if tokenizer is not None else ()
+    view = read(batch, selection=selection, tokenizer=tokenizer, eos=ends)
+    _check_model(model, view)
+    device = _device(model)
     inputs = _inputs(model, batch, device, with_labels=selection is None)
-    targets = torch.full_like(labels, -100)
-    targets[:, :-1] = labels[:, 1:]
-    if selection is not None:
-        targets = selection.dense_target.view(labels.shape).to(labels.device)
-    outputs = _suffixes(view)
+    outputs = suffixes(view)
     found = trace(
-        model, inputs, targets.to(device), outputs.to(device) if outputs is not None else None
+        model,
+        inputs,
+        view.targets.to(device),
+        outputs.to(device) if outputs is not None else None,
+        selection,
     )
-    log_prob = torch.zeros_like(found.log_prob)
-    log_prob[:, 1:] = found.log_prob[:, :-1]
-    view = View(
-        **{
-            **vars(view),
-            "log_prob": log_prob,
-            "logit_grad_norm": found.logit_grad_norm,
-            "without_gradient": found.without_gradient,
-            "not_finite": found.not_finite,
-        }
+    view = replace(
+        view,
+        loss=found.loss,
+        own_loss=found.own_loss,
+        vocabulary=_vocabulary(model),
+        log_prob=found.log_prob,
+        logit_grad_norm=found.logit_grad_norm,
+        measured=found.measured,
+        without_gradient=found.without_gradient,
+        not_run=found.not_run,
+        not_finite=found.not_finite,
+        zero=found.zero,
     )
     return AuditReport(
-        tokens=_tokens(view, targets.cpu(), found, tokenizer),
+        tokens=_tokens(view, found, tokenizer),
         grad_norm=found.grad_norm,
         loss=found.loss,
         context_share=found.context_share,
@@ -110,52 +123,45 @@ def look(batch: Mapping[str, Any], *, tokenizer: Any = None) -> list[Finding]:
         batch: as for `audit`.
         tokenizer: as for `audit`.
     """
-    input_ids, labels = _input_ids_and_labels(batch, None)
-    return findings.find(_view(batch, input_ids, labels, tokenizer))
+    return findings.find(read(batch, tokenizer=tokenizer))
 
 
-def _input_ids_and_labels(
-    batch: Mapping[str, Any], selection: Selection | None
-) -> tuple[Tensor, Tensor]:
-    if not isinstance(batch, Mapping):
-        raise TypeError(f"{NAME}: batch is {type(batch).__name__}; expected a dict with input_ids")
-    if "input_ids" not in batch:
-        raise ValueError(f"{NAME}: the batch has {sorted(batch)}; expected input_ids")
-    input_ids = batch["input_ids"].cpu()
-    if input_ids.dim() != 2:
-        raise ValueError(f"{NAME}: input_ids is {tuple(input_ids.shape)}; expected (B, T)")
-    if selection is not None:
-        if selection.num_tokens != input_ids.numel():
-            raise ValueError(
-                f"{NAME}: the selection is of {selection.num_tokens} tokens, input_ids of "
-                f"{input_ids.numel()}"
-            )
-        labels = torch.full_like(input_ids, -100)
-        labels[:, 1:] = selection.dense_target.cpu().view(input_ids.shape)[:, :-1]
-        return input_ids, labels
-    if batch.get("labels") is None:
-        raise ValueError(f"{NAME}: the batch has {sorted(batch)}; expected labels, or selection=")
-    labels = batch["labels"].cpu()
-    if labels.shape != input_ids.shape:
-        raise ValueError(
-            f"{NAME}: labels is {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}"
-        )
-    return input_ids, labels
+# -- the model -------------------------------------------------------------------------------------
 
 
-def _check_model(model: nn.Module, input_ids: Tensor, labels: Tensor) -> None:
-    parameters = inspect.signature(model.forward).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    if not takes_any and "output_hidden_states" not in parameters:
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Out of DistributedDataParallel and torch.compile: one process, one eager pass."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # noqa: SLF001  (torch.compile's wrapper)
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def _check_model(model: nn.Module, view: View) -> None:
+    known, takes_any = _takes(model)
+    if not takes_any and "output_hidden_states" not in known:
         raise TypeError(
-            f"{NAME}: {type(model).__name__}.forward takes {list(parameters)}; expected a causal "
+            f"{NAME}: {type(model).__name__}.forward takes {sorted(known)}; expected a causal "
             "language model that takes input_ids and output_hidden_states"
         )
-    config = getattr(model, "config", None)
-    V = getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
+    for name, p in model.named_parameters():
+        if any(hasattr(p, mark) for mark in SHARDED):
+            raise TypeError(
+                f"{NAME}: {name} is sharded over processes ({type(p).__name__}); audit the model "
+                "before it is sharded"
+            )
+    V = _vocabulary(model)
     if V is None:
         return
-    for name, ids, kept in (("input_ids", input_ids, True), ("labels", labels, labels != -100)):
+    wrong = (
+        ("input_ids", view.input_ids, torch.ones_like(view.attended)),
+        ("labels", view.labels, view.labels != IGNORE),
+        ("the target of input_ids", view.targets, view.predicts),
+    )
+    for name, ids, kept in wrong:
         outside = ((ids < 0) | (ids >= V)) & kept
         if bool(outside.any()):
             row, column = outside.nonzero()[0].tolist()
@@ -165,81 +171,103 @@ def _check_model(model: nn.Module, input_ids: Tensor, labels: Tensor) -> None:
             )
 
 
-def _view(batch: Mapping[str, Any], input_ids: Tensor, labels: Tensor, tokenizer: Any) -> View:
-    mask = batch.get("attention_mask")
-    attended = torch.ones_like(input_ids, dtype=torch.bool)
-    if isinstance(mask, Tensor) and mask.shape == input_ids.shape:
-        attended = mask.cpu() != 0
-    first = attended & (attended.long().cumsum(1) == 1)
-    starts = first.clone()
-    positions = batch.get("position_ids")
-    if isinstance(positions, Tensor) and positions.shape == input_ids.shape:
-        starts |= attended & (positions.cpu() == 0)
-    marks = (batch[name] for name in OUTPUT_MASKS if isinstance(batch.get(name), Tensor))
-    outputs = next((m.cpu() != 0 for m in marks if m.shape == input_ids.shape), None)
-    eos, special = frozenset[int](), frozenset[int]()
-    if tokenizer is not None:
-        end = getattr(tokenizer, "eos_token_id", None)
-        eos = frozenset([end] if isinstance(end, int) else end or ())
-        special = frozenset(getattr(tokenizer, "all_special_ids", ())) - eos
-    return View(input_ids, labels, attended, starts, outputs, special, eos)
+def _vocabulary(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return None
+    found = getattr(config.get_text_config(), "vocab_size", None)  # type: ignore[union-attr]
+    return found if isinstance(found, int) else None
+
+
+def _ends(model: nn.Module) -> tuple[int, ...]:
+    """What generation stops at: a chat model ends a turn with another token than a text."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return (found,) if isinstance(found, int) else tuple(found or ())
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where the inputs go: a model over several devices starts with its embeddings."""
+    embeddings = input_embeddings(model)
+    first = next((embeddings or model).parameters(), None)
+    return first.device if first is not None else torch.device("cpu")
+
+
+def _takes(model: nn.Module) -> tuple[set[str], bool]:
+    """What forward takes by name, and whether it takes anything."""
+    parameters = inspect.signature(model.forward).parameters
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return set(parameters), anything
 
 
 def _inputs(
     model: nn.Module, batch: Mapping[str, Any], device: torch.device, *, with_labels: bool
 ) -> dict[str, Any]:
-    known = inspect.signature(model.forward).parameters
-    kept = {k: v for k, v in batch.items() if k in known and (k != "labels" or with_labels)}
+    known, takes_any = _takes(model)
+    if takes_any:
+        known |= set(THROUGH) | {"output_hidden_states", "use_cache"}
+        if hasattr(model, "get_base_model"):  # PEFT's forward passes on what it does not name
+            known |= _takes(model.get_base_model())[0]  # type: ignore[operator]
+    of_loss = {"labels", "shift_labels", "num_items_in_batch"}
+    if not with_labels or batch.get("labels") is None:
+        known -= of_loss
+    kept = {k: v for k, v in batch.items() if k in known}
+    kept |= {k: v for k, v in OPTIONS.items() if k in known}
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kept.items()}
 
 
-def _suffixes(view: View) -> Tensor | None:
-    """(B, T) bool from the first predictor on, if every row is context, output, padding."""
-    scored = view.scored
-    first = scored.long().cumsum(1).clamp(max=1).bool()  # from the first scored token on
-    inner = view.starts & (view.attended.long().cumsum(1) > 1)
-    if bool((first & view.attended & ~scored).any()) or bool(inner.any()):
-        return None
-    outputs = first.clone()
-    outputs[:, :-1] |= first[:, 1:]
-    return outputs
+# -- the tokens ------------------------------------------------------------------------------------
 
 
-def _tokens(view: View, targets: Tensor, found: Trace, tokenizer: Any) -> list[list[Token]]:
-    scored, predicts = view.scored, targets != -100
-    after = scored.long().cumsum(1) > 0
+def _tokens(view: View, found: Trace, tokenizer: Any) -> list[list[Token]]:
+    roles = _roles(view)
+    log_prob, gradient = found.log_prob.tolist(), found.logit_grad_norm.tolist()
+    ids, targets = view.input_ids.tolist(), view.targets.tolist()
+    text = functools.cache(functools.partial(_text, tokenizer))
     rows = []
-    for b in range(len(view.input_ids)):
+    for b in range(len(ids)):
         row = []
-        for t in range(view.input_ids.shape[1]):
-            has = bool(predicts[b, t])
-            log_prob = float(found.log_prob[b, t])
+        for t in range(len(ids[b])):
+            has = targets[b][t] != IGNORE
             row.append(
                 Token(
                     row=b,
                     position=t,
-                    token_id=int(view.input_ids[b, t]),
-                    text=_text(tokenizer, int(view.input_ids[b, t])),
-                    role=_role(view, b, t, has=has, after=bool(after[b, t])),
-                    target_id=int(targets[b, t]) if has else None,
-                    target=_text(tokenizer, int(targets[b, t])) if has else None,
-                    loss=-log_prob if has else None,
-                    probability=math.exp(log_prob) if has else None,
-                    gradient=float(found.logit_grad_norm[b, t]),
+                    token_id=ids[b][t],
+                    text=text(ids[b][t]),
+                    role=roles[b][t],
+                    target_id=targets[b][t] if has else None,
+                    target=text(targets[b][t]) if has else None,
+                    loss=-log_prob[b][t] if has else None,
+                    probability=math.exp(log_prob[b][t]) if has else None,
+                    gradient=gradient[b][t],
                 )
             )
         rows.append(row)
     return rows
 
 
-def _role(view: View, b: int, t: int, *, has: bool, after: bool) -> str:
-    if bool(view.scored[b, t]):
-        return "output"
-    if not bool(view.attended[b, t]):
-        return "padding"
-    if has:
-        return "predictor"
-    return "ignored" if after else "context"
+def _roles(view: View) -> list[list[str]]:
+    scored, predicts, attended = (
+        view.scored.tolist(),
+        view.predicts.tolist(),
+        view.attended.tolist(),
+    )
+    sequence = view.sequence.tolist()
+    rows = []
+    for b in range(len(scored)):
+        row, begun = [], -1  # the sequence whose output has begun
+        for t in range(len(scored[b])):
+            if scored[b][t]:
+                role, begun = "output", sequence[b][t]
+            elif not attended[b][t]:
+                role = "padding"
+            elif predicts[b][t]:
+                role = "predictor"
+            else:
+                role = "ignored" if begun == sequence[b][t] else "context"
+            row.append(role)
+        rows.append(row)
+    return rows
 
 
 def _text(tokenizer: Any, token_id: int) -> str:

@@ -15,12 +15,15 @@ from rich.progress import track
 from torch import Tensor
 
 from sgp.auditing import audit, look
-from sgp.auditing.findings import Finding
+from sgp.auditing.findings import OF_THE_GRADIENT, Finding
 from sgp.auditing.report import AuditReport
 from sgp.train.errors import UserError
 
-OF_THE_GRADIENT = ("context-logit-gradient", "missing-gradient", "nan")
-COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids", "completion_mask")
+COLUMNS = (
+    "input_ids", "labels", "attention_mask", "position_ids", "seq_idx",
+    "completion_mask", "assistant_masks",
+)  # fmt: skip
+SHOWN = 24  # tokens of a sample in the terminal
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -40,13 +43,13 @@ def run(arguments: argparse.Namespace) -> int:
     console.print()
     if not arguments.model:
         console.print("A tiny Llama with random weights: who receives a gradient, not how much.")
-    report.print(console, rows=1, findings=False)
+    report.print(console, rows=len(report.tokens), tokens=SHOWN, findings=False)
     console.print(f"{len(samples)} samples of {arguments.data}")
     for code, count in codes.most_common():
         line, finding = examples[code]
         console.print(
-            f"{finding.severity}: {code}: {count} samples, first in line {line}: "
-            f"{finding.where}: {finding.message}",
+            f"{finding.severity}: {code}: {count} sample{'s' * (count != 1)}, first in line "
+            f"{line}: {finding.where}: {finding.message}",
             soft_wrap=True,
             markup=False,
         )

@@ -1,16 +1,20 @@
 """What can be wrong with a batch, and what a look at it and at its gradient says.
 
-Each check is a function of a `View`, plain lists and numbers of one batch; its finding names where
-it is. An error is a fault of mask or gradient; a warning may be meant; a note is worth knowing.
+Each check is a function of a `View` of one batch; its finding names where it is. An error is a
+fault of mask or gradient; a warning may be meant; a note is worth knowing.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from sgp.auditing.view import View
+from sgp.selection import IGNORE
 
 ERRORS = (
     "labels-shifted-twice",
@@ -23,6 +27,9 @@ ERRORS = (
     "nan",
 )
 WARNINGS = ("padding-scored", "special-scored", "no-eos", "all-scored")
+NOTES = ("module-not-run", "zero-gradient", "not-measured", "another-loss", "worse-than-uniform")
+OF_THE_GRADIENT = ("context-logit-gradient", "missing-gradient", "nan", *NOTES)
+"""What only a backward pass can say."""
 
 
 @dataclass(frozen=True)
@@ -37,35 +44,6 @@ class Finding:
     def __str__(self) -> str:
         place = f" ({self.where})" if self.where else ""
         return f"{self.severity}: {self.code}{place}: {self.message}"
-
-
-@dataclass(frozen=True)
-class View:
-    """A batch as the checks see it, on the CPU."""
-
-    input_ids: Tensor  # (B, T)
-    labels: Tensor  # (B, T): the token itself where it is scored, -100 elsewhere; not shifted
-    attended: Tensor  # (B, T) bool: not padding
-    starts: Tensor  # (B, T) bool: the first token of a row or of a packed sequence
-    outputs: Tensor | None  # (B, T) bool: a mask of output tokens that came with the batch
-    special: frozenset[int]  # token ids of the tokenizer's special tokens, end of text aside
-    eos: frozenset[int]
-    log_prob: Tensor | None = None  # (B, T), of the scored token
-    logit_grad_norm: Tensor | None = None  # (B, T)
-    without_gradient: tuple[str, ...] = ()
-    not_finite: tuple[str, ...] = ()
-
-    @property
-    def scored(self) -> Tensor:
-        """(B, T) bool."""
-        return self.labels != -100
-
-    @property
-    def predicts(self) -> Tensor:
-        """(B, T) bool: the next token is scored, in the same sequence."""
-        found = torch.zeros_like(self.scored)
-        found[:, :-1] = self.scored[:, 1:] & ~self.starts[:, 1:]
-        return found
 
 
 def find(view: View) -> list[Finding]:
@@ -98,11 +76,12 @@ def _place(mask: Tensor, row: int) -> str:
 
 def labels_and_inputs(view: View) -> Iterator[Finding]:
     """Labels are the inputs themselves: the model, or the loss, shifts them."""
-    differ = view.scored & (view.labels != view.input_ids)
+    marked = view.labels != IGNORE
+    differ = marked & (view.labels != view.input_ids)
     ahead = torch.zeros_like(differ)
-    ahead[:, :-1] = view.scored[:, :-1] & (view.labels[:, :-1] == view.input_ids[:, 1:])
+    ahead[:, :-1] = marked[:, :-1] & (view.labels[:, :-1] == view.input_ids[:, 1:])
     for row in _rows(differ):
-        scored = int(view.scored[row].sum())
+        scored = int(marked[row].sum())
         if int(ahead[row].sum()) >= max(1, scored - 1):
             yield _of(
                 "labels-shifted-twice",
@@ -123,8 +102,8 @@ def first_output(view: View) -> Iterator[Finding]:
     """The first output token is predicted by the last context token."""
     if view.outputs is None:
         return
-    lost = view.outputs & ~view.scored & view.attended
-    lost[:, 1:] &= ~view.outputs[:, :-1] | view.starts[:, 1:]
+    lost = view.outputs & ~view.scored & view.attended & ~view.starts  # a start has no predictor
+    lost[:, 1:] &= ~view.outputs[:, :-1] | view.starts[:, :-1]
     for row in _rows(lost):
         yield _of(
             "first-output-untrained",
@@ -136,7 +115,7 @@ def first_output(view: View) -> Iterator[Finding]:
 
 def no_targets(view: View) -> Iterator[Finding]:
     """A row without loss costs a forward pass and trains nothing."""
-    empty = (~view.scored.any(1)).nonzero()[:, 0].tolist()
+    empty = (~view.predicts.any(1)).nonzero()[:, 0].tolist()
     for row in empty:
         yield _of(
             "no-targets",
@@ -148,7 +127,7 @@ def no_targets(view: View) -> Iterator[Finding]:
 def boundaries(view: View) -> Iterator[Finding]:
     """The first token of a packed sequence is not predicted from the one before it."""
     crossed = view.scored & view.starts
-    crossed[:, 0] = False
+    crossed[:, 1:] &= view.attended[:, :-1]
     for row in _rows(crossed):
         yield _of(
             "crosses-boundary",
@@ -163,6 +142,14 @@ def padding(view: View) -> Iterator[Finding]:
     wrong = view.scored & ~view.attended
     for row in _rows(wrong):
         yield _of("padding-scored", _place(wrong, row), "padding carries loss")
+    early = view.predicts & ~view.attended
+    early[:, :-1] &= view.starts[:, 1:]
+    for row in _rows(early):
+        yield _of(
+            "padding-scored",
+            _place(early, row),
+            "padding on the left has to predict the first token; set that token's label to -100",
+        )
 
 
 def special(view: View) -> Iterator[Finding]:
@@ -179,14 +166,19 @@ def end_of_text(view: View) -> Iterator[Finding]:
     if not view.eos:
         return
     for row in _rows(view.scored):
-        last = int(view.scored[row].nonzero()[-1])
-        if int(view.labels[row, last]) not in view.eos:
-            yield _of(
-                "no-eos",
-                f"row {row}, token {last}",
-                f"the last token with loss is {int(view.labels[row, last])}, not an end of text "
-                f"({sorted(view.eos)}): cut off, or never appended",
-            )
+        at = view.scored[row].nonzero()[:, 0]
+        of = view.sequence[row][at]
+        for number in of.unique().tolist():
+            last = at[of == number][-2:]  # a template may write a line break after the end
+            ids = view.labels[row, last].tolist()
+            if not view.eos & set(ids):
+                yield _of(
+                    "no-eos",
+                    f"row {row}, token {int(last[-1])}",
+                    f"the last token with loss is {ids[-1]}, not an end of text "
+                    f"({sorted(view.eos)}): cut off, never appended, or the mask sits one token "
+                    "early",
+                )
 
 
 def everything(view: View) -> Iterator[Finding]:
@@ -216,26 +208,85 @@ def context_logits(view: View) -> Iterator[Finding]:
 def missing(view: View) -> Iterator[Finding]:
     """A trainable parameter that the loss does not reach."""
     if view.without_gradient:
-        names = ", ".join(view.without_gradient[:3])
         yield _of(
             "missing-gradient",
             "",
-            f"{len(view.without_gradient)} trainable parameters get no gradient: {names}",
+            f"{_parameters(view.without_gradient)}, trainable, got no gradient from a module that "
+            "ran: its output is detached, or leads nowhere",
+        )
+    if view.not_run:
+        yield _of(
+            "module-not-run",
+            "",
+            f"{_parameters(view.not_run)}, trainable, in a module that this batch did not run",
+        )
+    if view.zero:
+        yield _of(
+            "zero-gradient",
+            "",
+            f"{_parameters(view.zero)}, trainable, with a gradient of exactly zero (LoRA's A has "
+            "one until its B has moved)",
+        )
+
+
+def not_measured(view: View) -> Iterator[Finding]:
+    """Hidden states that take no part in the graph have no gradient, not one of zero."""
+    if view.measured is not None and not bool(view.measured.all()):
+        layers = (~view.measured).nonzero()[:, 0].tolist()
+        yield _of(
+            "not-measured",
+            "",
+            f"the hidden states of layers {layers} are not part of the graph (0: the embeddings)",
+        )
+
+
+def other_loss(view: View) -> Iterator[Finding]:
+    """The model's loss need not be the mean over the targets that the labels say."""
+    if view.loss is None or view.log_prob is None or not view.own_loss:
+        return
+    mean = -float(view.log_prob[view.predicts].mean()) if bool(view.predicts.any()) else 0.0
+    if abs(view.loss - mean) > 0.01 * max(1.0, abs(mean)):  # NaN is another finding
+        yield _of(
+            "another-loss",
+            "",
+            f"the model's loss is {view.loss:.4f}, the mean over the targets {mean:.4f} nats: an "
+            "auxiliary loss, another divisor, or labels that the model shifts in another way",
+        )
+
+
+def worse_than_uniform(view: View) -> Iterator[Finding]:
+    """A trained model is better than a guess."""
+    if view.log_prob is None or view.vocabulary is None or not bool(view.predicts.any()):
+        return
+    mean, uniform = -float(view.log_prob[view.predicts].mean()), math.log(view.vocabulary)
+    if mean > uniform + 1:
+        yield _of(
+            "worse-than-uniform",
+            "",
+            f"the targets have a mean loss of {mean:.2f} nats; a uniform guess has "
+            f"log {view.vocabulary} = {uniform:.2f}. Is it the model's tokenizer?",
         )
 
 
 def not_a_number(view: View) -> Iterator[Finding]:
     """A loss or a gradient that is not finite."""
     if view.log_prob is not None:
-        wrong = ~view.log_prob.isfinite()
+        wrong = ~view.log_prob.isfinite() & view.predicts
         for row in _rows(wrong):
-            yield _of("nan", _place(wrong, row), "the loss of these tokens is not finite")
+            yield _of("nan", _place(wrong, row), "the loss of these predictions is not finite")
     if view.not_finite:
-        names = ", ".join(view.not_finite[:3])
-        yield _of("nan", "", f"{len(view.not_finite)} gradients are not finite: {names}")
+        yield _of("nan", "", f"{_parameters(view.not_finite)} with a gradient that is not finite")
+    if view.loss is not None and not math.isfinite(view.loss):
+        yield _of("nan", "", f"the loss is {view.loss}")
+
+
+def _parameters(names: tuple[str, ...]) -> str:
+    """'2 parameters (a, b) are'; the first three names."""
+    many = f"{len(names)} parameters" if len(names) > 1 else "1 parameter"
+    return f"{many} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
 CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
     labels_and_inputs, first_output, no_targets, boundaries, context_logits, missing, not_a_number,
-    padding, special, end_of_text, everything,
+    padding, special, end_of_text, everything, not_measured, other_loss, worse_than_uniform,
 )  # fmt: skip

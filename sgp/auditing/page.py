@@ -11,7 +11,7 @@ from sgp.auditing.report import ROLES, AuditReport, Token
 SEVERITIES = {"error": "#c0392b", "warning": "#b9770e", "note": "#2471a3"}
 STYLE = """
 :root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem;
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem 8rem;
   color: #1b1f24; background: #fff; }
 h1 { font-size: 1.3rem; margin-bottom: 0; } h2 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
 .sub { color: #57606a; margin-top: 0; }
@@ -23,11 +23,12 @@ ul.findings li { border-left: 4px solid var(--c); padding: .2rem .7rem; margin: 
 .key i { display: inline-block; width: .9em; height: .9em; margin-right: .3em; border-radius: 2px;
   vertical-align: -.1em; background: var(--c); }
 .tokens { line-height: 2.1; font-family: ui-monospace, monospace; font-size: 13px; }
-.t { position: relative; padding: .15em .3em; margin: 0 1px; border-radius: 3px; white-space: pre;
+.t { padding: .15em .3em; margin: 0 1px; border-radius: 3px; white-space: pre;
   border-bottom: 3px solid var(--c); cursor: default; }
 .t:hover, .t:focus { background: #eaeef2; outline: none; }
-.t .tip { display: none; position: absolute; left: 0; top: 1.9em; z-index: 2; padding: .5em .8em;
-  background: #1b1f24; color: #fff; border-radius: 4px; white-space: pre; line-height: 1.5; }
+.t .tip { display: none; position: fixed; left: 1rem; right: 1rem; bottom: 1rem; z-index: 2;
+  max-width: 40rem; margin: 0 auto; padding: .5em .8em; background: #1b1f24; color: #fff;
+  border-radius: 4px; white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.5; }
 .t:hover .tip, .t:focus .tip { display: block; }
 .map { overflow-x: auto; } table { border-collapse: collapse; }
 .map th { font-weight: normal; font-size: 11px; color: #57606a; text-align: right;
@@ -130,7 +131,7 @@ def _cell(x: float, low: float, high: float, position: int) -> str:
     if x == 0:
         return f"<td class='dead' title='{position}: 0'></td>"
     if not math.isfinite(x):
-        return f"<td style='background:#f0f' title='{position}: {x}'></td>"
+        return f"<td style='background:#f0f' title='{position}: not finite, or not measured'></td>"
     share = (math.log10(x) - low) / (high - low) if high > low else 1.0
     color = ",".join(str(round(a + share * (b - a))) for a, b in zip(LOW, HIGH, strict=True))
     return f"<td style='background:rgb({color})' title='{position}: {x:.2e}'></td>"

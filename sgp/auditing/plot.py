@@ -16,7 +16,8 @@ def plot(report: AuditReport, path: str | Path, *, row: int = 0) -> Path:
 
     The strip has a cell a token, in the colour of its role. The map beneath has a line a layer,
     the embeddings at the bottom: the logarithm of the norm of dL / d hidden. Cells that are exactly
-    zero are white with a dot; what is small is dark.
+    zero are white with a dot, those that are not finite or not measured white with a cross; what is
+    small is dark.
 
     Args:
         report: of `sgp.audit`.
@@ -68,17 +69,19 @@ def plot(report: AuditReport, path: str | Path, *, row: int = 0) -> Path:
         handles=patches, ncols=len(patches), loc="lower left", bbox_to_anchor=(0, 1.0),
         frameon=False, fontsize=8,
     )  # fmt: skip
-    alive = norms > 0
-    shown = torch.where(alive, norms.clamp(min=1e-45).log10(), torch.nan)
+    dead = report.dead[:, row]
+    shown = torch.where(norms.isfinite() & ~dead, norms.clamp(min=1e-45).log10(), torch.nan)
     image = field.imshow(
         shown.numpy(), aspect="auto", origin="lower", cmap="viridis", interpolation="nearest"
     )
-    dead = (~alive).nonzero()
-    field.plot(dead[:, 1], dead[:, 0], ".", color="#b0b0b0", markersize=2)
+    for cells, mark in ((dead, "."), (~norms.isfinite(), "x")):
+        at = cells.nonzero()
+        field.plot(at[:, 1], at[:, 0], mark, color="#b0b0b0", markersize=2 if mark == "." else 4)
     field.set_yticks(range(layers), ["embeddings", *map(str, range(1, layers))])
     field.xaxis.set_major_locator(MaxNLocator(integer=True))
     field.set_ylabel("layer")
-    field.set_xlabel("position; a dot: exactly zero")
+    unknown = "" if norms.isfinite().all() else "; a cross: not finite, or not measured"
+    field.set_xlabel(f"position; a dot: exactly zero{unknown}")
     figure.colorbar(image, ax=field, label="log10 |dL / d hidden|", pad=0.01)
     figure.suptitle(f"{report.model_name}, row {row}", fontsize=10, x=0.01, ha="left")
     found = Path(path)

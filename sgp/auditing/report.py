@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ class AuditReport:
     """The outcome of `sgp.audit`."""
 
     tokens: list[list[Token]]
-    grad_norm: Tensor  # (layers + 1, B, T)
+    grad_norm: Tensor  # (layers + 1, B, T); NaN where it could not be measured
     loss: float
     context_share: float | None
     cosine_detached: float | None
@@ -68,19 +69,32 @@ class AuditReport:
         return f"AuditReport({self.model_name}, {rows} rows, loss={self.loss:.4f}, {codes})"
 
     def print(
-        self, console: Console | None = None, *, rows: int = 4, findings: bool = True
+        self,
+        console: Console | None = None,
+        *,
+        rows: int = 4,
+        tokens: int = 64,
+        findings: bool = True,
     ) -> None:
-        """A table a row of the batch, for the first `rows`, and every finding."""
+        """A table a row of the batch, for the first `rows`, and every finding.
+
+        Of a longer row the `tokens` nearest to a change of role are shown; what is left out, and
+        padding, is counted in its place. `dL/dlogits` and `dL/dhidden` are norms, the latter's
+        the largest over layers.
+        """
         from rich.console import Console  # noqa: PLC0415
         from rich.text import Text  # noqa: PLC0415
 
         console = console or Console()
-        for number, tokens in enumerate(self.tokens[:rows]):
-            console.print(self._table(number, tokens))
+        for number, row in enumerate(self.tokens[:rows]):
+            console.print(self._table(number, row, tokens))
         if len(self.tokens) > rows:
-            console.print(f"{len(self.tokens) - rows} more rows")
+            more = len(self.tokens) - rows
+            console.print(f"{more} more row{'s' * (more != 1)}")
         console.print(Text("  ".join(f"{role}: {what}" for role, (_, _, what) in ROLES.items())))
-        console.print(f"loss {self.loss:.4f} nats")
+        scored = sum(token.target_id is not None for row in self.tokens for token in row)
+        positions = sum(token.role != "padding" for row in self.tokens for token in row)
+        console.print(f"loss {self.loss:.4f} nats; {scored} of {positions} tokens carry loss")
         if self.context_share is not None:
             console.print(
                 f"of the gradient of the linear layers, |g_context| / |g| = "
@@ -95,16 +109,21 @@ class AuditReport:
         if not self.findings:
             console.print(Text("no findings", style="green"))
 
-    def _table(self, number: int, tokens: list[Token]) -> Table:
+    def _table(self, number: int, tokens: list[Token], most: int) -> Table:
         from rich.table import Table  # noqa: PLC0415
         from rich.text import Text  # noqa: PLC0415
 
-        table = Table(title=f"row {number}", title_justify="left", box=None, pad_edge=False)
+        table = Table(title=f"row {number}", title_justify="left", box=None, padding=(0, 1, 0, 0))
         for name in ("t", "token", "role", "predicts"):
-            table.add_column(name, no_wrap=True)
-        for name in ("loss", "probability", "|dL/dlogits|", "|dL/dhidden|"):
-            table.add_column(name, justify="right", no_wrap=True)
-        for token in tokens:
+            text = name in ("token", "predicts")  # which are cut where the terminal is narrow
+            width = 12 if text else max(len(str(len(tokens))), len(name))
+            table.add_column(name, no_wrap=True, min_width=width, max_width=24 if text else None)
+        for name in ("loss", "prob.", "dL/dlogits", "dL/dhidden"):
+            table.add_column(name, justify="right", no_wrap=True, min_width=max(6, len(name)))
+        before = -1
+        for token in _near_changes(tokens, most):
+            _left_out(table, tokens[before + 1 : token.position])
+            before = token.position
             style = ROLES[token.role][0]
             hidden = self.grad_norm[:, token.row, token.position]
             table.add_row(
@@ -115,8 +134,9 @@ class AuditReport:
                 f"{token.loss:.3f}" if token.loss is not None else "",
                 f"{token.probability:.3f}" if token.probability is not None else "",
                 _norm(token.gradient),
-                _norm(float(hidden.max())),
+                _norm(float(hidden[~hidden.isnan()].max())) if not hidden.isnan().all() else "",
             )
+        _left_out(table, tokens[before + 1 :])
         return table
 
     def plot(self, path: str | Path, *, row: int = 0) -> Path:
@@ -147,6 +167,27 @@ class AuditReport:
                 [[_finite(x) for x in row] for row in layer] for layer in self.grad_norm.tolist()
             ],
         }
+
+
+def _near_changes(tokens: list[Token], most: int) -> list[Token]:
+    """At most so many, those nearest to either side of a change of role or an end; no padding."""
+    changes = [t for t in range(1, len(tokens)) if tokens[t].role != tokens[t - 1].role]
+    distance = {
+        t: min(t - left, right - 1 - t)
+        for left, right in itertools.pairwise([0, *changes, len(tokens)])
+        for t in range(left, right)
+        if tokens[t].role != "padding"
+    }
+    kept = sorted(distance, key=lambda t: (distance[t], t))[:most]
+    return [tokens[t] for t in sorted(kept)]
+
+
+def _left_out(table: Table, tokens: list[Token]) -> None:
+    """Say how many tokens are not shown here."""
+    padding = sum(token.role == "padding" for token in tokens)
+    for count, what in ((len(tokens) - padding, "tokens"), (padding, "padding")):
+        if count:
+            table.add_row("", f"... {count} {what if count > 1 else what.removesuffix('s')}")
 
 
 def _finite(value: Any) -> Any:

@@ -1,20 +1,11 @@
 """One exact backward pass of a causal language model, looked at from inside.
 
-What is kept of it are norms: of the gradient of each position's logits and hidden states, and, for
-the weights of all `nn.Linear` modules, of the two parts that a gradient has. A weight's gradient is
-a sum over positions, `g = sum_t delta_t x_t^T` with input x_t and output gradient delta_t. Where a
-sequence is context, then output, the positions that predict output give g_outputs, which is the
-whole gradient if the context is held constant (nothing flows into them from later positions but
-outputs), and the others g_context, what comes back through the context's keys and values.
-
-The parts of one module are made, measured and dropped when the backward pass reaches it. Of a
-head that is tied to the embeddings only the head's own part is counted. A model with a linear
-layer that is called twice, on flattened tokens, or is not `nn.Linear` (GPT-2) has neither number.
+What is kept of it are norms: of the gradient of each position's logits and hidden states, and of
+the two parts of the linear layers' gradient (parts.py).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,169 +14,164 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgp.auditing.parts import Parts
+from sgp.auditing.untouched import untouched
 from sgp.log_probs import token_log_probs
+from sgp.losses import cross_entropy
+from sgp.selection import Selection
 
 
 @dataclass(frozen=True)
 class Trace:
     """What a backward pass left behind."""
 
-    loss: float  # the model's own, or the mean negative log-likelihood of the targets, in nats
+    loss: float  # the model's own, or that of the selection, in nats
+    own_loss: bool  # the model's
     log_prob: Tensor  # (B, T) fp32: of what position t predicts; 0 where it predicts nothing
     logit_grad_norm: Tensor  # (B, T) fp32: at the position that predicts
-    grad_norm: Tensor  # (layers + 1, B, T) fp32: of dL / d hidden
+    grad_norm: Tensor  # (layers + 1, B, T) fp32: of dL / d hidden; NaN where it is not measured
+    measured: Tensor  # (layers + 1,) bool: hidden states that took part in the graph
     context_share: float | None  # |g_context| / |g|; None where it is not defined
     cosine_detached: float | None  # cos(g, g_outputs)
-    without_gradient: tuple[str, ...]  # trainable parameters that got none
+    without_gradient: tuple[str, ...]  # trainable parameters that got none, in modules that ran
+    not_run: tuple[str, ...]  # trainable parameters of modules that did not
     not_finite: tuple[str, ...]  # parameters whose gradient has NaN or infinities
+    zero: tuple[str, ...]  # parameters whose gradient is exactly zero
 
 
 @dataclass
-class _Parts:
-    """Squared norms and a product of the two parts, summed over modules."""
+class _Seen:
+    """What hooks saw of parameters and modules."""
 
-    outputs: float = 0.0
-    context: float = 0.0
-    product: float = 0.0
-    complete: bool = True  # every weight was seen once, at every position
-    handles: list[Any] = field(default_factory=list)
+    finite: dict[str, bool] = field(default_factory=dict)
+    zero: list[str] = field(default_factory=list)
+    ran: set[nn.Module] = field(default_factory=set)
+    parts: Parts | None = None
+
+    def gradient(self, name: str, p: nn.Parameter) -> None:
+        if p.grad is None:
+            return
+        largest = float(p.grad.abs().max()) if p.grad.numel() else 0.0
+        self.finite[name] = largest < float("inf")  # NaN is not
+        if largest == 0 and p.grad.numel():
+            self.zero.append(name)
+        if self.parts is not None:
+            self.parts.check(p)
 
 
 def trace(
-    model: nn.Module, inputs: Mapping[str, Any], targets: Tensor, outputs: Tensor | None
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    targets: Tensor,
+    outputs: Tensor | None,
+    selection: Selection | None = None,
 ) -> Trace:
     """Run forward and backward once, and leave model, gradients and random state as they were.
 
     Args:
-        model: called as `model(**inputs, output_hidden_states=True)`; returns `.logits` (B, T, V)
-            and `.hidden_states`, as Hugging Face's do.
+        model: called as `model(**inputs)`; returns `.logits` (B, T, V) and `.hidden_states`, as
+            Hugging Face's do when asked for them.
         inputs: what the model is called with, on its device. With `labels` among them the loss is
             the one that the model returns.
         targets: (B, T) int64: what position t has to predict, -100 where nothing.
         outputs: (B, T) bool: positions from the first predictor on, where each row is context and
             then output; None: there is no such split.
+        selection: its weighted mean is the loss where the model returns none; else the mean over
+            targets.
     """
-    with _as_it_was(model) as gradients:
-        parts = _Parts()
-        if outputs is not None:
-            _watch(model, outputs, parts)
-        try:
-            found = model(**inputs, output_hidden_states=True, use_cache=False)
-            logits, hidden = found.logits, list(found.hidden_states)
-            for tensor in (logits, *hidden):
-                if tensor.requires_grad:
-                    tensor.retain_grad()
-            found_log_probs = token_log_probs(logits.flatten(0, 1), targets.flatten())
-            log_prob = found_log_probs.log_prob.view(targets.shape)
-            loss = getattr(found, "loss", None)
-            if loss is None:
-                loss = -log_prob.sum() / (targets != -100).sum().clamp(min=1)
-            if loss.requires_grad:
-                loss.backward()
-        finally:
-            for handle in parts.handles:
-                handle.remove()
-        share, cosine = _share_and_cosine(parts) if outputs is not None else (None, None)
-        trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        return Trace(
-            loss=float(loss.detach()),
-            log_prob=log_prob.detach().float().cpu(),
-            logit_grad_norm=_norm(logits),
-            grad_norm=torch.stack([_norm(h) for h in hidden]),
-            context_share=share,
-            cosine_detached=cosine,
-            without_gradient=tuple(n for n in trainable if n not in gradients.seen),
-            not_finite=tuple(n for n in gradients.seen if not gradients.seen[n]),
+    seen = _Seen(parts=Parts(outputs) if outputs is not None else None)
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    with untouched(model, seen.gradient), _watching(model, seen):
+        found = model(**inputs)
+        logits, hidden = _outputs_of(model, found)
+        for tensor in (logits, *hidden):
+            if tensor.requires_grad:
+                tensor.retain_grad()
+        targets = targets.to(logits.device)
+        with torch.no_grad():
+            log_prob = token_log_probs(logits.detach().flatten(0, 1), targets.flatten()).log_prob
+        loss = getattr(found, "loss", None)
+        own = loss is not None
+        if loss is None:
+            loss = _loss(logits, targets, selection)
+        if loss.requires_grad:
+            loss.backward()
+    share, cosine = seen.parts.share_and_cosine() if seen.parts else (None, None)
+    missing = [name for name in names.values() if name not in seen.finite]
+    ran = {names.get(id(p)) for module in seen.ran for p in module.parameters(recurse=False)}
+    return Trace(
+        loss=float(loss.detach()),
+        own_loss=own,
+        log_prob=log_prob.detach().float().cpu().view(targets.shape),
+        logit_grad_norm=_norm(logits),
+        grad_norm=torch.stack([_norm(h) for h in hidden]),
+        measured=torch.tensor([h.requires_grad for h in hidden]),
+        context_share=share,
+        cosine_detached=cosine,
+        without_gradient=tuple(n for n in missing if n in ran),
+        not_run=tuple(n for n in missing if n not in ran),
+        not_finite=tuple(n for n, finite in seen.finite.items() if not finite),
+        zero=tuple(seen.zero),
+    )
+
+
+def _outputs_of(model: nn.Module, found: Any) -> tuple[Tensor, list[Tensor]]:
+    logits, hidden = getattr(found, "logits", None), getattr(found, "hidden_states", None)
+    if logits is None or not hidden:
+        raise TypeError(
+            f"sgp.audit: {type(model).__name__} returned {type(found).__name__} without logits or "
+            "hidden_states; expected a causal language model of Hugging Face's kind"
         )
+    return logits, [h for h in hidden if h is not None]
+
+
+def _loss(logits: Tensor, targets: Tensor, selection: Selection | None) -> Tensor:
+    if selection is None:
+        return cross_entropy(logits.flatten(0, 1), targets.flatten())
+    weight, denominator = selection.weight, None
+    if weight is not None and bool((weight < 0).any()):
+        denominator = max(1, selection.num_kept)  # advantages: their sum is no divisor
+    moved = selection.to(logits.device)
+    return cross_entropy(logits.flatten(0, 1), moved, denominator=denominator)
 
 
 def _norm(x: Tensor) -> Tensor:
+    """(B, T): of the gradient; 0 where none arrived, NaN where none could."""
     if x.grad is None:
-        return torch.zeros(x.shape[:2])
+        return torch.full(x.shape[:2], 0.0 if x.requires_grad else torch.nan)
     norms: Tensor = x.grad.detach().float().norm(dim=-1).cpu()
     return norms
 
 
-# -- the two parts of a gradient -------------------------------------------------------------------
-
-
-def _watch(model: nn.Module, outputs: Tensor, parts: _Parts) -> None:
-    seen: set[int] = set()
-
-    def forward(module: nn.Linear, args: tuple[Any, ...], result: Tensor) -> None:
-        x = args[0]
-        if x.shape[:2] != outputs.shape or id(module.weight) in seen or not result.requires_grad:
-            parts.complete = False
-            return
-        seen.add(id(module.weight))
-        kept = x.detach()
-
-        def backward(delta: Tensor) -> None:
-            of_outputs = _product(delta, kept, outputs)
-            of_context = _product(delta, kept, ~outputs)
-            parts.outputs += float(of_outputs.square().sum())
-            parts.context += float(of_context.square().sum())
-            parts.product += float((of_outputs * of_context).sum())
-
-        result.register_hook(backward)
-
-    for module in model.modules():
-        if type(module).__name__ == "Conv1D":  # GPT-2's linear layers are none of PyTorch's
-            parts.complete = False
-        if isinstance(module, nn.Linear) and module.weight.requires_grad:
-            parts.handles.append(module.register_forward_hook(forward))
-
-
-def _product(delta: Tensor, x: Tensor, where: Tensor) -> Tensor:
-    return delta[where].float().t() @ x[where].float()
-
-
-def _share_and_cosine(parts: _Parts) -> tuple[float | None, float | None]:
-    """(|g_context| / |g|, cos(g, g_outputs)); None where not all was seen, or nothing finite."""
-    whole = parts.outputs + parts.context + 2 * parts.product
-    if not parts.complete or not math.isfinite(whole) or whole <= 0 or parts.outputs <= 0:
-        return None, None
-    cosine = (parts.outputs + parts.product) / (whole * parts.outputs) ** 0.5
-    return float((parts.context / whole) ** 0.5), float(cosine)
-
-
-# -- leaving things as they were -------------------------------------------------------------------
-
-
-@dataclass
-class _Gradients:
-    seen: dict[str, bool] = field(default_factory=dict)  # name: whether all of it is finite
-
-
 @contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[_Gradients]:
-    """Evaluation mode, no gradient kept, and afterwards everything as before."""
-    modes = {module: module.training for module in model.modules()}
-    before = {name: p.grad for name, p in model.named_parameters()}
-    devices = list({p.device for p in model.parameters() if p.is_cuda})
-    gradients = _Gradients()
-    handles = []
-    for name, p in model.named_parameters():
-        p.grad = None
-        if p.requires_grad:
-            handles.append(p.register_post_accumulate_grad_hook(_forget(name, gradients)))
+def _watching(model: nn.Module, seen: _Seen) -> Iterator[None]:
+    """Which modules run; the parts of the gradient; frozen embeddings' output gets one too."""
+
+    def ran(module: nn.Module, *_: Any) -> None:
+        seen.ran.add(module)
+
+    def differentiable(_: nn.Module, __: Any, result: Any) -> None:
+        if isinstance(result, Tensor) and result.is_leaf and result.is_floating_point():
+            result.requires_grad_()
+
+    handles = [m.register_forward_hook(ran) for m in model.modules()]
+    embeddings = input_embeddings(model)
+    if embeddings is not None:
+        handles.append(embeddings.register_forward_hook(differentiable))
+    if seen.parts is not None:
+        seen.parts.watch(model)
     try:
-        with torch.random.fork_rng(devices), torch.enable_grad():
-            model.eval()
-            yield gradients
+        yield
     finally:
         for handle in handles:
             handle.remove()
-        for name, p in model.named_parameters():
-            p.grad = before[name]
-        for module, mode in modes.items():
-            module.training = mode
+        if seen.parts is not None:
+            seen.parts.stop()
 
 
-def _forget(name: str, gradients: _Gradients) -> Any:
-    def hook(p: Tensor) -> None:
-        if p.grad is not None:
-            gradients.seen[name] = bool(p.grad.isfinite().all())
-            p.grad = None
-
-    return hook
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The module that turns token ids into hidden states, if the model says which."""
+    try:
+        return model.get_input_embeddings()  # type: ignore[operator, no-any-return]
+    except (AttributeError, NotImplementedError):
+        return None

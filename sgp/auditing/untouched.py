@@ -1,0 +1,83 @@
+"""Leave a model as it was: parameters, gradients, hooks, modes and random state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CAPTURING = "_output_capturing_hooks_installed"  # transformers' mark of its recording hooks
+
+
+@contextmanager
+def untouched(model: nn.Module, visit: Callable[[str, nn.Parameter], None]) -> Iterator[None]:
+    """Evaluation mode and gradients on inside; afterwards everything as before.
+
+    `visit(name, parameter)` is called when a trainable parameter's gradient is complete; then the
+    gradient is dropped, so that never more than one is held. The parameter's own hooks for that
+    moment (an optimizer that steps in backward) do not run.
+    """
+    named = dict(model.named_parameters())
+    modes = {module: module.training for module in model.modules()}
+    gradients = {name: p.grad for name, p in named.items()}
+    hooks = {name: dict(p._post_accumulate_grad_hooks or {}) for name, p in named.items()}  # noqa: SLF001  (there is no public list of them)
+    recording = _recording(model)
+    random = torch.random.fork_rng(list({p.device for p in named.values() if p.is_cuda}))
+    handles = []
+    for name, p in named.items():
+        p.grad = None
+        _replace(p, {})
+        if p.requires_grad:
+            handles.append(p.register_post_accumulate_grad_hook(_drop(name, visit)))
+    try:
+        with random, torch.inference_mode(mode=False), torch.enable_grad():
+            model.eval()
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, p in named.items():
+            p.grad = gradients[name]
+            _replace(p, hooks[name])
+        for module, mode in modes.items():
+            module.training = mode
+        _forget_recording(model, recording)
+
+
+def _drop(name: str, visit: Callable[[str, nn.Parameter], None]) -> Any:
+    def hook(p: Tensor) -> None:
+        if p.grad is not None:
+            visit(name, p)  # type: ignore[arg-type]
+            p.grad = None
+
+    return hook
+
+
+def _replace(p: nn.Parameter, hooks: dict[int, Any]) -> None:
+    """In place: autograd holds this dict."""
+    held = p._post_accumulate_grad_hooks  # noqa: SLF001
+    if held is not None:
+        held.clear()
+        held.update(hooks)
+
+
+def _recording(model: nn.Module) -> dict[nn.Module, dict[int, Any]] | None:
+    """Forward hooks, if those of transformers for hidden states are not there yet."""
+    if any(CAPTURING in vars(module) for module in model.modules()):
+        return None
+    return {module: dict(module._forward_hooks) for module in model.modules()}  # noqa: SLF001
+
+
+def _forget_recording(model: nn.Module, before: dict[nn.Module, dict[int, Any]] | None) -> None:
+    """Take hooks and mark away together, so that transformers installs them when next asked."""
+    marked = [module for module in model.modules() if CAPTURING in vars(module)]
+    if before is None or not marked:
+        return
+    for module in marked:
+        delattr(module, CAPTURING)
+    for module, hooks in before.items():
+        for key in set(module._forward_hooks) - set(hooks):  # noqa: SLF001
+            del module._forward_hooks[key]  # noqa: SLF001

@@ -1,0 +1,207 @@
+"""A batch as the checks see it: tokens, labels, targets, padding, seams and masks, on the CPU.
+
+Everything that a batch can say about itself is read here, once, whatever its keys are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgp.selection import IGNORE, Selection
+
+NAME = "sgp.audit"
+OUTPUT_MASKS = ("completion_mask", "assistant_masks", "assistant_mask")
+BOUNDARIES = ("cu_seqlens", "cu_seq_lens_q")
+
+
+@dataclass(frozen=True)
+class View:
+    """What is known of a batch before and, with the last five fields, after its backward pass."""
+
+    input_ids: Tensor  # (B, T)
+    labels: Tensor  # (B, T): -100, or the token at its place if they are right; not shifted
+    targets: Tensor  # (B, T): what position t has to predict; -100 where nothing
+    attended: Tensor  # (B, T) bool: not padding
+    starts: Tensor  # (B, T) bool: the first token of a row or of a packed sequence
+    outputs: Tensor | None  # (B, T) bool: which tokens are output, if the batch says so
+    special: frozenset[int]  # token ids of the tokenizer's special tokens, end of text aside
+    eos: frozenset[int]
+    loss: float | None = None  # what was differentiated
+    own_loss: bool = False  # it is the model's, not the mean over targets
+    vocabulary: int | None = None
+    log_prob: Tensor | None = None  # (B, T), of the target
+    logit_grad_norm: Tensor | None = None  # (B, T)
+    measured: Tensor | None = None  # (layers + 1,) bool: hidden states that took part in the graph
+    without_gradient: tuple[str, ...] = ()  # trainable, in a module that ran
+    not_run: tuple[str, ...] = ()  # trainable, in a module that did not
+    not_finite: tuple[str, ...] = ()
+    zero: tuple[str, ...] = ()
+
+    @property
+    def predicts(self) -> Tensor:
+        """(B, T) bool: positions whose logits carry loss."""
+        return self.targets != IGNORE
+
+    @property
+    def scored(self) -> Tensor:
+        """(B, T) bool: tokens that the position before them has to predict."""
+        return _later(self.predicts)
+
+    @property
+    def sequence(self) -> Tensor:
+        """(B, T) int64: the number of the sequence within its row, from 0."""
+        return (self.starts.long().cumsum(1) - 1).clamp(min=0)
+
+
+def read(
+    batch: Mapping[str, Any],
+    *,
+    selection: Selection | None = None,
+    tokenizer: Any = None,
+    eos: tuple[int, ...] = (),
+) -> View:
+    """Read a batch.
+
+    Args:
+        batch: `input_ids` (B, T) and one of `labels`, `shift_labels` (B, T), or a selection.
+            Padding: `attention_mask` of 0 and 1 or of sequence numbers (B, T), or a mask of pairs
+            (B, 1, T, T). Seams of packed rows: that mask, `position_ids` (B, T) or (1, T) that
+            fall back, `seq_idx`, `cu_seqlens` or `cu_seq_lens_q` of the flattened batch. Output
+            tokens: `completion_mask`, `assistant_masks` (B, T), or `context_lengths` (B,).
+        selection: in place of labels.
+        tokenizer: has `eos_token_id` and `all_special_ids`.
+        eos: further tokens that end a text.
+
+    Raises:
+        ValueError: without labels and selection, or if shapes disagree.
+        TypeError: if the batch is no mapping.
+    """
+    input_ids, labels, targets = _tokens(batch, selection)
+    attended, starts = _attended_and_starts(batch, input_ids)
+    if selection is not None and selection.boundaries is not None:
+        _mark(starts, selection.boundaries[: selection.num_sequences])
+    end, special = set(eos), set[int]()
+    if tokenizer is not None:
+        own = getattr(tokenizer, "eos_token_id", None)
+        end |= {own} if isinstance(own, int) else set(own or ())
+        special = set(getattr(tokenizer, "all_special_ids", ())) - end
+    return View(
+        input_ids=input_ids,
+        labels=labels,
+        targets=targets,
+        attended=attended,
+        starts=starts & attended,
+        outputs=_outputs(batch, attended),
+        special=frozenset(special),
+        eos=frozenset(end),
+    )
+
+
+def suffixes(view: View) -> Tensor | None:
+    """(B, T) bool from the first predictor on, if every row is context, output, padding."""
+    begun = view.predicts.long().cumsum(1) > 0
+    holes = _later(begun) & view.attended & ~view.scored
+    inner = view.starts & (view.attended.long().cumsum(1) > 1)
+    return None if bool(holes.any()) or bool(inner.any()) else begun
+
+
+def _later(x: Tensor) -> Tensor:
+    """What was at t, at t + 1."""
+    found = torch.zeros_like(x)
+    found[:, 1:] = x[:, :-1]
+    return found
+
+
+def _tokens(batch: Mapping[str, Any], selection: Selection | None) -> tuple[Tensor, Tensor, Tensor]:
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"{NAME}: batch is {type(batch).__name__}; expected a dict with input_ids")
+    if "input_ids" not in batch:
+        raise ValueError(f"{NAME}: the batch has {sorted(batch)}; expected input_ids")
+    input_ids = batch["input_ids"].cpu()
+    if input_ids.dim() != 2 or not input_ids.numel():
+        raise ValueError(
+            f"{NAME}: input_ids is {tuple(input_ids.shape)}; expected (B, T), not empty"
+        )
+    if selection is not None:
+        if selection.num_tokens != input_ids.numel():
+            raise ValueError(
+                f"{NAME}: the selection is of {selection.num_tokens} tokens, input_ids of "
+                f"{input_ids.numel()}"
+            )
+        return _from_targets(input_ids, selection.dense_target.cpu().view(input_ids.shape))
+    for name in ("shift_labels", "labels"):  # what shift_labels says is what a model scores
+        given = batch.get(name)
+        if given is None:
+            continue
+        if given.shape != input_ids.shape:
+            raise ValueError(
+                f"{NAME}: {name} is {tuple(given.shape)}, input_ids {tuple(input_ids.shape)}"
+            )
+        if name == "shift_labels":
+            return _from_targets(input_ids, given.cpu())
+        labels = given.cpu()
+        targets = torch.full_like(labels, IGNORE)
+        targets[:, :-1] = labels[:, 1:]
+        return input_ids, labels, targets
+    raise ValueError(f"{NAME}: the batch has {sorted(batch)}; expected labels, or selection=")
+
+
+def _from_targets(input_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    labels = torch.full_like(targets, IGNORE)
+    labels[:, 1:] = targets[:, :-1]
+    return input_ids, labels, targets
+
+
+def _attended_and_starts(batch: Mapping[str, Any], input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    B, T = input_ids.shape
+    attended = torch.ones_like(input_ids, dtype=torch.bool)
+    starts = torch.zeros_like(attended)
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor):
+        mask = mask.cpu()
+        if mask.shape == input_ids.shape:
+            attended = mask != 0
+            starts[:, 1:] |= (mask[:, 1:] != mask[:, :-1]) & attended[:, :-1]  # numbered sequences
+        elif mask.dim() == 4 and mask.shape[-2:] == (T, T):
+            pairs = (mask == 0) if mask.is_floating_point() else (mask != 0)
+            pairs = pairs[:, 0].expand(B, T, T)
+            attended = pairs.diagonal(dim1=1, dim2=2).clone()
+            starts[:, 1:] |= ~pairs.diagonal(-1, 1, 2)
+    positions = _by_row(batch.get("position_ids"), input_ids)
+    if positions is not None:
+        starts[:, 1:] |= (positions[:, 1:] <= positions[:, :-1]) & attended[:, :-1]
+    numbers = _by_row(batch.get("seq_idx"), input_ids)
+    if numbers is not None:
+        starts[:, 1:] |= numbers[:, 1:] != numbers[:, :-1]
+    for name in BOUNDARIES:
+        if isinstance(batch.get(name), Tensor) and batch[name].dim() == 1:
+            _mark(starts, batch[name])
+    starts |= attended & (attended.long().cumsum(1) == 1)
+    return attended, starts
+
+
+def _by_row(x: Any, input_ids: Tensor) -> Tensor | None:
+    if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != input_ids.shape[1]:
+        return None
+    return x.cpu().expand(input_ids.shape) if len(x) in (1, len(input_ids)) else None
+
+
+def _mark(starts: Tensor, boundaries: Tensor) -> None:
+    at = boundaries.cpu().long()
+    starts.view(-1)[at[(at >= 0) & (at < starts.numel())]] = True
+
+
+def _outputs(batch: Mapping[str, Any], attended: Tensor) -> Tensor | None:
+    for name in OUTPUT_MASKS:
+        mask = batch.get(name)
+        if isinstance(mask, Tensor) and mask.shape == attended.shape:
+            return mask.cpu() != 0
+    lengths = batch.get("context_lengths")
+    if isinstance(lengths, Tensor) and lengths.shape == attended.shape[:1]:
+        return (torch.arange(attended.shape[1]) >= lengths.cpu()[:, None]) & attended
+    return None

@@ -1,0 +1,234 @@
+"""Every finding is planted and found, and absent from a batch that is right."""
+
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import sgp
+from sgp.auditing import findings, look
+from tests.audited import CONTEXTS, EOS, LENGTHS, B, T, Tokenizer, V, make, make_batch
+
+
+@pytest.fixture
+def model():
+    return make("llama").train()
+
+
+@pytest.fixture
+def batch():
+    return make_batch()
+
+
+def shifted_twice(c):
+    c.labels[0] = torch.cat([c.labels[0, 1:], torch.tensor([-100])])
+
+
+def other_labels(c):
+    c.labels[1, 4] = (c.ids[1, 4] + 1) % V
+    c.labels[1, 6] = (c.ids[1, 6] + 5) % V
+
+
+def first_output_lost(c):
+    c.batch["completion_mask"] = (c.labels != -100).long()
+    c.labels[0, CONTEXTS[0]] = -100
+
+
+def nothing_scored(c):
+    c.labels[2] = -100
+
+
+def packed(c):
+    c.batch["position_ids"] = torch.arange(T).repeat(B, 1)
+    c.batch["position_ids"][0, 9:] = torch.arange(T - 9)
+
+
+class OtherLoss:
+    """A forward with another loss."""
+
+    def __init__(self, forward, loss):
+        self.forward, self.loss = forward, loss
+        self.__signature__ = inspect.signature(forward)
+
+    def __call__(self, *args, **kwargs):
+        out = self.forward(*args, **kwargs)
+        out.loss = self.loss(out)
+        return out
+
+
+def loss_of_everything(c):
+    """A gradient at every position."""
+    c.model.forward = OtherLoss(c.model.forward, lambda out: out.logits.logsumexp(-1).mean())
+
+
+def detached_layer(c):
+    c.model.model.layers[1].mlp.register_forward_hook(lambda *args: args[-1].detach())
+
+
+@torch.no_grad()
+def not_a_number(c):
+    c.model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+
+
+def padding(c):
+    c.labels[1, LENGTHS[1]] = c.ids[1, LENGTHS[1]] = 7
+
+
+def special(c):
+    c.labels[0, 8] = c.ids[0, 8] = 1
+
+
+def no_end(c):
+    c.labels[0, -1] = c.ids[0, -1] = 9
+
+
+def context_too(c):
+    c.labels[0, 1:] = c.ids[0, 1:]
+
+
+def unused_tower(c):
+    c.model.vision_tower = torch.nn.Linear(3, 3)
+
+
+@torch.no_grad()
+def adapter(c):
+    """The MLP's output is multiplied by zero, as an adapter's is at first."""
+    c.model.model.layers[1].mlp.down_proj.weight.zero_()
+
+
+def no_graph(c):
+    """Hidden states made without a graph; frozen, so nothing else is wrong."""
+    layer = c.model.model.layers[0]
+    c.model.requires_grad_(False)
+    c.model.model.layers[1].requires_grad_(True)
+    layer.forward = torch.no_grad()(layer.forward)
+
+
+def auxiliary(c):
+    c.model.forward = OtherLoss(c.model.forward, lambda out: out.loss + 0.2)
+
+
+@torch.no_grad()
+def confident(c):
+    c.model.lm_head.weight.mul_(200)
+
+
+PLANTS = {  # code: (the fault, the row where it is; None: everywhere)
+    "labels-shifted-twice": (shifted_twice, 0),
+    "labels-not-the-inputs": (other_labels, 1),
+    "first-output-untrained": (first_output_lost, 0),
+    "no-targets": (nothing_scored, 2),
+    "crosses-boundary": (packed, 0),
+    "context-logit-gradient": (loss_of_everything, 0),
+    "missing-gradient": (detached_layer, None),
+    "nan": (not_a_number, 0),
+    "padding-scored": (padding, 1),
+    "special-scored": (special, 0),
+    "no-eos": (no_end, 0),
+    "all-scored": (context_too, 0),
+    "module-not-run": (unused_tower, None),
+    "zero-gradient": (adapter, None),
+    "not-measured": (no_graph, None),
+    "another-loss": (auxiliary, None),
+    "worse-than-uniform": (confident, None),
+}
+SEVERITY = {"error": findings.ERRORS, "warning": findings.WARNINGS, "note": findings.NOTES}
+
+
+@pytest.mark.parametrize("code", [*findings.ERRORS, *findings.WARNINGS, *findings.NOTES])
+def test_a_planted_fault_is_found(code, model, batch):
+    fault, row = PLANTS[code]
+    fault(SimpleNamespace(model=model, ids=batch["input_ids"], labels=batch["labels"], batch=batch))
+    report = sgp.audit(model, batch, tokenizer=Tokenizer())
+    found = [finding for finding in report.findings if finding.code == code]
+    assert found, report.findings
+    assert code in SEVERITY[found[0].severity]
+    assert found[0].message
+    assert found[0].where.startswith("" if row is None else f"row {row}")
+    assert bool(report.errors) == (code in findings.ERRORS)
+
+
+# -- what is no fault ------------------------------------------------------------------------------
+
+
+def seen(batch, **options):
+    return {finding.code for finding in look(batch, tokenizer=Tokenizer(), **options)}
+
+
+def test_labels_of_column_0_are_never_scored(batch):
+    """`labels = input_ids.clone()`: the begin-of-text token has no predictor."""
+    batch["labels"][0, 0] = batch["input_ids"][0, 0] = 1
+    assert seen(batch) == set()
+
+
+def test_left_padding(model, batch):
+    ids = batch["input_ids"].clone()
+    mask, labels = torch.ones_like(ids), torch.full_like(ids, -100)
+    for b, (context, length) in enumerate(zip(CONTEXTS, LENGTHS, strict=True)):
+        ids[b] = batch["input_ids"][b].roll(T - length)
+        mask[b, : T - length] = 0
+        labels[b, T - length + context :] = ids[b, T - length + context :]
+    left = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    report = sgp.audit(model, left, tokenizer=Tokenizer())
+    assert report.findings == []
+    assert report.context_share == pytest.approx(sgp.audit(model, batch).context_share, rel=0.2)
+    whole = torch.where(mask == 1, ids, -100)
+    found = look({**left, "labels": whole}, tokenizer=Tokenizer())
+    assert {f.code for f in found} == {"all-scored", "padding-scored"}
+    assert [f.where for f in found if f.code == "padding-scored"] == [
+        "row 1, token 4", "row 2, token 2",
+    ]  # fmt: skip
+    assert "on the left" in next(f.message for f in found if f.code == "padding-scored")
+
+
+def seams(T, at):
+    """Every way in which a batch says that a sequence begins at `at`."""
+    first = torch.arange(T) < at
+    number = torch.where(first, 1, 2)[None]
+    pairs = (number[:, :, None] == number[:, None]) & torch.ones(T, T, dtype=torch.bool).tril()
+    return {
+        "position_ids": torch.where(first, torch.arange(T), torch.arange(T) - at)[None],
+        "attention_mask": number,
+        "pairs": pairs[:, None],
+        "biases": torch.where(pairs[:, None], 0.0, torch.finfo(torch.float32).min),
+        "seq_idx": number.int(),
+        "cu_seqlens": torch.tensor([0, at, T], dtype=torch.int32),
+        "cu_seq_lens_q": torch.tensor([0, at, T], dtype=torch.int32),
+    }
+
+
+@pytest.mark.parametrize("way", seams(T, 9))
+def test_seams_are_found_however_they_are_said(way):
+    ids = torch.arange(3, 3 + T)[None]
+    ids[0, 8] = ids[0, -1] = EOS
+    labels = torch.full_like(ids, -100)
+    labels[0, 4:9], labels[0, 12:] = ids[0, 4:9], ids[0, 12:]
+    key = "attention_mask" if way in ("pairs", "biases") else way
+    batch = {"input_ids": ids, "labels": labels, key: seams(T, 9)[way]}
+    assert seen(batch) == set()
+    labels[0, 9] = ids[0, 9]
+    assert seen(batch) == {"crosses-boundary"}
+    labels[0, 9] = labels[0, 8] = -100
+    found = look(batch, tokenizer=Tokenizer())
+    assert [(f.code, f.where) for f in found] == [("no-eos", "row 0, token 7")], "of each sequence"
+
+
+def test_ends_of_text(model, batch):
+    """A turn may end with another token than a text; a template may write one token more."""
+    batch["input_ids"][:, -1] = batch["labels"][:, -1] = 9
+    ids = {"input_ids": batch["input_ids"][:1], "labels": batch["labels"][:1]}
+    assert seen(ids) == {"no-eos"}
+    model.generation_config.eos_token_id = [EOS, 9]
+    assert sgp.audit(model, ids, tokenizer=Tokenizer()).findings == []
+    ids["labels"][0, -2] = ids["input_ids"][0, -2] = EOS
+    assert seen(ids) == set()
+
+
+def test_the_first_output_is_known_from_context_lengths(batch):
+    batch["context_lengths"] = torch.tensor(CONTEXTS)
+    assert seen(batch) == set()
+    batch["labels"][2, CONTEXTS[2]] = -100
+    assert seen(batch) == {"first-output-untrained"}
+    del batch["context_lengths"]
+    assert seen(batch) == set(), "nothing says so"
