@@ -25,6 +25,7 @@ from sgp.selection import Selection
 
 NAME = "sgp.context_loss"
 MODES = ("exact", "detach", "replay")
+SHARDED = ("device_mesh", "ds_id", "_is_flat_param")  # DTensor, DeepSpeed's ZeRO 3, FSDP 1
 KEYS_AND_VALUES = ("full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -191,9 +192,10 @@ def _check_model(model: torch.nn.Module) -> None:
 def _context(model: torch.nn.Module, parts: _Parts, mode: str, G: int) -> Any:
     """The context's keys and values, in a cache for G rows each."""
     layers = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
+    stop = _may_stop(model)
 
     def run(ids: Tensor) -> tuple[Tensor, ...]:
-        cache = _new_cache(layers, stop=True)
+        cache = _new_cache(layers, stop=stop)
         with contextlib.suppress(_LastLayerError):
             _call(model, ids, parts.context_mask, parts.context_positions, cache)
         return _flat(cache)
@@ -210,6 +212,16 @@ def _context(model: torch.nn.Module, parts: _Parts, mode: str, G: int) -> Any:
     for layer, (keys, values) in enumerate(zip(flat[::2], flat[1::2], strict=True)):
         cache.update(keys.repeat_interleave(G, 0), values.repeat_interleave(G, 0), layer)
     return cache
+
+
+def _may_stop(model: torch.nn.Module) -> bool:
+    """Whether an exception may end a forward pass.
+
+    Not where something waits for its end: accelerate moves weights back, FSDP frees them.
+    """
+    waits = any(hasattr(module, "_hf_hook") for module in model.modules())
+    sharded = any(hasattr(p, mark) for p in model.parameters() for mark in SHARDED)
+    return not waits and not sharded
 
 
 def _logits(model: torch.nn.Module, parts: _Parts, cache: Any) -> Tensor:

@@ -25,7 +25,9 @@ CONFIGS = {
     "tied": LlamaConfig(**SIZE, tie_word_embeddings=True, pad_token_id=0),
     "qwen3": Qwen3Config(**SIZE),
     "gemma3": Gemma3TextConfig(**SIZE, query_pre_attn_scalar=8),
-    "gpt2": GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "gpt2": GPT2Config(
+        vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+    ),
 }
 CONTEXTS, LENGTHS = (6, 2, 11), (17, 12, 14)
 EOS = 2

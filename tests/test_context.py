@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -260,3 +261,25 @@ def test_architectures_with_other_states_are_refused_by_name(kind, input_ids):
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match=f"the cache of {kind}.* more than keys and values"):
         sgp.context_loss(model, input_ids, CONTEXTS)
+
+
+def test_a_forward_that_something_waits_for_runs_to_its_end(llama, input_ids):
+    """Accelerate's hooks move weights before and after a module; FSDP's gather and free them."""
+    expected = gradients(llama, sgp.context_loss(llama, input_ids, CONTEXTS, lengths=LENGTHS))
+
+    class Balance(ModelHook):
+        count = 0
+
+        def pre_forward(self, _, *args, **kwargs):
+            Balance.count += 1
+            return args, kwargs
+
+        def post_forward(self, _, output):
+            Balance.count -= 1
+            return output
+
+    for layer in llama.model.layers:
+        add_hook_to_module(layer, Balance())
+    found = gradients(llama, sgp.context_loss(llama, input_ids, CONTEXTS, lengths=LENGTHS))
+    assert Balance.count == 0
+    assert_same(found, expected, 1e-5)

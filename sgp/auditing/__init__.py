@@ -22,12 +22,12 @@ from sgp.auditing.findings import Finding
 from sgp.auditing.report import AuditReport, Token
 from sgp.auditing.trace import Trace, input_embeddings, trace
 from sgp.auditing.view import NAME, View, read, suffixes
+from sgp.context import SHARDED
 from sgp.selection import IGNORE, Selection
 
 __all__ = ["AuditReport", "Finding", "audit"]
 
 OPTIONS = {"output_hidden_states": True, "use_cache": False}
-SHARDED = ("device_mesh", "ds_id", "_is_flat_param")  # DTensor, DeepSpeed's ZeRO 3, FSDP 1
 THROUGH = (  # keys that Hugging Face's models take without naming them in forward
     "position_ids", "shift_labels", "num_items_in_batch", "seq_idx",
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",

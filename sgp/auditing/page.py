@@ -11,7 +11,8 @@ from sgp.auditing.report import ROLES, AuditReport, Token
 SEVERITIES = {"error": "#c0392b", "warning": "#b9770e", "note": "#2471a3"}
 STYLE = """
 :root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem 8rem;
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto;
+  max-width: 72rem; padding: 0 1rem 8rem;
   color: #1b1f24; background: #fff; }
 h1 { font-size: 1.3rem; margin-bottom: 0; } h2 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
 .sub { color: #57606a; margin-top: 0; }
