@@ -2,11 +2,12 @@
 
 `cross_entropy` replaces `torch.nn.functional.cross_entropy`, `linear_cross_entropy` the head before
 it too; `token_log_probs` and `linear_token_log_probs` give each token's log-probability;
-`Selection` says which tokens carry loss; `reference` is the definition of all in plain PyTorch.
+`Selection` says which tokens carry loss; `audit` shows where the gradient went; `huggingface.patch`
+puts the loss into a model of transformers; `reference` is the definition of all in plain PyTorch.
 Kernels are imported at first use.
 """
 
-from sgp import reference
+from sgp import huggingface, reference
 from sgp.auditing import AuditReport, audit
 from sgp.context import context_loss
 from sgp.linear import LinearCrossEntropyLoss, linear_cross_entropy
@@ -25,6 +26,7 @@ __all__ = [
     "audit",
     "context_loss",
     "cross_entropy",
+    "huggingface",
     "linear_cross_entropy",
     "linear_token_log_probs",
     "reference",

@@ -1,0 +1,300 @@
+"""`patch`: sgp's loss in a causal language model of Hugging Face transformers.
+
+Three things are put on one model, none of them on its class: a hook before and one after its
+forward, a loss function, and, in mode "fused", a forward of its head. Each is a copyable object
+without reference to the model, so that a copy of a patched model is a patched model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgp.huggingface import probe
+from sgp.huggingface.loss import IGNORE, causal_lm_loss, next_tokens
+from sgp.huggingface.selective_head import Request, SelectiveHead, reveal
+
+NAME = "sgp.huggingface.patch"
+MODES = ("auto", "rows", "fused")
+OTHERS = ("liger_kernel", "cut_cross_entropy", "unsloth")  # kernels that replace forward
+AGREE = {torch.float32: 1e-4, torch.float64: 1e-6}  # relative; else 2e-2
+
+
+class UnsupportedModelError(ValueError):
+    """A model that cannot be patched, with the reason."""
+
+
+@dataclass(eq=False)
+class _Patch:
+    """The state that hooks, loss function and head share."""
+
+    mode: str
+    selective: SelectiveHead | None = None
+    always: bool = False  # in evaluation mode too: while it is verified
+
+    def before(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Say which rows carry loss: to the model, or to its head."""
+        if not (model.training or self.always):
+            return None
+        if args:
+            kwargs = {**_named(model, args), **kwargs}
+        labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
+        if labels is None:
+            if torch.is_grad_enabled() and model.training:
+                _warn_of_logits()
+            return None
+        keep = kwargs.get("logits_to_keep", 0)
+        if isinstance(keep, Tensor) or keep:
+            return None  # the caller has chosen
+        ignore = kwargs.get("ignore_index", IGNORE)
+        target = next_tokens(labels, ignore) if shifted is None else shifted
+        if self.mode == "rows":
+            kept = target != ignore
+            return (), {**kwargs, "logits_to_keep": kept, "shift_labels": target[kept]}
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        if SelectiveHead.of(head) is not self.selective or self.selective is None:
+            raise RuntimeError(
+                f"{NAME}: the head of {type(model).__name__} was replaced after it was patched; "
+                "patch it again"
+            )
+        self.selective.request = Request(
+            target=target,
+            ignore_index=ignore,
+            denominator=kwargs.get("num_items_in_batch"),
+            label_smoothing=kwargs.get("label_smoothing", 0.0),
+        )
+        return (), kwargs
+
+    def after(self, _: nn.Module, __: Any, ___: Any, out: Any) -> Any:
+        """Nothing waits for the head any more, and a stand-in is no logits."""
+        if self.selective is None or self.selective.request is None:
+            return None
+        self.selective.request = None
+        if isinstance(out, tuple):
+            return (out[0], None, *out[2:])
+        if out is None:  # an exception passes
+            return None
+        return type(out)(**{k: v for k, v in out.items() if k != "logits"})
+
+    def loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss function of the model."""
+        request = self.selective.request if self.selective is not None else None
+        if request is None:
+            return causal_lm_loss(*args, **kwargs)
+        return reveal(args[0] if args else kwargs["logits"], request)
+
+
+@dataclass(frozen=True)
+class Handle:
+    """A patched model; `remove` takes the patch away."""
+
+    model: nn.Module
+    mode: str  # "rows" | "fused"
+
+    def remove(self) -> None:
+        """The model as it was; a second time does nothing."""
+        found = _patch_of(self.model)
+        if found is not None:
+            _uninstall(self.model, found)
+
+    def __repr__(self) -> str:
+        return f"Handle({type(self.model).__name__}, mode={self.mode!r})"
+
+
+def patch(model: nn.Module, *, mode: str = "auto") -> Handle:
+    """Put `sgp`'s loss into a causal language model, so that its head runs on kept rows only.
+
+    Acts in training mode on calls with `labels`. In evaluation mode the model makes all logits, as
+    before, and its loss reads those that carry loss. `generate`, calls without labels, saving and
+    copying are as before. The model is run on a few tokens first, and must have the loss it had.
+
+    Example:
+        >>> handle = sgp.huggingface.patch(model)  # doctest: +SKIP
+        >>> loss = model(input_ids=ids, labels=labels).loss  # doctest: +SKIP
+        >>> handle.remove()  # doctest: +SKIP
+
+    Args:
+        model: of transformers, or PEFT's around one. Its loss is transformers' `ForCausalLMLoss`.
+        mode: "rows": the head makes logits of the tokens that carry loss; `out.logits` is (M, V),
+            row by row; needs a forward that takes a mask in `logits_to_keep` (transformers 5.21).
+            One wait for a GPU, which counts them. "fused": no logits at all, `sgp`'s linear head
+            inside the head's forward; `out.logits` is None; the head must be a plain `nn.Linear`,
+            and what follows it a scale and a softcap at most. "auto": "fused" if that can be, else
+            "rows".
+
+    Returns:
+        The handle. A model that is patched already keeps its patch, or changes its mode.
+
+    Raises:
+        UnsupportedModelError: if the model cannot be patched, with the reason; it is as before.
+        ValueError: an unknown mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"{NAME}: mode = {mode!r}; expected one of {MODES}")
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    old = _patch_of(model)
+    if old is not None:
+        if mode in ("auto", old.mode):
+            return Handle(model, old.mode)
+        _uninstall(model, old)
+    head = _checked_head(model)
+    stock = _probed(model, head)
+    wanted = ("fused", "rows") if mode == "auto" else (mode,)
+    reasons = []
+    for each in wanted:
+        made = None
+        try:
+            made = _fused(model, head) if each == "fused" else _rows(model)
+            _install(model, made)
+            _verify(model, head, made, stock)
+        except UnsupportedModelError as error:
+            if made is not None:
+                _uninstall(model, made)
+            reasons.append(f"{each}: {error}")
+        else:
+            return Handle(model, made.mode)
+    if old is not None:
+        _install(model, old)
+    raise UnsupportedModelError(f"{NAME}: {type(model).__name__}: {'; '.join(reasons)}")
+
+
+# -- what can be patched ---------------------------------------------------------------------------
+
+
+def _checked_head(model: nn.Module) -> nn.Module:
+    name = f"{NAME}: {type(model).__name__}"
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_output_embeddings"):
+        raise UnsupportedModelError(f"{name} is no model of transformers")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder and a decoder; its labels are not moved")
+    if "_loss_function" in vars(model):
+        raise UnsupportedModelError(f"{name} has a loss function of its own; take it away first")
+    for other in OTHERS:
+        if other in inspect.unwrap(model.forward).__module__:
+            raise UnsupportedModelError(f"{name}.forward is {other}'s; use one or the other")
+    loss = getattr(getattr(model, "loss_function", None), "__name__", None)
+    if loss != "ForCausalLMLoss":
+        raise UnsupportedModelError(f"{name} has the loss {loss}; expected ForCausalLMLoss")
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None:
+        raise UnsupportedModelError(f"{name} has no output embeddings")
+    if any(p.is_meta for p in model.parameters()):
+        raise UnsupportedModelError(f"{name} is on the meta device, where it cannot be verified")
+    return head
+
+
+def _fused(model: nn.Module, head: nn.Module) -> _Patch:
+    if not _is_plain(head):
+        raise UnsupportedModelError(
+            f"its head is {type(head).__module__}.{type(head).__name__}; expected a plain nn.Linear"
+        )
+    found = probe.post_processing(model, head)
+    if found is None:
+        raise UnsupportedModelError("its logits are more than scaled and softcapped")
+    return _Patch("fused", SelectiveHead(found.logit_scale, found.softcap))
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """FSDP makes a class of each that it shards, with the same forward."""
+    return (
+        isinstance(head, nn.Linear)
+        and "forward" not in vars(head)
+        and type(head).forward is nn.Linear.forward
+    )
+
+
+def _rows(model: nn.Module) -> _Patch:
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModelError("its forward takes no logits_to_keep")
+    return _Patch("rows")
+
+
+def _probed(model: nn.Module, head: nn.Module) -> probe.Probe:
+    try:
+        return probe.run(model, head)
+    except Exception as error:  # whatever a foreign model raises is the reason
+        reason = " ".join(str(error).split())[:200]
+        raise UnsupportedModelError(
+            f"{NAME}: {type(model).__name__} cannot be run on input_ids and labels alone: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+
+
+def _verify(model: nn.Module, head: nn.Module, made: _Patch, stock: probe.Probe) -> None:
+    """The same loss as before, and the head on kept rows only, or not at all."""
+    made.always = True
+    try:
+        found = _probed(model, head)
+    finally:
+        made.always = False
+    dtype = next(head.parameters()).dtype
+    error, allowed = abs(float(found.loss - stock.loss)), AGREE.get(dtype, 2e-2)
+    if not error <= allowed * abs(float(stock.loss)):
+        raise UnsupportedModelError(
+            f"the loss of a probe is {float(found.loss):.6f}, without the patch "
+            f"{float(stock.loss):.6f}"
+        )
+    if made.mode == "rows" and found.rows != found.kept:
+        raise UnsupportedModelError(
+            f"the head made logits of {found.rows} rows of a probe; {found.kept} carry loss"
+        )
+
+
+# -- what is put on a model ------------------------------------------------------------------------
+
+
+def _install(model: nn.Module, made: _Patch) -> None:
+    model.register_forward_pre_hook(made.before, with_kwargs=True)
+    model.register_forward_hook(made.after, with_kwargs=True, always_call=True)
+    model.loss_function = made.loss  # type: ignore[assignment]
+    if made.selective is not None:
+        SelectiveHead.on(model.get_output_embeddings(), made.selective)  # type: ignore[operator]
+
+
+def _uninstall(model: nn.Module, made: _Patch) -> None:
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):  # noqa: SLF001
+        for key in [k for k, hook in hooks.items() if getattr(hook, "__self__", None) is made]:
+            _remove_hook(model, key)
+    del model._loss_function  # noqa: SLF001  (transformers has no public way back)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if made.selective is not None and SelectiveHead.of(head) is made.selective:
+        SelectiveHead.off(head)
+
+
+def _remove_hook(model: nn.Module, key: int) -> None:
+    for name in (
+        "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+        "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    ):  # fmt: skip
+        getattr(model, name).pop(key, None)
+
+
+def _patch_of(model: nn.Module) -> _Patch | None:
+    found = getattr(vars(model).get("_loss_function"), "__self__", None)
+    return found if isinstance(found, _Patch) else None
+
+
+def _named(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
+    """Positional arguments by name."""
+    return dict(zip(inspect.signature(model.forward).parameters, args, strict=False))
+
+
+_warned = False
+
+
+def _warn_of_logits() -> None:
+    global _warned  # noqa: PLW0603  (once in a process)
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"{NAME}: a patched model is trained without labels: its caller computes the loss from "
+            "all logits (Trainer with label_smoothing_factor or compute_loss_func, TRL), where the "
+            "patch does nothing",
+            stacklevel=3,
+        )

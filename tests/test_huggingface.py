@@ -1,0 +1,337 @@
+"""A patched model: the loss and gradients it had, a head on kept rows only, and reasons."""
+
+import copy
+import warnings
+
+import peft
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from sgp.huggingface import UnsupportedModelError, patch, patching
+from tests.families import FAMILIES, V, make, make_batch
+
+KEPT = int((make_batch()["labels"][:, 1:] != -100).sum())
+NEAR = 2e-5
+
+
+@pytest.fixture
+def batch():
+    return make_batch()
+
+
+@pytest.fixture
+def model():
+    return make("llama")
+
+
+def step(model, batch, **more):
+    """Loss and gradients of one call."""
+    model.zero_grad()
+    out = model(**batch, **more)
+    out.loss.backward()
+    return out, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found, expected):
+    (out, gradients), (stock, true) = found, expected
+    assert out.loss.item() == pytest.approx(stock.loss.item(), rel=NEAR)
+    assert set(gradients) == set(true)
+    largest = max(g.abs().max() for g in true.values())
+    for name, gradient in true.items():
+        size = gradient.abs().max().clamp(min=1e-3 * largest)  # OPT's key biases have only noise
+        assert (gradients[name] - gradient).abs().max() <= NEAR * size, name
+
+
+class Rows:
+    """How many rows of logits a head made."""
+
+    def __init__(self, model):
+        self.count = 0
+        self.handle = model.get_output_embeddings().register_forward_hook(self)
+
+    def __call__(self, head, _, logits):
+        self.count += logits.numel() // head.out_features
+
+
+@pytest.mark.parametrize("mode", ["rows", "fused"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_those_of_the_stock_model(family, mode, batch):
+    model = make(family)
+    stock, divided = step(model, batch), step(model, batch, num_items_in_batch=37)
+    assert stock[0].loss.item() != pytest.approx(divided[0].loss.item(), rel=1e-2)
+    handle = patch(model, mode=mode)
+    assert handle.mode == mode
+    rows = Rows(model)
+    found = step(model, batch)
+    assert_same(found, stock)
+    assert_same(step(model, batch, num_items_in_batch=torch.tensor(37)), divided)
+    if mode == "rows":
+        assert found[0].logits.shape == (KEPT, V)
+        assert rows.count == 2 * KEPT
+    else:
+        assert found[0].logits is None
+        assert "logits" not in found[0]
+        assert rows.count == 0
+    rows.handle.remove()
+    handle.remove()
+    again = step(model, batch)
+    assert again[0].loss.item() == stock[0].loss.item()
+    assert again[0].logits.shape == (*batch["labels"].shape, V)
+
+
+def everything(model):
+    """All that a patch could leave on a model."""
+    return [
+        (
+            {k for k in vars(m) if not k.startswith("_output_capturing")},
+            [len(h) for h in (m._forward_pre_hooks, m._forward_hooks)],
+            m.training,
+        )
+        for m in model.modules()
+    ]
+
+
+@pytest.mark.parametrize("mode", ["auto", "rows", "fused"])
+def test_remove_leaves_nothing(model, mode):
+    before, state = everything(model), torch.get_rng_state()
+    handle = patch(model, mode=mode)
+    assert everything(model) != before
+    handle.remove()
+    assert everything(model) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    handle.remove()
+
+
+def test_a_second_patch_is_the_first_or_changes_its_mode(model, batch):
+    assert repr(patch(model)) == "Handle(LlamaForCausalLM, mode='fused')"
+    assert patch(model).mode == "fused"
+    assert patch(model, mode="rows").mode == "rows"
+    assert patch(model).mode == "rows"
+    assert len(model._forward_pre_hooks) == 1
+    assert model(**batch).logits.shape == (KEPT, V)
+
+
+@pytest.mark.parametrize("mode", ["rows", "fused"])
+def test_what_is_not_training_is_as_before(model, batch, mode, tmp_path):
+    model.eval()
+    with torch.no_grad():
+        expected = model(**batch)
+        words = model.generate(batch["input_ids"], max_new_tokens=4, do_sample=False)
+    names = set(model.state_dict())
+    patch(model, mode=mode)
+    with torch.no_grad():
+        found = model(**batch)
+        assert torch.equal(found.logits, expected.logits), "all logits in evaluation"
+        assert found.loss.item() == pytest.approx(expected.loss.item(), rel=NEAR)
+        assert torch.equal(model(batch["input_ids"], batch["attention_mask"]).logits, found.logits)
+        again = model.generate(batch["input_ids"], max_new_tokens=4, do_sample=False)
+    assert torch.equal(again, words)
+    assert set(model.state_dict()) == names
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(**batch).logits, expected.logits)
+
+
+@pytest.mark.parametrize("mode", ["rows", "fused"])
+def test_a_copy_is_patched_and_its_own(model, batch, mode):
+    stock = step(model, batch)
+    patch(model, mode=mode)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert_same(step(twin, batch), stock)
+    patch(twin).remove()
+    assert twin(**batch).logits.shape == (*batch["labels"].shape, V)
+    logits = model(**batch).logits
+    assert logits is None or len(logits) == KEPT, "the first is still patched"
+
+
+@pytest.mark.parametrize("mode", ["rows", "fused"])
+class TestCalls:
+    def test_shifted_labels(self, model, batch, mode):
+        stock = step(model, batch)
+        shifted = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+        patch(model, mode=mode)
+        assert_same(step(model, batch, shift_labels=shifted), stock)
+
+    def test_ignore_index(self, model, batch, mode):
+        stock = step(model, batch)
+        patch(model, mode=mode)
+        ignored = V - 1
+        assert not (batch["labels"] == ignored).any()
+        batch["labels"] = batch["labels"].where(batch["labels"] != -100, ignored)
+        assert_same(step(model, batch, ignore_index=ignored), stock)
+
+    def test_label_smoothing(self, model, batch, mode):
+        logits = model(**batch).logits[:, :-1].flatten(0, 1)
+        target = batch["labels"][:, 1:].flatten()
+        expected = torch.nn.functional.cross_entropy(logits, target, label_smoothing=0.1)
+        patch(model, mode=mode)
+        found = model(**batch, label_smoothing=0.1).loss
+        assert found.item() == pytest.approx(expected.item(), rel=NEAR)
+
+    def test_positional_arguments_and_tuples(self, model, batch, mode):
+        stock = model(**batch)
+        patch(model, mode=mode)
+        ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+        found = model(ids, mask, None, None, None, labels, return_dict=False)
+        assert found[0].item() == pytest.approx(stock.loss.item(), rel=NEAR)
+        assert found[1] is None or found[1].shape == (KEPT, V)
+
+    def test_nothing_to_learn(self, model, batch, mode):
+        patch(model, mode=mode)
+        batch["labels"].fill_(-100)
+        out, gradients = step(model, batch)
+        assert out.loss.item() == 0
+        assert not any(g.any() for g in gradients.values())
+        assert "lm_head.weight" in gradients, "connected, as gradient synchronisation needs it"
+
+    @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is:FutureWarning")
+    def test_gradient_checkpointing(self, model, batch, mode):
+        stock = step(model, batch)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        patch(model, mode=mode)
+        assert_same(step(model, batch), stock)
+
+    def test_autocast(self, model, batch, mode):
+        def run():
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return step(model, batch)
+
+        stock = run()
+        patch(model, mode=mode)
+        out, gradients = run()
+        assert out.loss.item() == pytest.approx(stock[0].loss.item(), rel=2e-2)
+        for name, gradient in stock[1].items():
+            error = (gradients[name] - gradient).norm() / gradient.norm()
+            assert error < 5e-2, (name, error)
+
+    def test_hidden_states_and_an_error_on_the_way(self, model, batch, mode):
+        patch(model, mode=mode)
+        assert len(model(**batch, output_hidden_states=True).hidden_states) == 3
+        with pytest.raises((ValueError, IndexError), match="shape"):
+            model(batch["input_ids"], labels=batch["labels"][:, :5])
+        assert model.eval()(batch["input_ids"]).logits.shape[1] == 12, "no request is left"
+
+    def test_logits_to_keep_of_the_caller(self, model, batch, mode):
+        patch(model, mode=mode)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert model(batch["input_ids"], logits_to_keep=2).logits.shape == (3, 2, V)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_adapters(batch):
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    torch.manual_seed(3)
+    model = peft.get_peft_model(make("llama"), config)
+    stock = step(model, batch)
+    for mode in ("rows", "fused"):
+        handle = patch(model, mode=mode)
+        assert_same(step(model, batch), stock)
+        handle.remove()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_an_adapter_on_the_head(batch):
+    config = peft.LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    torch.manual_seed(3)
+    model = peft.get_peft_model(make("llama"), config)
+    stock = step(model, batch)
+    with pytest.raises(
+        UnsupportedModelError, match=r"fused: its head is peft\..*a plain nn.Linear"
+    ):
+        patch(model, mode="fused")
+    assert patch(model).mode == "rows"
+    found = step(model, batch)
+    assert_same(found, stock)
+    assert found[0].logits.shape == (KEPT, V)
+    bare = make("llama")
+    patch(bare)
+    adapted = peft.get_peft_model(bare, config)
+    with pytest.raises(RuntimeError, match="the head of LlamaForCausalLM was replaced after"):
+        step(adapted, batch)
+
+
+def test_training_without_labels_is_said_once(model, batch, monkeypatch):
+    monkeypatch.setattr(patching, "_warned", False)
+    patch(model)
+    with pytest.warns(UserWarning, match="trained without labels"):
+        model(batch["input_ids"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(batch["input_ids"])
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+def other_loss(model):
+    model.loss_function = lambda logits, **_: logits.sum()
+
+
+def liger(model):
+    def forward(self):
+        """Not called."""
+
+    forward.__module__ = "liger_kernel.transformers.model.llama"
+    model.forward = forward
+
+
+def masked_logits(model):
+    def hide(_, __, out):
+        out.logits = out.logits.index_fill(-1, torch.tensor([3]), -1e4)
+
+    model.register_forward_hook(hide)
+
+
+def no_mask(model):
+    inner = type(model).forward
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        kwargs.pop("logits_to_keep", None)
+        return inner(self, input_ids, attention_mask, labels=labels, **kwargs)
+
+    model.forward = forward.__get__(model)
+
+
+REFUSED = {
+    "other loss": (other_loss, "auto", "has a loss function of its own"),
+    "liger": (liger, "auto", "forward is liger_kernel's; use one or the other"),
+    "masked": (masked_logits, "fused", "its logits are more than scaled and softcapped"),
+    "no mask": (no_mask, "rows", "its forward takes no logits_to_keep"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_has_a_reason(model, case):
+    change, mode, message = REFUSED[case]
+    change(model)
+    before = everything(model)
+    with pytest.raises(UnsupportedModelError, match=message):
+        patch(model, mode=mode)
+    assert everything(model) == before
+
+
+def test_models_of_another_kind_are_refused():
+    with pytest.raises(UnsupportedModelError, match="Linear is no model of transformers"):
+        patch(torch.nn.Linear(2, 2))
+    config = transformers.T5Config(vocab_size=V, d_model=16, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(UnsupportedModelError, match="is an encoder and a decoder"):
+        patch(transformers.T5ForConditionalGeneration(config))
+    config = transformers.BertConfig(
+        vocab_size=V,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    with pytest.raises(UnsupportedModelError, match="has the loss ForMaskedLMLoss"):
+        patch(transformers.BertForMaskedLM(config))
+    with torch.device("meta"), pytest.raises(UnsupportedModelError, match="meta device"):
+        patch(AutoModelForCausalLM.from_config(transformers.LlamaConfig(num_hidden_layers=1)))
+    with pytest.raises(ValueError, match="mode = 'all'; expected one of"):
+        patch(make("llama"), mode="all")

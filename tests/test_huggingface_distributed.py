@@ -1,0 +1,85 @@
+"""A patched model in two processes: the gradients of one, under DDP and FSDP2."""
+
+import datetime as dt
+import socket
+
+import pytest
+import torch
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from sgp.huggingface import patch
+from tests.families import make, make_batch
+
+WORLD = 2
+CASES = [(mode, first) for mode in ("rows", "fused") for first in (True, False)]
+
+
+def port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def rows_of(batch, rank):
+    """Two rows for the first process, two for the second."""
+    return {k: v[2 * rank : 2 * rank + 2] for k, v in batch.items()}
+
+
+def wrap(model, way):
+    if way == "ddp":
+        return DistributedDataParallel(model)
+    if way == "fsdp, head its own":
+        fully_shard(model.lm_head)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def worker(rank, address, way, folder):
+    """Every mode, patched before and after wrapping: losses and gradients into a file."""
+    torch.set_num_threads(1)
+    wait = dt.timedelta(seconds=60)
+    distributed.init_process_group(
+        "gloo", init_method=address, rank=rank, world_size=WORLD, timeout=wait
+    )
+    found = {}
+    for case in CASES:
+        mode, first = case
+        model, batch = make("llama"), make_batch(B=2 * WORLD)
+        if first:
+            patch(model, mode=mode)
+        wrapped = wrap(model, way)
+        if not first:
+            patch(model, mode=mode)
+        for _ in range(2):
+            wrapped.zero_grad()
+            out = wrapped(**rows_of(batch, rank))
+            out.loss.backward()
+        gradients = {n: whole(p.grad) for n, p in model.named_parameters()}
+        found[case] = (out.loss.item(), out.logits is None, gradients)
+    torch.save(found, folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def whole(gradient):
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp, head in the root", "fsdp, head its own"])
+def test_two_processes(way, tmp_path):
+    model, batch = make("llama"), make_batch(B=2 * WORLD)
+    losses = [model(**rows_of(batch, rank)).loss for rank in range(WORLD)]
+    (sum(losses) / WORLD).backward()
+    arguments = (f"tcp://localhost:{port()}", way, tmp_path)
+    torch.multiprocessing.spawn(worker, arguments, WORLD)
+    for rank, expected in enumerate(losses):
+        for (mode, first), found in torch.load(tmp_path / f"{rank}.pt").items():
+            loss, no_logits, gradients = found
+            assert loss == pytest.approx(expected.item(), rel=2e-5), (mode, first)
+            assert no_logits == (mode == "fused")
+            for name, p in model.named_parameters():
+                error = (gradients[name] - p.grad).abs().max() / p.grad.abs().max()
+                assert error <= 2e-5, (mode, first, name)
