@@ -8,6 +8,7 @@ import torch
 import transformers.pytorch_utils
 
 import sgp
+from tests import families
 from tests.audited import (
     CONFIGS,
     CONTEXTS,
@@ -199,6 +200,16 @@ def test_what_is_refused(model, batch):
         sgp.audit(model, {**batch, "labels": batch["labels"][:, :5]})
     with pytest.raises(ValueError, match="the selection is of 17 tokens, input_ids of 51"):
         sgp.audit(model, batch, selection=sgp.Selection.from_labels(batch["labels"][0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_a_correct_batch_has_no_error_in_any_family(family, dtype):
+    model, batch = families.make(family).to(dtype), families.make_batch()
+    report = sgp.audit(model, batch)
+    assert report.errors == []
+    assert codes(report) <= {"worse-than-uniform", "another-loss"}, "of random heads; of MoE"
+    assert report.grad_norm.isfinite().all()
 
 
 # -- models in their wrappers, and partly frozen ---------------------------------------------------

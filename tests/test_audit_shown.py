@@ -176,12 +176,14 @@ def test_the_command(tmp_path, capsys):
     assert "nope" in capsys.readouterr().err
     long = {"input_ids": [5] * 600 + [6, 7], "labels": [-100] * 600 + [6, 7]}
     assert main(["audit", write(tmp_path / "long.jsonl", [long, right])]) == 0
-    assert "no-targets" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "no-targets" not in shown
+    assert "rows 0 to 0 are lines 2: those that carry loss" in shown
     out = tmp_path / "out"
     data = write(tmp_path / "wrong.jsonl", [right, twice, twice])
     assert main(["audit", data, "--rows", "1", "--out", str(out)]) == 1
     shown = " ".join(capsys.readouterr().out.split())
-    assert "error: labels-shifted-twice: 2 samples, first in line 2" in shown
+    assert "error: labels-shifted-twice: 2 samples, first in line 2, 3 tokens, 1 to 3:" in shown
     assert {p.name for p in out.iterdir()} == {"audit.png", "audit.html", "audit.json"}
     found = json.loads((out / "audit.json").read_text())
     assert found["findings"] == {"labels-shifted-twice": 2}

@@ -39,17 +39,22 @@ def run(arguments: argparse.Namespace) -> int:
         for finding in look(_batch([sample]), tokenizer=tokenizer):
             codes[finding.code] += 1
             examples.setdefault(finding.code, (number + 1, finding))
-    report = _backward(arguments, samples, tokenizer)
+    lines = _with_loss(samples, arguments.max_length)[: arguments.rows]
+    report = _backward(arguments, samples, lines, tokenizer)
     console.print()
     if not arguments.model:
         console.print("A tiny Llama with random weights: who receives a gradient, not how much.")
     report.print(console, rows=len(report.tokens), tokens=SHOWN, findings=False)
+    if lines != list(range(len(lines))):
+        numbers = ", ".join(str(line + 1) for line in lines)
+        console.print(f"rows 0 to {len(lines) - 1} are lines {numbers}: those that carry loss")
     console.print(f"{len(samples)} samples of {arguments.data}")
     for code, count in codes.most_common():
         line, finding = examples[code]
+        place = finding.where.removeprefix("row 0")  # of a batch of one
         console.print(
             f"{finding.severity}: {code}: {count} sample{'s' * (count != 1)}, first in line "
-            f"{line}: {finding.where}: {finding.message}",
+            f"{line}{place}: {finding.message}",
             soft_wrap=True,
             markup=False,
         )
@@ -64,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _backward(
-    arguments: argparse.Namespace, samples: list[dict[str, Any]], tokenizer: Any
+    arguments: argparse.Namespace, samples: list[dict[str, Any]], lines: list[int], tokenizer: Any
 ) -> AuditReport:
     from sgp.train.model import load, tiny_llama  # noqa: PLC0415  (transformers takes seconds)
 
@@ -76,10 +81,18 @@ def _backward(
         model = tiny_llama(vocabulary, arguments.max_length, seed=0)
     if torch.cuda.is_available():
         model = model.to("cuda")
-    cut = [{k: v[: arguments.max_length] for k, v in sample.items()} for sample in samples]
-    cut = [sample for sample in cut if any(label != -100 for label in sample["labels"])] or cut
-    cut = cut[: arguments.rows]
+    cut = [{k: v[: arguments.max_length] for k, v in samples[line].items()} for line in lines]
     return audit(model, _batch(cut), tokenizer=tokenizer)
+
+
+def _with_loss(samples: list[dict[str, Any]], max_length: int) -> list[int]:
+    """The samples of which something carries loss within so many tokens; all, if none has."""
+    found = [
+        number
+        for number, sample in enumerate(samples)
+        if any(label != -100 for label in sample["labels"][:max_length])
+    ]
+    return found or list(range(len(samples)))
 
 
 def _write(
