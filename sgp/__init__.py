@@ -9,6 +9,7 @@ Kernels are imported at first use.
 
 from sgp import huggingface, reference
 from sgp.auditing import AuditReport, audit
+from sgp.collator import Collator
 from sgp.context import context_loss
 from sgp.linear import LinearCrossEntropyLoss, linear_cross_entropy
 from sgp.log_probs import linear_token_log_probs, token_log_probs
@@ -19,6 +20,7 @@ from sgp.selection import Selection
 __version__ = "0.1.0"
 __all__ = [
     "AuditReport",
+    "Collator",
     "CrossEntropyLoss",
     "LinearCrossEntropyLoss",
     "Selection",

@@ -11,8 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from sgp.losses import cross_entropy
-
-IGNORE = -100
+from sgp.selection import IGNORE
 
 
 def next_tokens(labels: Tensor, ignore_index: int = IGNORE) -> Tensor:
@@ -35,6 +34,7 @@ def causal_lm_loss(
     ignore_index: int = IGNORE,
     shift_labels: Tensor | None = None,
     label_smoothing: float = 0.0,
+    token_weight: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
     """The loss that a model asks its `loss_function` for.
@@ -46,7 +46,7 @@ def causal_lm_loss(
         num_items_in_batch: replaces the number of targets as the divisor.
         ignore_index: the label without loss.
         shift_labels: targets of the logits' leading shape, shifted.
-        label_smoothing: as in `sgp.cross_entropy`.
+        label_smoothing, token_weight: as in `sgp.cross_entropy`.
 
     Returns:
         float32, in nats. 0 where nothing carries loss (transformers: NaN).
@@ -63,5 +63,6 @@ def causal_lm_loss(
         shift_labels.flatten().to(logits.device),
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
+        token_weight=None if token_weight is None else token_weight.flatten(),
         denominator=num_items_in_batch,
     )

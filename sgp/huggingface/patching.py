@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from sgp.huggingface import probe
-from sgp.huggingface.loss import IGNORE, causal_lm_loss, next_tokens
+from sgp.huggingface.loss import causal_lm_loss, next_tokens
 from sgp.huggingface.selective_head import Request, SelectiveHead, reveal
+from sgp.selection import IGNORE, Selection
 
 NAME = "sgp.huggingface.patch"
 MODES = ("auto", "rows", "fused")
 OTHERS = ("liger_kernel", "cut_cross_entropy", "unsloth")  # kernels that replace forward
+OWN = {"selection", "cu_seqlens"}  # keys of `sgp.Collator` that no model knows
 AGREE = {torch.float32: 1e-4, torch.float64: 1e-6}  # relative; else 2e-2
 
 
@@ -39,23 +41,20 @@ class _Patch:
 
     def before(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Say which rows carry loss: to the model, or to its head."""
-        if not (model.training or self.always):
-            return None
-        if args:
+        selection = kwargs.get("selection")
+        if args or OWN & set(kwargs):
             kwargs = {**_named(model, args), **kwargs}
-        labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
-        if labels is None:
-            if torch.is_grad_enabled() and model.training:
-                _warn_of_logits()
-            return None
-        keep = kwargs.get("logits_to_keep", 0)
-        if isinstance(keep, Tensor) or keep:
-            return None  # the caller has chosen
+            kwargs = {k: v for k, v in kwargs.items() if k not in OWN}
+        if selection is not None:
+            dense = selection.dense_target.view(kwargs["input_ids"].shape)
+            kwargs |= {"shift_labels": dense, "token_weight": selection.dense_weight}
+            kwargs.setdefault("labels", dense)
+        if not self._acts(model, kwargs):
+            return (), kwargs
         ignore = kwargs.get("ignore_index", IGNORE)
-        target = next_tokens(labels, ignore) if shifted is None else shifted
+        target = _target(kwargs, ignore, selection)
         if self.mode == "rows":
-            kept = target != ignore
-            return (), {**kwargs, "logits_to_keep": kept, "shift_labels": target[kept]}
+            return (), {**kwargs, **_kept_rows(target, ignore)}
         head = model.get_output_embeddings()  # type: ignore[operator]
         if SelectiveHead.of(head) is not self.selective or self.selective is None:
             raise RuntimeError(
@@ -69,6 +68,16 @@ class _Patch:
             label_smoothing=kwargs.get("label_smoothing", 0.0),
         )
         return (), kwargs
+
+    def _acts(self, model: nn.Module, kwargs: dict[str, Any]) -> bool:
+        if not (model.training or self.always):
+            return False
+        if kwargs.get("labels") is None:
+            if model.training and torch.is_grad_enabled():
+                _warn_of_logits()
+            return False
+        keep = kwargs.get("logits_to_keep", 0)
+        return not isinstance(keep, Tensor) and not keep  # else the caller has chosen
 
     def after(self, _: nn.Module, __: Any, ___: Any, out: Any) -> Any:
         """Nothing waits for the head any more, and a stand-in is no logits."""
@@ -109,9 +118,10 @@ class Handle:
 def patch(model: nn.Module, *, mode: str = "auto") -> Handle:
     """Put `sgp`'s loss into a causal language model, so that its head runs on kept rows only.
 
-    Acts in training mode on calls with `labels`. In evaluation mode the model makes all logits, as
-    before, and its loss reads those that carry loss. `generate`, calls without labels, saving and
-    copying are as before. The model is run on a few tokens first, and must have the loss it had.
+    Acts in training mode on calls with `labels`, or with the `selection` of an `sgp.Collator`,
+    whose weights then count. In evaluation mode the model makes all logits, as before, and its loss
+    reads those that carry loss. `generate`, calls without labels, saving and copying are as before.
+    The model is run on a few tokens first, and must have the loss it had.
 
     Example:
         >>> handle = sgp.huggingface.patch(model)  # doctest: +SKIP
@@ -278,6 +288,30 @@ def _remove_hook(model: nn.Module, key: int) -> None:
 def _patch_of(model: nn.Module) -> _Patch | None:
     found = getattr(vars(model).get("_loss_function"), "__self__", None)
     return found if isinstance(found, _Patch) else None
+
+
+def _target(
+    kwargs: dict[str, Any], ignore_index: int, selection: Selection | None
+) -> Tensor | Selection:
+    """What each position predicts, from the best that the call says."""
+    if selection is not None:
+        return selection.to(kwargs["labels"].device)
+    if kwargs.get("shift_labels") is not None:
+        return kwargs["shift_labels"]  # type: ignore[no-any-return]
+    return next_tokens(kwargs["labels"], ignore_index)
+
+
+def _kept_rows(target: Tensor | Selection, ignore_index: int) -> dict[str, Tensor | None]:
+    """What makes a model compute logits, and a loss, of the kept rows alone."""
+    if isinstance(target, Selection):
+        kept = (target.dense_target != IGNORE).view(target.shape)
+        return {
+            "logits_to_keep": kept,
+            "shift_labels": target.target,
+            "token_weight": target.weight,
+        }
+    kept = target != ignore_index
+    return {"logits_to_keep": kept, "shift_labels": target[kept]}
 
 
 def _named(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:

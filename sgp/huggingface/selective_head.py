@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from sgp.linear import linear_cross_entropy
+from sgp.selection import Selection
 
 
 @dataclass
 class Request:
     """What the loss needs to know, and then the loss: of one forward pass."""
 
-    target: Tensor  # of the hidden states' leading shape
+    target: Tensor | Selection  # of the hidden states' leading shape
     ignore_index: int
     denominator: Tensor | float | None
     label_smoothing: float

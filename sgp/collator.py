@@ -1,0 +1,135 @@
+"""`Collator`: examples into a batch whose mask is planned on the host, padded or packed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sgp.examples import NAME, Row, tokenize
+from sgp.selection import IGNORE, Selection
+
+
+@dataclass
+class Collator:
+    """Makes the batch of a list of examples, for a DataLoader or a Trainer.
+
+    Example:
+        >>> collate = Collator(packed=True)
+        >>> batch = collate([{"input_ids": [5, 6, 7], "completion_mask": [0, 0, 1]},
+        ...                  {"input_ids": [8, 9], "completion_mask": [0, 1]}])
+        >>> batch["labels"]
+        tensor([[-100, -100,    7, -100,    9]])
+        >>> batch["cu_seqlens"]
+        tensor([0, 3, 5], dtype=torch.int32)
+        >>> batch["selection"]
+        Selection(shape=(1, 5), 2 of 5 tokens carry loss, 2 sequences, device=cpu)
+
+    Args:
+        tokenizer: of transformers, for examples that are not tokens, and for its padding token.
+        packed: all sequences one after the other in one row, without padding; else one a row,
+            padded on the right.
+        max_length: of a sequence, in tokens; what is beyond it is cut off at the end.
+        pad_to_multiple_of: of a row, as Tensor Cores like it.
+        pad_token_id: None: the tokenizer's, its end of text, or 0.
+        context_loss: prompts and the other side's turns carry loss too.
+
+    `__call__` takes a list of examples, each of a kind that `sgp.examples.tokenize` knows, and
+    returns, int64 unless said otherwise:
+
+    * `input_ids`, `labels` (B, T) or (1, N): labels are not shifted, -100 where there is no loss,
+      which includes the first token of each packed sequence.
+    * `position_ids`, of the same shape, from 0 in each sequence.
+    * `attention_mask` (B, T), 1 and 0, if padded; `cu_seqlens` (S + 1,) int32 if packed.
+    * `selection`: the `Selection` of the labels. A model that `sgp.huggingface.patch` has patched
+      takes it: no GPU has to wait for a count.
+
+    Raises:
+        ValueError: no example, or one that cannot be read, with its number.
+
+    Warns:
+        where a sequence carries no loss, once for each batch.
+    """
+
+    tokenizer: Any = None
+    packed: bool = False
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+    pad_token_id: int | None = None
+    context_loss: bool = False
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Make the batch."""
+        if not examples:
+            raise ValueError(f"{NAME}: no examples")
+        rows = [self._row(number, example) for number, example in enumerate(examples)]
+        empty = [n for n, row in enumerate(rows) if all(x == IGNORE for x in row.labels[1:])]
+        if empty:
+            warnings.warn(
+                f"{NAME}: examples {empty} of {len(rows)} carry no loss"
+                + (f" within max_length = {self.max_length}" if self.max_length else ""),
+                stacklevel=2,
+            )
+        return self._pack(rows) if self.packed else self._pad(rows)
+
+    def _row(self, number: int, example: Mapping[str, Any]) -> Row:
+        try:
+            row = tokenize(example, self.tokenizer, context_loss=self.context_loss)
+        except ValueError as error:
+            raise ValueError(f"example {number}: {error}") from error
+        if not row.input_ids:
+            raise ValueError(f"example {number}: {NAME}: no tokens")
+        return Row(row.input_ids[: self.max_length], row.labels[: self.max_length])
+
+    def _pad(self, rows: list[Row]) -> dict[str, Any]:
+        T = self._rounded(max(len(row.input_ids) for row in rows))
+        lengths = torch.tensor([len(row.input_ids) for row in rows])
+        attended = torch.arange(T) < lengths[:, None]
+        labels = torch.tensor([_filled(row.labels, T, IGNORE) for row in rows])
+        return {
+            "input_ids": torch.tensor([_filled(r.input_ids, T, self._padding) for r in rows]),
+            "labels": labels,
+            "attention_mask": attended.long(),
+            "position_ids": torch.arange(T) * attended,
+            "selection": Selection.from_labels(labels, shift=True),
+        }
+
+    def _pack(self, rows: list[Row]) -> dict[str, Any]:
+        ends = torch.tensor([0, *(len(row.input_ids) for row in rows)]).cumsum(0)
+        N = self._rounded(int(ends[-1]))
+        ids = [x for row in rows for x in row.input_ids]
+        labels = [x for row in rows for x in (IGNORE, *row.labels[1:])]
+        positions = [t for row in rows for t in range(len(row.input_ids))]
+        rest = list(range(N - len(ids)))  # padding is a sequence of its own, and no one's
+        found = torch.tensor([_filled(labels, N, IGNORE)])
+        selection = Selection.from_labels(found, shift=True, cu_seqlens=ends)
+        if rest:
+            ends = torch.cat([ends, ends.new_tensor([N])])
+        return {
+            "input_ids": torch.tensor([_filled(ids, N, self._padding)]),
+            "labels": found,
+            "position_ids": torch.tensor([positions + rest]),
+            "cu_seqlens": ends.int(),
+            "selection": selection,
+        }
+
+    def _rounded(self, length: int) -> int:
+        step = self.pad_to_multiple_of or 1
+        return -(-length // step) * step
+
+    @property
+    def _padding(self) -> int:
+        if self.pad_token_id is not None:
+            return self.pad_token_id
+        for name in ("pad_token_id", "eos_token_id"):
+            found = getattr(self.tokenizer, name, None)
+            if isinstance(found, int):
+                return found
+        return 0
+
+
+def _filled(row: list[int], length: int, value: int) -> list[int]:
+    return row + [value] * (length - len(row))
