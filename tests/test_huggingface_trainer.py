@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from sgp.huggingface import patch
+from sgp.huggingface import AuditCallback, AuditError, patch
 from tests.families import V, make
 
 
@@ -24,14 +24,17 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": self.ids[i], "labels": labels}
 
 
-def train(model, folder, **more):
-    """The loss of each optimizer step."""
+def train(model, folder, *, data=None, callbacks=(), **more):
+    """The loss of each optimizer step, and that of an evaluation."""
     arguments = TrainingArguments(
         output_dir=folder, per_device_train_batch_size=2, max_steps=4, learning_rate=1e-2,
         logging_steps=1, report_to=[], save_strategy="no", use_cpu=True, seed=5,
         disable_tqdm=True, **more,
     )  # fmt: skip
-    trainer = Trainer(model=model, args=arguments, train_dataset=Rows(), eval_dataset=Rows())
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=data or Rows(), eval_dataset=Rows(),
+        callbacks=list(callbacks),
+    )  # fmt: skip
     trainer.train()
     evaluated = trainer.evaluate()["eval_loss"]
     return [log["loss"] for log in trainer.state.log_history if "loss" in log], evaluated
@@ -60,3 +63,43 @@ def test_label_smoothing_of_the_trainer_is_stock_and_said(tmp_path, monkeypatch)
     with pytest.warns(UserWarning, match="label_smoothing_factor"):
         losses, _ = train(model, tmp_path, label_smoothing_factor=0.1)
     assert losses == pytest.approx(stock, rel=1e-6)
+
+
+class ShiftedTwice(Rows):
+    """Labels that the model moves once more."""
+
+    def __getitem__(self, i):
+        row = super().__getitem__(i)
+        row["labels"] = torch.cat([row["labels"][1:], torch.tensor([-100])])
+        return row
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_the_callback_audits_the_first_batch(patched, tmp_path, caplog):
+    stock, _ = train(make("llama"), tmp_path)
+    model = make("llama")
+    if patched:
+        patch(model)
+    callback = AuditCallback()
+    hooks = len(model._forward_pre_hooks)
+    losses, _ = train(model, tmp_path, callbacks=[callback])
+    assert losses == pytest.approx(stock, rel=1e-4), "the run is the same"
+    assert len(model._forward_pre_hooks) == hooks
+    assert callback.report.errors == []
+    assert len(callback.report.tokens) == 2
+    assert "Where the gradient went" in (tmp_path / "audit.html").read_text()
+    callback = AuditCallback(page=tmp_path / "new" / "page.html", rows=1)
+    with caplog.at_level("ERROR", "sgp.huggingface"):
+        train(make("llama"), tmp_path, data=ShiftedTwice(), callbacks=[callback])
+    assert "error: labels-shifted-twice (row 0" in caplog.text
+    assert len(callback.report.tokens) == 1
+    assert (tmp_path / "new" / "page.html").exists()
+
+
+def test_the_callback_stops_a_run(tmp_path):
+    model = make("llama")
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.raises(AuditError, match="the first batch has errors: error: labels-shifted-twice"):
+        train(model, tmp_path, data=ShiftedTwice(), callbacks=[AuditCallback(stop_on_errors=True)])
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert not model._forward_pre_hooks

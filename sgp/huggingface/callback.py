@@ -1,0 +1,119 @@
+"""`AuditCallback`: the audit of the first batch that a Trainer gives to its model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from sgp.auditing import AuditReport, audit
+
+LOG = logging.getLogger("sgp.huggingface")
+LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "note": logging.INFO}
+
+
+class AuditError(ValueError):
+    """The first batch has errors, and training was to stop on them."""
+
+
+class AuditCallback(TrainerCallback):
+    """Audits the first batch of a training run, just before its forward pass.
+
+    It sees what the model is given: after the collator, with the columns that the Trainer has kept,
+    on the model's device. On the first process only.
+
+    Example:
+        >>> trainer.add_callback(sgp.huggingface.AuditCallback(tokenizer))  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+
+    Args:
+        tokenizer: as for `sgp.audit`; None: the Trainer's own (`processing_class`).
+        stop_on_errors: raise `AuditError` where there are errors, before a parameter has moved;
+            else they are logged, by the logger "sgp.huggingface".
+        page: where to write the report as a page; None: audit.html in the output folder.
+        rows: of the batch, at most: an audit holds all their logits.
+
+    Attributes:
+        report: the `AuditReport`, once there is one.
+
+    Raises:
+        AuditError: from the model's first forward pass, with every error.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any = None,
+        *,
+        stop_on_errors: bool = False,
+        page: str | Path | None = None,
+        rows: int = 4,
+    ) -> None:
+        """Nothing happens before training begins."""
+        self.tokenizer = tokenizer
+        self.stop_on_errors = stop_on_errors
+        self.page = page
+        self.rows = rows
+        self.report: AuditReport | None = None
+        self._handle: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Wait for the first batch."""
+        del control
+        if not state.is_world_process_zero:
+            return
+        tokenizer = self.tokenizer or kwargs.get("processing_class")
+        page = Path(self.page) if self.page is not None else Path(args.output_dir) / "audit.html"
+
+        def first(module: nn.Module, _: Any, batch: dict[str, Any]) -> None:
+            self._stop_waiting()
+            self._audit(module, batch, tokenizer, page)
+
+        # Before the hook of a patch, which a forward pass of its own would confuse.
+        model: nn.Module = kwargs["model"]
+        self._handle = model.register_forward_pre_hook(first, prepend=True, with_kwargs=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Wait no longer."""
+        del args, state, control, kwargs
+        self._stop_waiting()
+
+    def _stop_waiting(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _audit(
+        self, model: nn.Module, batch: Mapping[str, Any], tokenizer: Any, page: Path
+    ) -> None:
+        try:
+            report = audit(model, _first_rows(batch, self.rows), tokenizer=tokenizer)
+        except (ValueError, TypeError) as error:
+            if self.stop_on_errors:
+                raise AuditError(f"the first batch could not be audited: {error}") from error
+            LOG.warning("the first batch could not be audited: %s", error)
+            return
+        self.report = report
+        page.parent.mkdir(parents=True, exist_ok=True)
+        report.to_html(page)
+        for finding in report.findings:
+            LOG.log(LEVELS[finding.severity], "%s", finding)
+        LOG.info("audit of the first batch: %r, %s", report, page)
+        if report.errors and self.stop_on_errors:
+            errors = "; ".join(str(finding) for finding in report.errors)
+            raise AuditError(f"the first batch has errors: {errors} ({page})")
+
+
+def _first_rows(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The batch's first rows; a Selection goes, the labels say the same."""
+    B = len(batch["input_ids"]) if "input_ids" in batch else 0
+    cut = {k: v for k, v in batch.items() if k not in ("selection", "num_items_in_batch")}
+    if rows >= B:
+        return cut
+    return {
+        k: v[:rows] if isinstance(v, Tensor) and v.dim() and len(v) == B else v
+        for k, v in cut.items()
+    }
