@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+import sgp
 from sgp.huggingface import AuditCallback, AuditError, patch
 from tests.families import V, make
 
@@ -24,7 +25,7 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": self.ids[i], "labels": labels}
 
 
-def train(model, folder, *, data=None, callbacks=(), **more):
+def train(model, folder, *, data=None, callbacks=(), collator=None, **more):
     """The loss of each optimizer step, and that of an evaluation."""
     arguments = TrainingArguments(
         output_dir=folder, per_device_train_batch_size=2, max_steps=4, learning_rate=1e-2,
@@ -33,7 +34,7 @@ def train(model, folder, *, data=None, callbacks=(), **more):
     )  # fmt: skip
     trainer = Trainer(
         model=model, args=arguments, train_dataset=data or Rows(), eval_dataset=Rows(),
-        callbacks=list(callbacks),
+        callbacks=list(callbacks), data_collator=collator,
     )  # fmt: skip
     trainer.train()
     evaluated = trainer.evaluate()["eval_loss"]
@@ -103,3 +104,18 @@ def test_the_callback_stops_a_run(tmp_path):
         train(model, tmp_path, data=ShiftedTwice(), callbacks=[AuditCallback(stop_on_errors=True)])
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("mode", ["rows", "fused"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_collator_under_the_trainer(mode, packed, tmp_path):
+    """Its batches, with the selection, train as the default collator's do."""
+    stock, evaluated = train(make("llama"), tmp_path)
+    model = make("llama")
+    patch(model, mode=mode)
+    audit = AuditCallback(stop_on_errors=True)
+    options = {"collator": sgp.Collator(packed=packed), "remove_unused_columns": False}
+    losses, loss = train(model, tmp_path, callbacks=[audit], **options)
+    assert losses == pytest.approx(stock, rel=1e-4)
+    assert loss == pytest.approx(evaluated, rel=1e-4)
+    assert audit.report.errors == []
