@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sgp.huggingface import probe
 from sgp.huggingface.loss import causal_lm_loss, next_tokens
 from sgp.huggingface.selective_head import Request, SelectiveHead, reveal
+from sgp.linear import linear_cross_entropy
 from sgp.selection import IGNORE, Selection
 
 NAME = "sgp.huggingface.patch"
@@ -61,17 +62,21 @@ class _Patch:
                 f"{NAME}: the head of {type(model).__name__} was replaced after it was patched; "
                 "patch it again"
             )
-        self.selective.request = Request(
-            target=target,
-            ignore_index=ignore,
-            denominator=kwargs.get("num_items_in_batch"),
-            label_smoothing=kwargs.get("label_smoothing", 0.0),
-        )
+        options = {
+            "ignore_index": ignore,
+            "denominator": kwargs.get("num_items_in_batch"),
+            "label_smoothing": kwargs.get("label_smoothing", 0.0),
+        }
+
+        def compute(hidden: Tensor, weight: Tensor, **head: Any) -> tuple[Tensor]:
+            return (linear_cross_entropy(hidden, weight, target, **options, **head),)
+
+        self.selective.request = Request(compute)
         return (), kwargs
 
     def _acts(self, model: nn.Module, kwargs: dict[str, Any]) -> bool:
-        if not (model.training or self.always):
-            return False
+        if not (model.training or self.always) or kwargs.get("fused_lm_head"):
+            return False  # the latter is TRL's, whose forward asks for what it needs
         if kwargs.get("labels") is None:
             if model.training and torch.is_grad_enabled():
                 _warn_of_logits()
@@ -95,7 +100,7 @@ class _Patch:
         request = self.selective.request if self.selective is not None else None
         if request is None:
             return causal_lm_loss(*args, **kwargs)
-        return reveal(args[0] if args else kwargs["logits"], request)
+        return reveal(args[0] if args else kwargs["logits"], request)[0]
 
 
 @dataclass(frozen=True)
@@ -200,7 +205,7 @@ def _checked_head(model: nn.Module) -> nn.Module:
 
 
 def _fused(model: nn.Module, head: nn.Module) -> _Patch:
-    if not _is_plain(head):
+    if not is_plain(head):
         raise UnsupportedModelError(
             f"its head is {type(head).__module__}.{type(head).__name__}; expected a plain nn.Linear"
         )
@@ -210,7 +215,7 @@ def _fused(model: nn.Module, head: nn.Module) -> _Patch:
     return _Patch("fused", SelectiveHead(found.logit_scale, found.softcap))
 
 
-def _is_plain(head: nn.Module) -> bool:
+def is_plain(head: nn.Module) -> bool:
     """FSDP makes a class of each that it shards, with the same forward."""
     return (
         isinstance(head, nn.Linear)

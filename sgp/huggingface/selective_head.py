@@ -1,13 +1,14 @@
-"""A head that computes the loss instead of logits, inside its own forward.
+"""A head that computes losses or log-probabilities instead of logits, inside its own forward.
 
 There its weight is whole: FSDP gathers it before a module's forward and frees it after. What the
-head returns instead of logits is a stand-in, which the model scales, caps and hands to its loss
-function; the loss function gives the loss back. The gradient goes the same way: through the
-stand-in, so that whoever waits for the head's output to get its gradient (FSDP) sees it.
+head returns instead of logits is a stand-in, which the model scales and caps and hands on, and from
+which `reveal` gives the results back. Gradients go the same way: through the stand-in, so that
+whoever waits for the head's output to get its gradient (FSDP) sees it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -15,20 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgp.linear import linear_cross_entropy
-from sgp.selection import Selection
-
 
 @dataclass
 class Request:
-    """What the loss needs to know, and then the loss: of one forward pass."""
+    """What is asked of a head in one forward pass."""
 
-    target: Tensor | Selection  # of the hidden states' leading shape
-    ignore_index: int
-    denominator: Tensor | float | None
-    label_smoothing: float
-    loss: Tensor | None = None
-    gradient: Tensor | None = None  # of the loss, on its way back
+    compute: Callable[..., tuple[Tensor, ...]]
+    """Given hidden states and weight, and by name linear_bias, softcap and logit_scale."""
+    results: tuple[Tensor, ...] | None = None
+    gradients: tuple[Tensor, ...] | None = None  # of the results, on their way back
 
 
 @dataclass
@@ -69,53 +65,54 @@ def _forward(self: nn.Linear, hidden: Tensor) -> Tensor:
     request = selective.request if selective is not None else None
     if selective is None or request is None:
         return nn.functional.linear(hidden, self.weight, self.bias)
-    if request.loss is not None:
+    if request.results is not None:
         raise RuntimeError("sgp.huggingface: the head ran twice in one forward pass of the model")
-    request.loss = linear_cross_entropy(
+    results = request.compute(
         hidden,
         self.weight,
-        request.target,
         linear_bias=self.bias,
-        ignore_index=request.ignore_index,
-        label_smoothing=request.label_smoothing,
-        denominator=request.denominator,
         softcap=selective.softcap,
         logit_scale=selective.logit_scale,
     )
-    return _Hide.apply(request.loss, request, hidden.dtype)  # type: ignore[no-any-return,no-untyped-call]
+    request.results = tuple(x.detach() for x in results)
+    return _Hide.apply(request, hidden.dtype, *results)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def reveal(stand_in: Tensor, request: Request) -> Tensor:
-    """The loss, from what the model made of the stand-in."""
-    if request.loss is None:
+def reveal(stand_in: Tensor, request: Request) -> tuple[Tensor, ...]:
+    """The results, from what the model made of the stand-in."""
+    if request.results is None:
         raise RuntimeError("sgp.huggingface: the model asked for a loss before its head ran")
-    return _Reveal.apply(stand_in, request.loss.detach(), request)  # type: ignore[no-any-return,no-untyped-call]
+    return _Reveal.apply(stand_in, request, *request.results)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Hide(torch.autograd.Function):
-    """loss -> a stand-in of one element; the gradient of the loss, whatever the stand-in's is."""
+    """results -> a stand-in of one element; the results' gradients, whatever the stand-in's is."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, request: Request, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, request: Request, dtype: torch.dtype, *results: Tensor) -> Tensor:
         ctx.request = request
-        return loss.new_zeros((1, 1, 1), dtype=dtype)
+        return results[0].new_zeros((1, 1, 1), dtype=dtype)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> Any:
-        return ctx.request.gradient, None, None
+        return None, None, *ctx.request.gradients
 
 
 class _Reveal(torch.autograd.Function):
-    """stand-in -> loss; keeps the gradient of the loss for `_Hide`."""
+    """stand-in -> results; keeps their gradients for `_Hide`."""
 
     @staticmethod
-    def forward(ctx: Any, stand_in: Tensor, loss: Tensor, request: Request) -> Tensor:
+    def forward(ctx: Any, stand_in: Tensor, request: Request, *results: Tensor) -> Any:
         ctx.request = request
         ctx.like = (stand_in.shape, stand_in.dtype, stand_in.device)
-        return loss.clone()
+        found = tuple(x.clone() for x in results)
+        ctx.mark_non_differentiable(*(x for x in found if not x.is_floating_point()))
+        return found
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        ctx.request.gradient = gradient
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        ctx.request.gradients = gradients
         shape, dtype, device = ctx.like
-        return torch.zeros(shape, dtype=dtype, device=device), None, None
+        return torch.zeros(shape, dtype=dtype, device=device), *(
+            None for _ in range(len(gradients) + 1)
+        )

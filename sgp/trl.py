@@ -1,0 +1,185 @@
+"""sgp in TRL's trainers: log-probabilities of the scored tokens alone, on a CPU too.
+
+TRL's trainers call `model(..., labels=..., fused_lm_head=True)` for the log-probabilities,
+entropies and metrics of each token. `add_fused_lm_head` takes the place of TRL's function of that
+name in a model that a trainer has prepared; `SFTTrainer` is TRL's with it.
+
+Importing this module imports TRL, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import trl
+from packaging.version import Version
+from torch import Tensor, nn
+from trl.trainer.sft_trainer import SFTTrainer as TRLTrainer
+from trl.trainer.utils import FusedCausalLMOutput
+
+from sgp.huggingface import UnsupportedModelError, probe
+from sgp.huggingface.loss import next_tokens
+from sgp.huggingface.patching import is_plain
+from sgp.huggingface.selective_head import Request, SelectiveHead, reveal
+from sgp.log_probs import linear_token_log_probs
+from sgp.selection import IGNORE
+
+__all__ = ["SFTTrainer", "add_fused_lm_head"]
+
+TESTED = ("1.16", "1.17")  # from the first, before the second
+OUTPUTS = {"log_probs", "entropy", "is_top1"}
+NAME = "sgp.trl.add_fused_lm_head"
+
+
+@dataclass(eq=False)
+class _Fused:
+    """What the forward of one model needs to know."""
+
+    stock: Any  # transformers' function, unbound
+    before: Any  # what forward was, bound: TRL's, or the model's
+    head: SelectiveHead
+    temperature: float
+    outputs: frozenset[str]
+
+
+def add_fused_lm_head(
+    model: nn.Module,
+    temperature: float = 1.0,
+    cast_lm_head_to_fp32: bool = False,
+    outputs: tuple[str, ...] = ("log_probs",),
+) -> None:
+    """Give a model TRL's `fused_lm_head=True`, computed by `sgp`.
+
+    Call it after the trainer is made, which adds its own: SFTTrainer below does. For GRPO, RLOO and
+    DPO: `sgp.trl.add_fused_lm_head(trainer.model, temperature=trainer.temperature,
+    outputs=("log_probs", "entropy"))`.
+
+    Example:
+        >>> trainer = trl.GRPOTrainer(...)  # doctest: +SKIP
+        >>> sgp.trl.add_fused_lm_head(  # doctest: +SKIP
+        ...     trainer.model, trainer.temperature, outputs=("log_probs", "entropy"))
+
+    Args:
+        model: a causal language model of transformers with a plain `nn.Linear` head; PEFT's around
+            one is looked into.
+        temperature: the logits are divided by it.
+        cast_lm_head_to_fp32: not supported: `sgp`'s logits are float32 anyway, from operands in
+            the head's dtype.
+        outputs: of "log_probs", "entropy" and "is_top1".
+
+    Raises:
+        UnsupportedModelError: a head that is not a plain `nn.Linear`, or logits that are more than
+            scaled and softcapped.
+        ValueError: an option or an output that is not supported; TRL's function has it.
+        RuntimeError: a TRL older than 1.16. One newer than is tested gives a warning.
+    """
+    _check_version()
+    if cast_lm_head_to_fp32 or not set(outputs) <= OUTPUTS:
+        raise ValueError(
+            f"{NAME}: cast_lm_head_to_fp32 = {cast_lm_head_to_fp32}, outputs = {outputs}; expected "
+            f"False and some of {sorted(OUTPUTS)}. TRL's own function has the others"
+        )
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    selective = SelectiveHead.of(head)
+    if selective is None:
+        if not is_plain(head):
+            raise UnsupportedModelError(
+                f"{NAME}: the head of {type(model).__name__} is {type(head).__name__}; expected a "
+                "plain nn.Linear"
+            )
+        found = probe.post_processing(model, head)
+        if found is None:
+            raise UnsupportedModelError(
+                f"{NAME}: the logits of {type(model).__name__} are more than scaled and softcapped"
+            )
+        selective = SelectiveHead(found.logit_scale, found.softcap)
+        SelectiveHead.on(head, selective)
+    stock = type(model).forward
+    fused = _Fused(stock, model.forward, selective, temperature, frozenset(outputs))
+
+    @functools.wraps(stock)
+    def forward(self: nn.Module, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if not fused_lm_head:
+            return fused.before(*args, **kwargs)
+        return _run(self, fused, args, kwargs)
+
+    model.forward = MethodType(forward, model)
+
+
+class SFTTrainer(TRLTrainer):
+    """TRL's SFTTrainer with `sgp`'s head: the loss, and its metrics, of the scored tokens alone.
+
+    Takes what TRL's takes, and logs what TRL's logs.
+
+    Example:
+        >>> trainer = sgp.trl.SFTTrainer(model, args, train_dataset=data)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+
+    Raises:
+        UnsupportedModelError, RuntimeError: as `add_fused_lm_head`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Make TRL's trainer, then put the head in."""
+        _check_version()
+        super().__init__(*args, **kwargs)
+        model: Any = self.model
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+
+
+def _check_version() -> None:
+    found, (first, end) = Version(trl.__version__), TESTED
+    if found < Version(first):
+        raise RuntimeError(f"sgp.trl needs TRL {first} or later; this is {found}")
+    if found >= Version(end):
+        warnings.warn(
+            f"sgp.trl is tested with TRL from {first} to before {end}; this is {found}. Compare "
+            "a few losses with TRL's own trainer",
+            stacklevel=3,
+        )
+
+
+def _run(
+    model: nn.Module, fused: _Fused, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> FusedCausalLMOutput:
+    """The model's own forward, whose head answers with log-probabilities."""
+    labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+    divisor = kwargs.pop("num_items_in_batch", None)
+    target = next_tokens(labels) if shifted is None else shifted
+    text = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    if getattr(text, "output_router_logits", False):
+        kwargs.setdefault("output_router_logits", True)
+
+    def compute(hidden: Tensor, weight: Tensor, **head: Any) -> tuple[Tensor, ...]:
+        found = linear_token_log_probs(
+            hidden, weight, target.to(hidden.device), temperature=fused.temperature, **head
+        )
+        return found.log_prob, found.entropy, found.is_top1
+
+    request = fused.head.request = Request(compute)
+    try:
+        out = fused.stock(model, *args, **{**kwargs, "use_cache": False})
+        log_probs, entropy, is_top1 = reveal(out.logits, request)
+    finally:
+        fused.head.request = None
+    mask = target != IGNORE
+    if shifted is None:  # the last column predicts nothing
+        log_probs, entropy, is_top1, mask = (x[:, :-1] for x in (log_probs, entropy, is_top1, mask))
+    mask = mask.to(log_probs.device)
+    loss = -log_probs.sum() / (mask.sum().clamp(min=1) if divisor is None else divisor)
+    auxiliary = getattr(out, "aux_loss", None)
+    if auxiliary is not None:
+        loss = loss + getattr(text, "router_aux_loss_coef", 0.0) * auxiliary
+    return FusedCausalLMOutput(
+        loss=loss,
+        log_probs=log_probs,
+        entropy=entropy if "entropy" in fused.outputs else None,
+        is_top1=is_top1.to(log_probs.dtype) if "is_top1" in fused.outputs else None,
+        label_mask=mask,
+        aux_loss=auxiliary,
+    )

@@ -1,0 +1,143 @@
+"""sgp in TRL: the log-probabilities, metrics and losses of TRL's own functions."""
+
+import warnings
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from trl.trainer.utils import add_fused_lm_head
+
+import sgp.trl
+from sgp.huggingface import UnsupportedModelError, patch
+from tests.families import V, make, make_batch
+
+RUNS = ({}, {"gradient_accumulation_steps": 2}, {"packing": True, "max_length": 64})
+FIELDS = ("log_probs", "entropy", "is_top1")
+
+
+def quiet(make_it):
+    """TRL and transformers deprecate each other's options."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make_it()
+
+
+def run(model, batch, **more):
+    """A fused output, and the gradients of a loss of its log-probabilities and entropies."""
+    model.zero_grad()
+    out = model(**batch, fused_lm_head=True, **more)
+    (out.loss + 0.1 * (out.log_probs.exp() * out.entropy).sum()).backward()
+    return out, {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "falcon_h1", "mixtral", "gpt2"])
+def test_the_fused_head_is_trls(family, temperature):
+    model, batch = make(family), make_batch()
+    add_fused_lm_head(model, temperature, outputs=FIELDS)
+    expected, true = run(model, batch)
+    divided, _ = run(model, batch, num_items_in_batch=50)
+    sgp.trl.add_fused_lm_head(model, temperature, outputs=FIELDS)
+    found, gradients = run(model, batch)
+    for name in (*FIELDS, "label_mask", "loss"):
+        torch.testing.assert_close(
+            getattr(found, name), getattr(expected, name), rtol=2e-5, atol=1e-5, check_dtype=False
+        )
+    assert run(model, batch, num_items_in_batch=50)[0].loss.item() == pytest.approx(
+        divided.loss.item(), rel=2e-5
+    )
+    largest = max(g.abs().max() for g in true.values())
+    for name, gradient in true.items():
+        error = (gradients[name] - gradient).abs().max()
+        assert error <= 5e-5 * gradient.abs().max().clamp(min=1e-2 * largest), name
+    assert model(**batch).logits.shape[-1] == V, "without fused_lm_head it is the model's own"
+
+
+def test_only_scored_rows_reach_the_head(monkeypatch):
+    model, batch = make("llama"), make_batch()
+    sgp.trl.add_fused_lm_head(model)
+    rows = []
+    inner = sgp.trl.linear_token_log_probs
+
+    def spy(hidden, weight, target, **options):
+        hidden = hidden.clone()
+        hidden.data[target == -100] = float("nan")  # a row that is read would show
+        rows.append(int((target != -100).sum()))
+        return inner(hidden, weight, target, **options)
+
+    monkeypatch.setattr(sgp.trl, "linear_token_log_probs", spy)
+    out = model(**batch, fused_lm_head=True)
+    assert out.loss.isfinite()
+    assert rows == [int(out.label_mask.sum())]
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Prompts and completions of numbers, and a tokenizer for them."""
+    inner = Tokenizer(models.WordLevel({str(i): i for i in range(V)}, unk_token="0"))  # noqa: S106
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="0", eos_token="2")  # noqa: S106
+    generator = torch.Generator().manual_seed(6)
+    words = torch.randint(3, V, (32, 20), generator=generator).tolist()
+    rows = [
+        {"prompt": " ".join(map(str, row[:14])), "completion": " " + " ".join(map(str, row[14:]))}
+        for row in words
+    ]
+    return tokenizer, Dataset.from_list(rows)
+
+
+def train(kind, model, data, folder, **more):
+    """The logs of a run."""
+    tokenizer, rows = data
+    arguments = trl.SFTConfig(
+        output_dir=str(folder), per_device_train_batch_size=4, max_steps=8, learning_rate=1e-2,
+        logging_steps=1, report_to=[], use_cpu=True, bf16=False, save_strategy="no", seed=3,
+        completion_only_loss=True, disable_tqdm=True, **more,
+    )  # fmt: skip
+    trainer = kind(model, arguments, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    return [log for log in trainer.state.log_history if "loss" in log]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
+@pytest.mark.parametrize("options", RUNS, ids=str)
+def test_sft_logs_what_trls_trainer_logs(family, options, data, tmp_path):
+    expected = quiet(lambda: train(trl.SFTTrainer, make(family), data, tmp_path, **options))
+    found = quiet(lambda: train(sgp.trl.SFTTrainer, make(family), data, tmp_path, **options))
+    assert len(found) == len(expected) >= 2
+    for log, true in zip(found, expected, strict=True):
+        assert set(log) == set(true)
+        for name in ("loss", "entropy", "mean_token_accuracy", "num_tokens"):
+            assert log[name] == pytest.approx(true[name], rel=1e-4), name
+
+
+def test_a_patched_model_is_no_hindrance(data, tmp_path):
+    expected = quiet(lambda: train(trl.SFTTrainer, make("llama"), data, tmp_path))
+    model = make("llama")
+    patch(model)
+    found = quiet(lambda: train(sgp.trl.SFTTrainer, model, data, tmp_path))
+    assert [log["loss"] for log in found] == pytest.approx(
+        [log["loss"] for log in expected], rel=1e-4
+    )
+
+
+def test_what_is_refused(monkeypatch):
+    model = make("llama")
+    with pytest.raises(ValueError, match=r"outputs = .*mean_logits.*; expected"):
+        sgp.trl.add_fused_lm_head(model, outputs=("log_probs", "mean_logits"))
+    with pytest.raises(ValueError, match="cast_lm_head_to_fp32 = True"):
+        sgp.trl.add_fused_lm_head(model, cast_lm_head_to_fp32=True)
+    monkeypatch.setattr(trl, "__version__", "1.15.2")
+    with pytest.raises(RuntimeError, match=r"needs TRL 1\.16 or later; this is 1\.15\.2"):
+        sgp.trl.add_fused_lm_head(model)
+    monkeypatch.setattr(trl, "__version__", "2.0.0")
+    with pytest.warns(UserWarning, match=r"is tested with TRL from 1\.16 to before 1\.17"):
+        sgp.trl.add_fused_lm_head(model)
+    monkeypatch.undo()
+    model = make("llama")
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(UnsupportedModelError, match="is Sequential; expected a plain"):
+        sgp.trl.add_fused_lm_head(model)
