@@ -12,6 +12,7 @@ COMMANDS = {
     "resources": "registers, spills and access widths of every kernel, compiled without a GPU",
     "context": "time and memory of the gradient through the context, three modes",
     "recall": "what is lost when the context is held constant: a toy task, trained twice",
+    "sft": "TRL's SFTTrainer and sgp's: the same steps, losses and time",
     "forms": "resident rows against streaming and a copy, timed on a GPU",
     "predict": "milliseconds on paper, from bytes, FLOPs and a data sheet",
     "report": "the README's tables and the pictures, from the results files",

@@ -1,9 +1,10 @@
-"""The tables of docs/selective-gradients.md, from the newest results of `recall` and `context`."""
+"""The tables of the pages in docs, from the newest results of `recall`, `context` and `sft`."""
 
 from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from bench import tables
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "selective-gradients.md"
+TOOLS = ROOT / "docs" / "hugging-face.md"
+PAGES = (PAGE, TOOLS)
 RESULTS = Path(__file__).parent / "results"
 MIB = 1 << 20
 
@@ -60,11 +63,30 @@ def context() -> str:
     return "\n".join([*lines, "", source])
 
 
+def sft() -> str:
+    """TRL's trainer beside sgp's."""
+    path, found = newest("sft")
+    size = found["size"]
+    lines = ["| trainer | 8 steps | of TRL's time |", "|---|---|---|"]
+    for name, ratio in (("TRL", 1.0), ("sgp", found["ratio"])):
+        seconds = statistics.median(found["seconds"][name])
+        lines.append(f"| `{name.lower()}.SFTTrainer` | {seconds:.1f} s | {ratio:.2f} |")
+    source = (
+        f"A Llama of {size['layers']} layers, D = {size['D']}, V = {size['V']}, "
+        f"{size['B']} x {size['T']} tokens, {100 * size['kept']:.0f} % kept, float32, "
+        f"{found['machine']['name']} ({found['machine']['cpu']}), TRL {found['versions']['trl']}; "
+        f"the losses differ by {found['apart']:.0e} at most. `python -m bench sft` "
+        f"([results](../bench/results/{path.name}))."
+    )
+    return "\n".join([*lines, "", source])
+
+
 def filled(text: str) -> str:
-    """The page with both tables and the picture's name."""
-    for name, block in (("recall", recall()), ("context", context())):
+    """A page with its tables and its picture's name."""
+    for name, block in (("recall", recall), ("context", context), ("sft", sft)):
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        before, _, rest = text.partition(begin)
-        text = f"{before}{begin}\n{block}\n{end}{rest.partition(end)[2]}"
+        before, found, rest = text.partition(begin)
+        if found:
+            text = f"{before}{begin}\n{block()}\n{end}{rest.partition(end)[2]}"
     picture = newest("recall")[0].with_suffix(".png").name
     return re.sub(r"(!\[[^]]*\]\(\.\./bench/results/)[^)]+", rf"\g<1>{picture}", text)

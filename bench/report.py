@@ -123,8 +123,8 @@ def main() -> int:
     text = README.read_text()
     block = render(found)
     if arguments.check:
-        docs = page.PAGE.read_text()
-        same = block_of(text) == block and page.filled(docs) == docs
+        docs = [path.read_text() for path in page.PAGES]
+        same = block_of(text) == block and [page.filled(doc) for doc in docs] == docs
         print("README and docs are the results files'" if same else "run `python -m bench report`")
         return 0 if same else 1
     before, after = text.partition(BEGIN)[0], text.partition(END)[2]
@@ -132,8 +132,9 @@ def main() -> int:
     for path, content in found:
         for picture in plots.draw(content, path.with_suffix("")):
             print(f"wrote {picture}")
-    page.PAGE.write_text(page.filled(page.PAGE.read_text()))
-    print("wrote README.md and docs/selective-gradients.md")
+    for path in page.PAGES:
+        path.write_text(page.filled(path.read_text()))
+    print(f"wrote README.md and {', '.join(f'docs/{path.name}' for path in page.PAGES)}")
     return 0
 
 
