@@ -70,7 +70,8 @@ def sft() -> str:
     lines = ["| trainer | 8 steps | of TRL's time |", "|---|---|---|"]
     for name, ratio in (("TRL", 1.0), ("sgp", found["ratio"])):
         seconds = statistics.median(found["seconds"][name])
-        lines.append(f"| `{name.lower()}.SFTTrainer` | {seconds:.1f} s | {ratio:.2f} |")
+        module = "trl" if name == "TRL" else "sgp.trl"
+        lines.append(f"| `{module}.SFTTrainer` | {seconds:.1f} s | {ratio:.2f} |")
     source = (
         f"A Llama of {size['layers']} layers, D = {size['D']}, V = {size['V']}, "
         f"{size['B']} x {size['T']} tokens, {100 * size['kept']:.0f} % kept, float32, "
