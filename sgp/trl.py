@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
+import torch
 import trl
 from packaging.version import Version
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from sgp.selection import IGNORE
 __all__ = ["SFTTrainer", "add_fused_lm_head"]
 
 TESTED = ("1.16", "1.17")  # from the first, before the second
-OUTPUTS = {"log_probs", "entropy", "is_top1"}
+OUTPUTS = {"log_probs", "entropy", "is_top1", "mean_logits"}
 NAME = "sgp.trl.add_fused_lm_head"
 
 
@@ -54,9 +55,9 @@ def add_fused_lm_head(
 ) -> None:
     """Give a model TRL's `fused_lm_head=True`, computed by `sgp`.
 
-    Call it after the trainer is made, which adds its own: SFTTrainer below does. For GRPO, RLOO and
-    DPO: `sgp.trl.add_fused_lm_head(trainer.model, temperature=trainer.temperature,
-    outputs=("log_probs", "entropy"))`.
+    Call it after the trainer is made, which adds its own, with what that trainer asks for:
+    `("log_probs", "entropy")` and `trainer.temperature` for GRPO and RLOO,
+    `("log_probs", "entropy", "mean_logits", "is_top1")` for DPO, the first three for KTO.
 
     Example:
         >>> trainer = trl.GRPOTrainer(...)  # doctest: +SKIP
@@ -69,7 +70,9 @@ def add_fused_lm_head(
         temperature: the logits are divided by it.
         cast_lm_head_to_fp32: not supported: `sgp`'s logits are float32 anyway, from operands in
             the head's dtype.
-        outputs: of "log_probs", "entropy" and "is_top1".
+        outputs: of "log_probs", "entropy", "is_top1" and "mean_logits"; the last, the mean of a
+            row's logits, is a product with the mean row of the weight, and there is none for a
+            softcapped model.
 
     Raises:
         UnsupportedModelError: a head that is not a plain `nn.Linear`, or logits that are more than
@@ -99,6 +102,11 @@ def add_fused_lm_head(
             )
         selective = SelectiveHead(found.logit_scale, found.softcap)
         SelectiveHead.on(head, selective)
+    if "mean_logits" in outputs and selective.softcap is not None:
+        raise UnsupportedModelError(
+            f"{NAME}: {type(model).__name__} has a softcap of {selective.softcap}: the mean of its "
+            "logits needs all of them"
+        )
     stock = type(model).forward
     fused = _Fused(stock, model.forward, selective, temperature, frozenset(outputs))
 
@@ -156,20 +164,26 @@ def _run(
         kwargs.setdefault("output_router_logits", True)
 
     def compute(hidden: Tensor, weight: Tensor, **head: Any) -> tuple[Tensor, ...]:
+        scored = target.to(hidden.device)
         found = linear_token_log_probs(
-            hidden, weight, target.to(hidden.device), temperature=fused.temperature, **head
+            hidden, weight, scored, temperature=fused.temperature, **head
         )
-        return found.log_prob, found.entropy, found.is_top1
+        means = found.log_prob.new_zeros(())
+        if "mean_logits" in fused.outputs:
+            factor = head["logit_scale"] / fused.temperature
+            means = _means(hidden, weight, head["linear_bias"], scored != IGNORE) * factor
+        return found.log_prob, found.entropy, found.is_top1, means
 
     request = fused.head.request = Request(compute)
     try:
         out = fused.stock(model, *args, **{**kwargs, "use_cache": False})
-        log_probs, entropy, is_top1 = reveal(out.logits, request)
+        log_probs, entropy, is_top1, means = reveal(out.logits, request)
     finally:
         fused.head.request = None
     mask = target != IGNORE
     if shifted is None:  # the last column predicts nothing
         log_probs, entropy, is_top1, mask = (x[:, :-1] for x in (log_probs, entropy, is_top1, mask))
+        means = means[:, :-1] if means.dim() else means
     mask = mask.to(log_probs.device)
     loss = -log_probs.sum() / (mask.sum().clamp(min=1) if divisor is None else divisor)
     auxiliary = getattr(out, "aux_loss", None)
@@ -179,7 +193,18 @@ def _run(
         loss=loss,
         log_probs=log_probs,
         entropy=entropy if "entropy" in fused.outputs else None,
-        is_top1=is_top1.to(log_probs.dtype) if "is_top1" in fused.outputs else None,
+        is_top1=is_top1 if "is_top1" in fused.outputs else None,
+        mean_logits=means.detach() if "mean_logits" in fused.outputs else None,
         label_mask=mask,
         aux_loss=auxiliary,
     )
+
+
+@torch.no_grad()
+def _means(hidden: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor) -> Tensor:
+    """Of each kept row's logits: h . mean_v w_v + mean b, in float32; 0 elsewhere."""
+    of_weight = weight.mean(0, dtype=torch.float32)
+    found = hidden[kept].float() @ of_weight
+    if bias is not None:
+        found = found + bias.float().mean()
+    return found.new_zeros(kept.shape).masked_scatter(kept, found)

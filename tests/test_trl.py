@@ -34,17 +34,20 @@ def run(model, batch, **more):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "falcon_h1", "mixtral", "gpt2"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma2", "granite", "falcon_h1", "mixtral", "gpt2", "phi"]
+)
 def test_the_fused_head_is_trls(family, temperature):
     model, batch = make(family), make_batch()
-    add_fused_lm_head(model, temperature, outputs=FIELDS)
+    fields = FIELDS if family == "gemma2" else (*FIELDS, "mean_logits")
+    add_fused_lm_head(model, temperature, outputs=fields)
     expected, true = run(model, batch)
     divided, _ = run(model, batch, num_items_in_batch=50)
-    sgp.trl.add_fused_lm_head(model, temperature, outputs=FIELDS)
+    sgp.trl.add_fused_lm_head(model, temperature, outputs=fields)
     found, gradients = run(model, batch)
-    for name in (*FIELDS, "label_mask", "loss"):
+    for name in (*fields, "label_mask", "loss"):
         torch.testing.assert_close(
-            getattr(found, name), getattr(expected, name), rtol=2e-5, atol=1e-5, check_dtype=False
+            getattr(found, name), getattr(expected, name), rtol=2e-5, atol=1e-5
         )
     assert run(model, batch, num_items_in_batch=50)[0].loss.item() == pytest.approx(
         divided.loss.item(), rel=2e-5
@@ -124,10 +127,79 @@ def test_a_patched_model_is_no_hindrance(data, tmp_path):
     )
 
 
+COMMON = {
+    "per_device_train_batch_size": 4, "max_steps": 2, "learning_rate": 1e-2, "logging_steps": 1,
+    "report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no", "seed": 3,
+    "disable_tqdm": True,
+}  # fmt: skip
+
+
+def logs_of(trainer):
+    trainer.train()
+    return [log for log in trainer.state.log_history if "loss" in log]
+
+
+def test_dpo(data, tmp_path):
+    tokenizer, rows = data
+    pairs = Dataset.from_list(
+        [
+            {"prompt": a["prompt"], "chosen": a["completion"], "rejected": b["completion"]}
+            for a, b in zip(rows, rows.select(range(1, len(rows))), strict=False)
+        ]
+    )
+
+    def make_trainer():
+        arguments = trl.DPOConfig(output_dir=str(tmp_path), **COMMON)
+        return trl.DPOTrainer(
+            make("llama"), make("llama"), args=arguments, train_dataset=pairs,
+            processing_class=tokenizer,
+        )  # fmt: skip
+
+    expected = quiet(lambda: logs_of(make_trainer()))
+    trainer = quiet(make_trainer)
+    asked = ("log_probs", "entropy", "mean_logits", "is_top1")
+    sgp.trl.add_fused_lm_head(trainer.model, outputs=asked)
+    sgp.trl.add_fused_lm_head(trainer.ref_model)
+    found = quiet(lambda: logs_of(trainer))
+    assert len(found) == 2
+    for log, true in zip(found, expected, strict=True):
+        for name in ("loss", "rewards/margins", "logps/chosen", "logits/chosen", "entropy"):
+            assert log[name] == pytest.approx(true[name], rel=1e-4, abs=1e-5), name
+
+
+def test_grpo(data, tmp_path):
+    tokenizer, rows = data
+
+    def make_trainer():
+        arguments = trl.GRPOConfig(
+            output_dir=str(tmp_path), num_generations=4, max_completion_length=6, beta=0.0,
+            temperature=0.8, **COMMON,
+        )  # fmt: skip
+        return trl.GRPOTrainer(
+            make("llama"), lambda completions, **_: [float(len(set(c))) for c in completions],
+            args=arguments, train_dataset=rows.select_columns(["prompt"]),
+            processing_class=tokenizer,
+        )  # fmt: skip
+
+    expected = quiet(lambda: logs_of(make_trainer()))
+    trainer = quiet(make_trainer)
+    asked = ("log_probs", "entropy")
+    sgp.trl.add_fused_lm_head(trainer.model, trainer.temperature, outputs=asked)
+    found = quiet(lambda: logs_of(trainer))
+    assert len(found) == 2
+    for log, true in zip(found, expected, strict=True):
+        for name in ("loss", "entropy", "grad_norm", "reward"):
+            assert log[name] == pytest.approx(true[name], rel=1e-3, abs=1e-5), name
+
+
 def test_what_is_refused(monkeypatch):
     model = make("llama")
-    with pytest.raises(ValueError, match=r"outputs = .*mean_logits.*; expected"):
-        sgp.trl.add_fused_lm_head(model, outputs=("log_probs", "mean_logits"))
+    with pytest.raises(ValueError, match=r"outputs = .*log_sum_sq_probs.*; expected"):
+        sgp.trl.add_fused_lm_head(model, outputs=("log_probs", "log_sum_sq_probs"))
+    with pytest.raises(
+        UnsupportedModelError, match=r"has a softcap of 3\.0: the mean of its logits"
+    ):
+        sgp.trl.add_fused_lm_head(make("gemma2"), outputs=("log_probs", "mean_logits"))
     with pytest.raises(ValueError, match="cast_lm_head_to_fp32 = True"):
         sgp.trl.add_fused_lm_head(model, cast_lm_head_to_fp32=True)
     monkeypatch.setattr(trl, "__version__", "1.15.2")
