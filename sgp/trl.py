@@ -117,6 +117,7 @@ def add_fused_lm_head(
         return _run(self, fused, args, kwargs)
 
     model.forward = MethodType(forward, model)
+    vars(model)["sgp_trl"] = True
 
 
 class SFTTrainer(TRLTrainer):

@@ -223,3 +223,12 @@ def test_a_patched_model_takes_the_batch(mode, packed):
     assert model(**batch).loss.item() == pytest.approx(stock.item(), rel=2e-5)
     model.eval()
     assert model(**batch).loss.item() == pytest.approx(stock.item(), rel=2e-5)
+
+
+def test_workers_carry_the_selection():
+    loader = torch.utils.data.DataLoader(
+        EXAMPLES["labels"], batch_size=2, collate_fn=sgp.Collator(packed=True), num_workers=1
+    )
+    (batch,) = loader
+    assert batch["selection"].rows.tolist() == [0, 2, 4]
+    assert batch["selection"].to("cpu", non_blocking=True).num_sequences == 2

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from trl.trainer.utils import add_fused_lm_head
 
 import sgp.trl
-from sgp.huggingface import UnsupportedModelError, patch
+from sgp.huggingface import UnsupportedModelError, patch, patching
 from tests.families import V, make, make_batch
 
 RUNS = ({}, {"gradient_accumulation_steps": 2}, {"packing": True, "max_length": 64})
@@ -117,14 +117,16 @@ def test_sft_logs_what_trls_trainer_logs(family, options, data, tmp_path):
             assert log[name] == pytest.approx(true[name], rel=1e-4), name
 
 
-def test_a_patched_model_is_no_hindrance(data, tmp_path):
+def test_a_patched_model_is_no_hindrance_and_no_help(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(patching, "_warned", False)
     expected = quiet(lambda: train(trl.SFTTrainer, make("llama"), data, tmp_path))
-    model = make("llama")
-    patch(model)
-    found = quiet(lambda: train(sgp.trl.SFTTrainer, model, data, tmp_path))
-    assert [log["loss"] for log in found] == pytest.approx(
-        [log["loss"] for log in expected], rel=1e-4
-    )
+    for kind, said in ((sgp.trl.SFTTrainer, False), (trl.SFTTrainer, True)):
+        model = make("llama")
+        patch(model)
+        found = quiet(lambda kind=kind, model=model: train(kind, model, data, tmp_path))
+        for log, true in zip(found, expected, strict=True):
+            assert log["loss"] == pytest.approx(true["loss"], rel=1e-4)
+        assert patching._warned == said
 
 
 COMMON = {

@@ -75,11 +75,11 @@ class _Patch:
         return (), kwargs
 
     def _acts(self, model: nn.Module, kwargs: dict[str, Any]) -> bool:
-        if not (model.training or self.always) or kwargs.get("fused_lm_head"):
-            return False  # the latter is TRL's, whose forward asks for what it needs
-        if kwargs.get("labels") is None:
-            if model.training and torch.is_grad_enabled():
-                _warn_of_logits()
+        if not (model.training or self.always):
+            return False
+        if kwargs.get("fused_lm_head") or kwargs.get("labels") is None:
+            if model.training and torch.is_grad_enabled() and not hasattr(model, "sgp_trl"):
+                _warn_of_another_loss()
             return False
         keep = kwargs.get("logits_to_keep", 0)
         return not isinstance(keep, Tensor) and not keep  # else the caller has chosen
@@ -327,13 +327,13 @@ def _named(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
 _warned = False
 
 
-def _warn_of_logits() -> None:
+def _warn_of_another_loss() -> None:
     global _warned  # noqa: PLW0603  (once in a process)
     if not _warned:
         _warned = True
         warnings.warn(
-            f"{NAME}: a patched model is trained without labels: its caller computes the loss from "
-            "all logits (Trainer with label_smoothing_factor or compute_loss_func, TRL), where the "
-            "patch does nothing",
+            f"{NAME}: a patched model is trained without labels, or with TRL's own head: its "
+            "caller computes the loss (Trainer with label_smoothing_factor or compute_loss_func; for TRL "
+            "there is sgp.trl), and the patch does nothing",
             stacklevel=3,
         )
