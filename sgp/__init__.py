@@ -3,11 +3,12 @@
 `cross_entropy` replaces `torch.nn.functional.cross_entropy`, `linear_cross_entropy` the head before
 it too; `token_log_probs` and `linear_token_log_probs` give each token's log-probability;
 `Selection` says which tokens carry loss; `audit` shows where the gradient went; `huggingface.patch`
-puts the loss into a model of transformers; `reference` is the definition of all in plain PyTorch.
+puts the loss into a model of transformers; `parallel` has the losses of a vocabulary split over
+ranks; `reference` is the definition of all in plain PyTorch.
 Kernels are imported at first use.
 """
 
-from sgp import huggingface, reference
+from sgp import huggingface, parallel, reference
 from sgp.auditing import AuditReport, audit
 from sgp.collator import Collator
 from sgp.context import context_loss
@@ -31,6 +32,7 @@ __all__ = [
     "huggingface",
     "linear_cross_entropy",
     "linear_token_log_probs",
+    "parallel",
     "reference",
     "token_log_probs",
 ]

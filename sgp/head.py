@@ -14,6 +14,7 @@ N = 32k; with 1, what has a probability below 6e-8 is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,9 @@ from torch import Tensor
 from sgp import backend, chunks, products
 from sgp.operators import implementation
 from sgp.recipe import Recipe, accumulation_dtype
+from sgp.row_shard import ShardRows
 from sgp.row_torch import RowOutputs, Upstream, new_outputs, row_index
+from sgp.shard import Shard
 
 HALF_RANGE = 4096.0  # sixteen times below float16's largest number
 LEAST_ROOT = 2.0**-12  # HALF_RANGE times this is 1
@@ -48,6 +51,11 @@ class Head(NamedTuple):
     recipe: Recipe
     compute_dtype: torch.dtype  # of the matmuls' operands
     chunk_rows: int
+    shard: Shard | None = None  # of the vocabulary; target and class_weight are of all of it
+
+    def operations(self, logits: Tensor) -> ModuleType | ShardRows:
+        """What does rows of logits: kernels or PyTorch, joined over the ranks of a shard."""
+        return implementation(logits) if self.shard is None else ShardRows(self.shard)
 
     @property
     def parts(self) -> list[slice]:
@@ -158,7 +166,7 @@ def _forward_chunk(
     of_rows = (weights, scale)
     if factors is not None:
         of_rows = (factors.folded[chunk.part], factors.scale)
-    implementation(logits).forward(
+    head.operations(logits).forward(
         logits, g, head.target[some], head.class_weight, *of_rows, head.recipe, here, scratch=True
     )
     if factors is not None:  # the loss was multiplied by what is folded into its gradient
@@ -194,7 +202,7 @@ def backward(
     def one(chunk: _Chunk) -> None:
         some, logits = chunk.rows, chunk.logits
         g = _place_of_gradient(head, logits)
-        implementation(logits).backward(
+        head.operations(logits).backward(
             logits,
             g,
             head.target[some],
@@ -332,7 +340,7 @@ class _Sums:
     """The gradients of a head, summed over chunks."""
 
     def __init__(self, head: Head, needs: Needs, factors: _Factors | None, *, wide: bool) -> None:
-        self.needs, self.factors = needs, factors
+        self.needs, self.factors, self.shard = needs, factors, head.shard
         self.dtypes = gradient_dtypes(head.input, head.weight, head.bias, wide=wide)
         exact = accumulation_dtype(head.compute_dtype)
         # One chunk may write bf16 at once, where that is what the matmul makes.
@@ -347,19 +355,22 @@ class _Sums:
 
     def add(self, chunk: _Chunk, g: Tensor) -> None:
         """One chunk more, from the gradient g (m, V) of its logits."""
-        hidden, f, share = chunk.hidden, self.factors, None
-        rest = None
+        hidden, f, share, rest = chunk.hidden, self.factors, None, None
         if f is not None:
             rest = f.rest[chunk.part, None]
             share = (f.share / f.folded)[chunk.part, None]
+        summing = None
         if self.needs.input:
-            if rest is None:
-                values = products.input_gradient(g, chunk.weight, self.d_input.dtype)
-            else:
-                values = products.input_gradient(g, chunk.weight, torch.float32)
-                values = (values * rest).to(self.d_input.dtype)
-            D = hidden.shape[1]
-            self.d_input.view(-1, D).index_copy_(0, chunk.rows, values)
+            exact = rest is None and self.shard is None
+            wide = accumulation_dtype(chunk.weight.dtype)
+            dtype = self.d_input.dtype if exact else wide
+            values = products.input_gradient(g, chunk.weight, dtype)
+            if rest is not None:
+                values = values * rest
+            if self.shard is not None:
+                summing = self.shard.start_sum(values)
+            if summing is None:
+                self._put(chunk, values)
         if self.needs.weight:
             weighted = hidden if share is None else (hidden * share).to(hidden.dtype)
             first = chunk.part.start == 0
@@ -370,6 +381,15 @@ class _Sums:
             else:
                 column = self.d_bias[:, None]
                 products.add_weight_gradient(g, share.to(hidden.dtype), column, first=False)
+        if summing is not None and self.shard is not None:
+            # The sum over the ranks went on beside the matmul of the weight's gradient.
+            self.shard.finish_sum(summing)
+            self._put(chunk, values)
+
+    def _put(self, chunk: _Chunk, values: Tensor) -> None:
+        """The rows of a chunk into d_input."""
+        whole = self.d_input.view(-1, values.shape[1])
+        whole.index_copy_(0, chunk.rows, values.to(whole.dtype))
 
     def finish(self) -> Gradients:
         """The sums in the dtypes that were promised."""

@@ -9,6 +9,8 @@ log-sum-exp of each row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ from sgp.head_problem import compute_dtype
 from sgp.problem import Problem
 from sgp.recipe import Recipe
 from sgp.selection import Selection
+from sgp.shard import Shard
 
 LINEAR_CROSS_ENTROPY = "sgp.linear_cross_entropy"
 LINEAR_LOG_PROBS = "sgp.linear_token_log_probs"
@@ -35,11 +38,26 @@ class HeadOptions(NamedTuple):
     chunk_rows: int
     needs: Needs
     need_stats: bool
+    shard: Shard | None = None  # of the vocabulary
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """The operator, or for a shard what it calls."""
+        return _of(self.shard, head_operators.head_forward, head_operators.forward)
+
+    @property
+    def backward(self) -> Callable[..., Any]:
+        """The same of the backward."""
+        return _of(self.shard, head_operators.head_backward, head_operators.backward)
 
     @property
     def is_wide(self) -> bool:
         """Whether gradients wait for the upstream factor in float32: those of float16 matmuls."""
         return self.compute_dtype == torch.float16
+
+
+def _of(shard: Shard | None, operator: Any, plain: Callable[..., Any]) -> Callable[..., Any]:
+    return operator if shard is None else partial(plain, shard)
 
 
 class LinearHead(NamedTuple):
@@ -62,20 +80,28 @@ def linear_head(
 
 
 def head_options(
-    problem: Problem, head: LinearHead, chunk_rows: int | None, *, need_stats: bool
+    problem: Problem,
+    head: LinearHead,
+    chunk_rows: int | None,
+    *,
+    need_stats: bool,
+    shard: Shard | None = None,
 ) -> HeadOptions:
     """What this call computes, in which dtype, and how many rows at a time."""
 
     def needed(x: Tensor | None) -> bool:
         return x is not None and x.requires_grad and torch.is_grad_enabled()
 
-    x, V = problem.input, head.weight.shape[0]
+    x = problem.input
+    # Every rank of a shard takes as many rows at a time.
+    V = head.weight.shape[0] if shard is None else max(shard.sizes)
     return HeadOptions(
         recipe=problem.recipe,
         compute_dtype=compute_dtype(x),
         chunk_rows=min(chunk_rows or default_chunk_rows(V, x.device.type), MOST_ROWS),
         needs=Needs(needed(x), needed(head.weight), needed(head.bias)),
         need_stats=need_stats,
+        shard=shard,
     )
 
 
@@ -133,7 +159,7 @@ class HeadScalarLoss(torch.autograd.Function):
         of_bias: Tensor | None,
     ) -> tuple[Tensor, ...]:
         o = options
-        loss, _, *rest = head_operators.head_forward(
+        loss, _, *rest = o.forward(
             input, linear_weight, linear_bias, target, rows, count, weight, row_weight, scale,
             *o.recipe, o.compute_dtype, o.chunk_rows, *o.needs, o.is_wide, False, o.need_stats,
         )  # fmt: skip
@@ -195,7 +221,7 @@ class HeadRowLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         o = options
         scaled = o.needs == Needs(input=True, weight=False, bias=False)  # d_input is row by row
-        loss, saved, *stats, d_input, _, _ = head_operators.head_forward(
+        loss, saved, *stats, d_input, _, _ = o.forward(
             input, linear_weight, linear_bias, target, rows, count, weight, row_weight, None,
             *o.recipe, o.compute_dtype, o.chunk_rows,
             scaled, False, False, o.is_wide, not scaled, o.need_stats,
@@ -230,7 +256,7 @@ class HeadRowLoss(torch.autograd.Function):
                 gradients = ((d_input * by_row).to(ctx.dtype), saved, saved)
             else:
                 factor = upstream if row_weight is None else upstream * row_weight
-                gradients = head_operators.head_backward(
+                gradients = o.backward(
                     *tensors, saved, weight, factor.contiguous(), None, None, None,
                     *o.recipe, o.compute_dtype, o.chunk_rows, *o.needs,
                 )  # fmt: skip
@@ -255,7 +281,7 @@ class HeadStatistics(torch.autograd.Function):
         of_bias: Tensor | None,
     ) -> tuple[Tensor, ...]:
         o = options
-        _, saved, *stats, _, _, _ = head_operators.head_forward(
+        _, saved, *stats, _, _, _ = o.forward(
             input, linear_weight, linear_bias, target, rows, count, None, None, None,
             *o.recipe, o.compute_dtype, o.chunk_rows, False, False, False, False, True, True,
         )  # fmt: skip
@@ -278,7 +304,7 @@ class HeadStatistics(torch.autograd.Function):
         *tensors, saved, entropy, of_input, of_weight, of_bias = ctx.saved_tensors
         o: HeadOptions = ctx.options
         with torch.no_grad():
-            gradients = head_operators.head_backward(
+            gradients = o.backward(
                 *tensors, saved, None, *row_upstream(upstream, saved, entropy),
                 *o.recipe, o.compute_dtype, o.chunk_rows, *o.needs,
             )  # fmt: skip

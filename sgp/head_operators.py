@@ -17,6 +17,7 @@ from sgp.head import Head, Needs
 from sgp.problem import check_targets
 from sgp.recipe import Recipe
 from sgp.row_torch import Upstream, new_outputs
+from sgp.shard import Shard
 
 RowsAndGradients = tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
@@ -43,6 +44,69 @@ def kept_rows(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
 @kept_rows.register_fake
 def _(target: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return target.new_empty(target.shape), torch.empty((), dtype=torch.int64, device="cpu")
+
+
+def forward(
+    shard: Shard | None,
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    rows: Tensor,
+    count: Tensor,
+    weight: Tensor | None,
+    row_weight: Tensor | None,
+    scale: Tensor | None,
+    *options: Any,
+) -> RowsAndGradients:
+    """`head_forward`, and with a shard the same of a vocabulary split over ranks, no operator.
+
+    The ranks must call it alike; `linear_weight` and `linear_bias` are the rank's own, `target` and
+    `weight` are of the whole vocabulary.
+    """
+    *constants, compute_dtype, chunk_rows = options[:-6]
+    of_input, of_weight, of_bias, wide, saved, stats = options[-6:]
+    recipe = Recipe(*constants)
+    V = linear_weight.shape[0] if shard is None else shard.V
+    check_targets("sgp" if shard is None else shard.name, target, V, recipe.ignore_index)
+    whole = Head(
+        input, linear_weight, linear_bias, target, rows[: int(count)], weight, recipe,
+        compute_dtype, chunk_rows, shard,
+    )  # fmt: skip
+    needs = Needs(of_input, of_weight, of_bias)
+    with torch.autocast(input.device.type, enabled=False):
+        out, gradients = head.forward(
+            whole, row_weight, scale, needs, wide=wide, need_saved=saved, need_stats=stats
+        )
+    return *out[:-1], *gradients
+
+
+def backward(
+    shard: Shard | None,
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    rows: Tensor,
+    count: Tensor,
+    saved: Tensor,
+    weight: Tensor | None,
+    row_weight: Tensor | None,
+    lse_weight: Tensor | None,
+    entropy_weight: Tensor | None,
+    entropy: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`head_backward`, and the same with a shard, as `forward`."""
+    *constants, compute_dtype, chunk_rows, of_input, of_weight, of_bias = options
+    whole = Head(
+        input, linear_weight, linear_bias, target, rows[: int(count)], weight, Recipe(*constants),
+        compute_dtype, chunk_rows, shard,
+    )  # fmt: skip
+    upstream = Upstream(lse_weight, entropy_weight, entropy)
+    needs = Needs(of_input, of_weight, of_bias)
+    with torch.autocast(input.device.type, enabled=False):
+        return head.backward(whole, saved, row_weight, upstream, needs)
 
 
 @torch.library.custom_op("sgp::head_forward", mutates_args=(), tags=TAGS)
@@ -84,21 +148,11 @@ def head_forward(
         wide: gradients in float32, for float16 operands whose upstream factor comes later.
         need_saved, need_stats: which row outputs are wanted.
     """
-    recipe = Recipe(
-        ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, temperature
-    )
-    check_targets("sgp", target, linear_weight.shape[0], ignore_index)
-    whole = Head(
-        input, linear_weight, linear_bias, target, rows[: int(count)], weight, recipe,
-        compute_dtype, chunk_rows,
+    return forward(
+        None, input, linear_weight, linear_bias, target, rows, count, weight, row_weight, scale,
+        ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, temperature,
+        compute_dtype, chunk_rows, need_input, need_weight, need_bias, wide, need_saved, need_stats,
     )  # fmt: skip
-    needs = Needs(need_input, need_weight, need_bias)
-    with torch.autocast(input.device.type, enabled=False):
-        out, gradients = head.forward(
-            whole, row_weight, scale, needs, wide=wide, need_saved=need_saved,
-            need_stats=need_stats,
-        )  # fmt: skip
-    return *out[:-1], *gradients
 
 
 @head_forward.register_fake
@@ -147,17 +201,12 @@ def head_backward(
 
     Arguments as in head_forward and row_backward.
     """
-    recipe = Recipe(
-        ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, temperature
-    )
-    whole = Head(
-        input, linear_weight, linear_bias, target, rows[: int(count)], weight, recipe,
-        compute_dtype, chunk_rows,
+    return backward(
+        None, input, linear_weight, linear_bias, target, rows, count, saved, weight, row_weight,
+        lse_weight, entropy_weight, entropy,
+        ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, temperature,
+        compute_dtype, chunk_rows, need_input, need_weight, need_bias,
     )  # fmt: skip
-    upstream = Upstream(lse_weight, entropy_weight, entropy)
-    needs = Needs(need_input, need_weight, need_bias)
-    with torch.autocast(input.device.type, enabled=False):
-        return head.backward(whole, saved, row_weight, upstream, needs)
 
 
 @head_backward.register_fake

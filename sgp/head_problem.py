@@ -102,8 +102,12 @@ def check_head(
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     target: Tensor | Selection,
+    *,
+    part: bool = False,
 ) -> None:
     """Refuse a weight (V, d1, ..., D) or bias (V, d1, ...) that does not fit input (..., D).
+
+    `part`: the weight holds some rows of a vocabulary, maybe none.
 
     Raises:
         ValueError, TypeError: with what was passed.
@@ -116,7 +120,7 @@ def check_head(
             f"{name}: input is {tuple(input.shape)} and linear_weight "
             f"{tuple(linear_weight.shape)}; expected (..., D) and (V, D)"
         )
-    if linear_weight.numel() == 0:
+    if linear_weight.numel() == 0 and not (part and linear_weight.shape[-1]):
         raise ValueError(
             f"{name}: linear_weight is {tuple(linear_weight.shape)}; expected at least one class "
             "and one feature"

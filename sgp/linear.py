@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sgp import head_operators
 from sgp.autograd import refuse_forward_mode
 from sgp.chunks import check_chunk_rows
 from sgp.divisor import scale_of_mean
@@ -30,6 +29,7 @@ from sgp.recipe import Recipe
 from sgp.reduction import check_reduction, reduce_rows
 from sgp.reference import TokenLogProbs
 from sgp.selection import Selection
+from sgp.shard import dtensor_module, is_dtensor
 
 NAME = LINEAR_CROSS_ENTROPY
 
@@ -157,12 +157,24 @@ def linear_cross_entropy(
             gradients become NaN.
         RuntimeError: a second backward through "mean" or "sum", or a second derivative.
 
+    A `linear_weight` that is a DTensor sharded on its rows goes to
+    `sgp.parallel.linear_cross_entropy`; `input` may be a DTensor too, sharded over its tokens
+    (sequence parallelism): it is gathered, and its gradient reduced and scattered.
+
     Source: the row's formulas are in `kernels/arithmetic.py`; gradients in forward, a few rows at
     a time, as in Hsu et al. 2024 (Liger Kernel) and Wijmans et al. 2024 (Cut Your Losses).
     """
     del options
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
+    if is_dtensor(input, linear_weight, linear_bias):
+        return dtensor_module().of_head(  # type: ignore[no-any-return]
+            linear_cross_entropy, input, linear_weight, target, linear_bias, weight=weight,
+            ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
+            token_weight=token_weight, denominator=denominator, softcap=softcap,
+            logit_scale=logit_scale, lse_square_scale=lse_square_scale, shift=shift,
+            chunk_rows=chunk_rows, return_stats=return_stats,
+        )  # fmt: skip
     check_reduction(NAME, reduction, denominator)
     check_chunk_rows(NAME, chunk_rows)
     check_head(NAME, input, linear_weight, linear_bias, target)
@@ -180,16 +192,23 @@ def linear_cross_entropy(
     scale = scale_of_mean(NAME, problem, denominator) if reduction == "mean" else None
     head = linear_head(linear_weight, linear_bias, target, problem)
     chosen = head_options(problem, head, chunk_rows, need_stats=return_stats)
+    return head_loss(problem, head, scale, chosen, reduction)
+
+
+def head_loss(
+    problem: Problem, head: LinearHead, scale: Tensor | None, options: HeadOptions, reduction: str
+) -> Tensor | tuple[Tensor, TokenLogProbs]:
+    """The loss, and the statistics where `options` want them, of what has been checked."""
     if (
         reduction in ("mean", "sum")
-        and any(chosen.needs)
+        and any(options.needs)
         and not torch._C._are_functorch_transforms_active()  # noqa: SLF001  (no public name)
     ):
-        loss, stats = _scalar_loss(problem, head, scale, chosen)
+        loss, stats = _scalar_loss(problem, head, scale, options)
     else:
-        rows, stats = _row_losses(problem, head, chosen)
+        rows, stats = _row_losses(problem, head, options)
         loss = reduce_rows(problem, rows, reduction, scale)
-    if not return_stats:
+    if not options.need_stats:
         return loss
     return loss, TokenLogProbs(*(value.view(problem.shape) for value in stats))
 
@@ -219,7 +238,7 @@ def _row_losses(
         )  # fmt: skip
         return out[0], out[1:5]
     bias = None if head.bias is None else head.bias.detach()
-    loss, _, *stats, _, _, _ = head_operators.head_forward(
+    loss, _, *stats, _, _, _ = o.forward(
         p.input.detach(), head.weight.detach(), bias, p.target, head.rows, head.num_kept, p.weight,
         p.token_weight, None, *o.recipe, o.compute_dtype, o.chunk_rows, *o.needs, False, False,
         o.need_stats,

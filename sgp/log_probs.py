@@ -5,21 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sgp import head_operators, operators
+from sgp import operators
 from sgp.autograd import LOG_PROBS, RowStatistics, anchor, refuse_forward_mode
 from sgp.chunks import check_chunk_rows
 from sgp.head_autograd import (
     LINEAR_LOG_PROBS,
+    HeadOptions,
     HeadStatistics,
+    LinearHead,
     head_options,
     linear_head,
     origins,
 )
 from sgp.head_problem import check_head, make_head_problem
-from sgp.problem import make_problem
+from sgp.problem import Problem, make_problem
 from sgp.recipe import Recipe
 from sgp.reference import TokenLogProbs
 from sgp.selection import Selection
+from sgp.shard import dtensor_module, is_dtensor
 
 
 def token_log_probs(
@@ -61,6 +64,11 @@ def token_log_probs(
 
     Source: the formulas are in `kernels/arithmetic.py`.
     """
+    if is_dtensor(input):
+        return dtensor_module().of_logits(  # type: ignore[no-any-return]
+            token_log_probs, input, target, ignore_index=ignore_index, temperature=temperature,
+            softcap=softcap, logit_scale=logit_scale,
+        )  # fmt: skip
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
     problem = make_problem(LOG_PROBS, input, target, None, None, recipe)
@@ -118,6 +126,12 @@ def linear_token_log_probs(
         ValueError, TypeError, IndexError: as `sgp.linear_cross_entropy`.
         RuntimeError: a second derivative.
     """
+    if is_dtensor(input, linear_weight, linear_bias):
+        return dtensor_module().of_head(  # type: ignore[no-any-return]
+            linear_token_log_probs, input, linear_weight, target, linear_bias,
+            ignore_index=ignore_index, temperature=temperature, softcap=softcap,
+            logit_scale=logit_scale, shift=shift, chunk_rows=chunk_rows,
+        )  # fmt: skip
     name = LINEAR_LOG_PROBS
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
@@ -126,18 +140,23 @@ def linear_token_log_probs(
     problem = make_head_problem(name, input, linear_weight, target, None, None, recipe, shift=shift)
     refuse_forward_mode(name, input, linear_weight, linear_bias)
     head = linear_head(linear_weight, linear_bias, target, problem)
-    o = head_options(problem, head, chunk_rows, need_stats=True)
-    shared = (problem.target, head.rows, head.num_kept)
+    return head_statistics(problem, head, head_options(problem, head, chunk_rows, need_stats=True))
+
+
+def head_statistics(problem: Problem, head: LinearHead, options: HeadOptions) -> TokenLogProbs:
+    """The statistics of what has been checked."""
+    p, o = problem, options
+    shared = (p.target, head.rows, head.num_kept)
     out: tuple[Tensor, ...]
     if any(o.needs):
         out = HeadStatistics.apply(  # type: ignore[no-untyped-call]
-            input, linear_weight, linear_bias, *shared, o, *origins(input, head, o.needs)
+            p.input, head.weight, head.bias, *shared, o, *origins(p.input, head, o.needs)
         )[:4]
     else:
-        bias = None if linear_bias is None else linear_bias.detach()
-        _, _, *stats, _, _, _ = head_operators.head_forward(
-            input.detach(), linear_weight.detach(), bias, *shared, None, None, None,
-            *recipe, o.compute_dtype, o.chunk_rows, *o.needs, False, False, True,
+        bias = None if head.bias is None else head.bias.detach()
+        _, _, *stats, _, _, _ = o.forward(
+            p.input.detach(), head.weight.detach(), bias, *shared, None, None, None,
+            *o.recipe, o.compute_dtype, o.chunk_rows, *o.needs, False, False, True,
         )  # fmt: skip
         out = tuple(stats)
-    return TokenLogProbs(*(values.view(problem.shape) for values in out))
+    return TokenLogProbs(*(values.view(p.shape) for values in out))

@@ -15,6 +15,7 @@ from sgp.recipe import Recipe, probability_rows, score
 from sgp.reduction import check_reduction, per_sequence, reciprocal, reduce_rows
 from sgp.reference import TokenLogProbs
 from sgp.selection import Selection
+from sgp.shard import dtensor_module, is_dtensor
 
 NAME = "sgp.cross_entropy"
 
@@ -123,9 +124,19 @@ def cross_entropy(
             check: such a row's loss and gradient are NaN.
         RuntimeError: a second backward through "mean" or "sum", or a second derivative.
 
+    A DTensor sharded on the vocabulary goes to `sgp.parallel.cross_entropy`; the result is then a
+    replicated DTensor, as under PyTorch's `loss_parallel`.
+
     Source: the formulas and their error are in `kernels/arithmetic.py`; z-loss from Chowdhery et
     al. 2022 (PaLM), softcap from Gemma Team 2024 (Gemma 2), smoothing from Szegedy et al. 2016.
     """
+    if is_dtensor(input):
+        return dtensor_module().of_logits(  # type: ignore[no-any-return]
+            cross_entropy, input, target, weight=weight, ignore_index=ignore_index,
+            reduction=reduction, label_smoothing=label_smoothing, token_weight=token_weight,
+            denominator=denominator, softcap=softcap, logit_scale=logit_scale,
+            lse_square_scale=lse_square_scale, inplace=inplace, return_stats=return_stats,
+        )  # fmt: skip
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
     problem = make_problem(NAME, input, target, weight, token_weight, recipe)
@@ -134,7 +145,7 @@ def cross_entropy(
     if not torch.compiler.is_compiling():
         refuse_forward_mode(NAME, input)
     if inplace and need_grad:
-        _check_inplace(input)
+        check_inplace(NAME, input)
     if problem.has_probabilities:
         if inplace or return_stats:
             raise ValueError(
@@ -224,13 +235,18 @@ def _probability_loss(
     return reduce_rows(p, rows, reduction, None)
 
 
-def _check_inplace(input: Tensor) -> None:  # noqa: A002
+def check_inplace(name: str, input: Tensor) -> None:  # noqa: A002
+    """Refuse an input whose place cannot take its gradient.
+
+    Raises:
+        ValueError, RuntimeError: with what was passed.
+    """
     if torch._C._are_functorch_transforms_active():  # noqa: SLF001  (no public name)
-        raise RuntimeError(f"{NAME}: inplace=True does not work under torch.func transforms")
+        raise RuntimeError(f"{name}: inplace=True does not work under torch.func transforms")
     base = input if input._base is None else input._base  # noqa: SLF001  (no public name)
     if base.is_leaf and base.requires_grad:
         raise ValueError(
-            f"{NAME}: inplace=True would overwrite input {tuple(input.shape)}, a leaf that "
+            f"{name}: inplace=True would overwrite input {tuple(input.shape)}, a leaf that "
             "requires grad or a view of one, with its gradient; pass the output of a layer, or "
             "inplace=False"
         )
@@ -238,7 +254,7 @@ def _check_inplace(input: Tensor) -> None:  # noqa: A002
     for stride, size in sorted(zip(input.stride(), input.shape, strict=True)):
         if size > 1 and stride <= reach:
             raise ValueError(
-                f"{NAME}: inplace=True needs one place for each gradient, but input "
+                f"{name}: inplace=True needs one place for each gradient, but input "
                 f"{tuple(input.shape)} with strides {input.stride()} overlaps itself"
             )
         reach += (size - 1) * stride

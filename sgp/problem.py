@@ -47,14 +47,21 @@ def make_problem(
     weight: Tensor | None,
     token_weight: Tensor | None,
     recipe: Recipe,
+    *,
+    part: bool = False,
 ) -> Problem:
     """Check every shape, dtype and device, and bring the vocabulary last.
+
+    `part`: input holds some columns of the vocabulary, maybe none; weight is checked later.
 
     Raises:
         ValueError, TypeError: with what was passed, what was expected, and what to do.
     """
     check_input_and_target(name, input, target)
     recipe.check(name)
+    classes = input.shape[1 if isinstance(target, Tensor) and input.dim() > 1 else -1]
+    if classes == 0 and not part:
+        raise ValueError(f"{name}: input {tuple(input.shape)} has a vocabulary of 0")
     if isinstance(target, Selection):
         return _from_selection(name, input, target, weight, token_weight, recipe)
     # PyTorch's layouts: (V,) with (), (N, V) with (N,), (N, V, d1, ...) with (N, d1, ...).
@@ -205,8 +212,6 @@ def class_weight(
     V: int,
 ) -> Tensor | None:
     """Class weights (V,) in the accumulation dtype."""
-    if V == 0:
-        raise ValueError(f"{name}: input {tuple(input.shape)} has a vocabulary of 0")
     if weight is None:
         return None
     check_tensor(name, "weight", weight)
@@ -256,7 +261,7 @@ def _shape_message(
     return message
 
 
-def _may_wait(tensor: Tensor) -> bool:
+def may_wait(tensor: Tensor) -> bool:
     """Whether values may be looked at: on a CPU, or where SGP_CHECK=1 asks for the wait."""
     return tensor.device.type == "cpu" or os.environ.get("SGP_CHECK", "0") == "1"
 
@@ -267,7 +272,7 @@ def check_targets(name: str, target: Tensor, V: int, ignore_index: int) -> None:
     Elsewhere the check would wait for the device; the kernels make such a row's loss and gradient
     NaN instead.
     """
-    if not _may_wait(target):
+    if not may_wait(target):
         return
     bad = (target != ignore_index) & ((target < 0) | (target >= V))
     if bad.any():
@@ -286,7 +291,7 @@ def check_targets(name: str, target: Tensor, V: int, ignore_index: int) -> None:
 
 def check_mean_weights(name: str, kept: Tensor, token_weight: Tensor) -> None:
     """Raise ValueError for a mean over negative weights (N,), on a CPU or with SGP_CHECK=1."""
-    if not _may_wait(token_weight):
+    if not may_wait(token_weight):
         return
     bad = kept & (token_weight < 0)
     if bad.any():

@@ -81,18 +81,19 @@ def forward(
     V = logits.shape[-1]
     for rows, x in _parts(logits, kept, overwrite=scratch or dlogits is logits):
         y, valid = _targets(target, rows, V)
-        s = _score(x, recipe)
+        s = score_(x, recipe)
         s_y = s.gather(1, y).masked_fill_(~valid, torch.nan)
         top = s.amax(1, keepdim=True)
         reference = s_y.masked_fill(s_y == -torch.inf, 0.0)
         smooth = None
         if recipe.label_smoothing:
             smooth = _smoothing_sum(s, reference, weight)
-        s.sub_(top)
+        origin = top.masked_fill(top == -torch.inf, 0.0)  # a row, or a rank's part, of nothing
+        s.sub_(origin)
         t = _entropy_sum(s) if out.entropy.numel() else None
         e = s.exp_().scatter_(1, y, 0.0)  # s is not needed any more
         s_o = e.sum(1, keepdim=True)
-        e_y = (s_y - top).exp_()
+        e_y = (s_y - origin).exp_()
         d = s_o + e_y
         log_d = torch.where(s_y == top, s_o.log1p(), d.log())
         nll = (top - s_y) + log_d
@@ -141,10 +142,10 @@ def backward(
     for rows, x in _parts(logits, kept, overwrite=dlogits is logits):
         y, valid = _targets(target, rows, V)
         top, inv_d, so_d = saved[rows].split(1, 1)
-        z = _score(x, recipe).sub_(top)
+        z = score_(x, recipe).sub_(top)
         entropy = None
         if upstream.entropy is not None and upstream.entropy_value is not None:
-            log_p = z - _log_of_sum(inv_d, so_d)
+            log_p = z - log_of_sum(inv_d, so_d)
             p = log_p.exp()
             log_p += upstream.entropy_value[rows, None]
             entropy = p.mul_(log_p).masked_fill_(log_p == -torch.inf, 0.0)  # 0 x -inf is 0
@@ -240,7 +241,7 @@ def _row_factor(row_weight: Tensor | None, rows: Rows, like: Tensor) -> Tensor:
     return like.new_ones(()) if row_weight is None else row_weight[rows, None]
 
 
-def _score(x: Tensor, recipe: Recipe) -> Tensor:
+def score_(x: Tensor, recipe: Recipe) -> Tensor:
     """Scored logits; in x's own place unless the softcap's slope will need x again."""
     if recipe.softcap is not None:
         x = (x * (recipe.logit_scale / recipe.softcap)).tanh_().mul_(recipe.softcap)
@@ -262,7 +263,7 @@ def _entropy_sum(shifted: Tensor) -> Tensor:
     return torch.where(e > 0, shifted * e, 0.0).sum(1, keepdim=True)
 
 
-def _log_of_sum(inv_d: Tensor, so_d: Tensor) -> Tensor:
+def log_of_sum(inv_d: Tensor, so_d: Tensor) -> Tensor:
     """log(d) from what is saved: as log1p(s_o) where the target has most of the mass."""
     return torch.where(so_d < 0.5, (so_d / inv_d).log1p(), -inv_d.log())
 
@@ -292,7 +293,7 @@ def _gradient(
         w_mean = 1.0 if weight is None else weight.mean()
         a_minus_b = r * recipe.label_smoothing * w_mean
     if recipe.lse_square_scale:
-        lse = top + _log_of_sum(inv_d, so_d)
+        lse = top + log_of_sum(inv_d, so_d)
         a_minus_b = a_minus_b + 2 * recipe.lse_square_scale * lse * r
     if from_lse is not None:
         a_minus_b = a_minus_b + from_lse
@@ -302,6 +303,11 @@ def _gradient(
         g.sub_(r * (recipe.label_smoothing / V) * (1.0 if weight is None else weight))
     if from_entropy is not None:
         g.sub_(from_entropy)
+    return multiply_by_slope_(g, x, recipe)
+
+
+def multiply_by_slope_(g: Tensor, x: Tensor, recipe: Recipe) -> Tensor:
+    """G, in its place, times d(scored logit) / d(stored logit x)."""
     if recipe.softcap is not None:
         e = (x.abs() * (-2 * abs(recipe.logit_scale) / recipe.softcap)).exp_()
         g.mul_(4 * e / (1 + e).square_())

@@ -99,6 +99,66 @@ class Selection:
         """The same selection in page-locked memory, for `to(..., non_blocking=True)`."""
         return self._map(lambda t: t.pin_memory())
 
+    def cut(self, positions: Tensor) -> Selection:
+        """The part of it that holds some columns of every sequence: one rank's, when time is split.
+
+        Targets have been moved to the rows that predict them before, so that no token is lost at a
+        cut, where shifting a rank's own labels would lose one.
+
+        Example:
+            >>> whole = Selection.from_labels(torch.tensor([[1, 2, 3, 4]]), shift=True)
+            >>> whole.cut(torch.tensor([0, 1])).target, whole.cut(torch.tensor([2, 3])).target
+            (tensor([2, 3]), tensor([4]))
+
+        Args:
+            positions: (n,) integers, ascending: columns of the last dimension of `shape`, as
+                `sgp.parallel.positions` makes them. Hidden states are cut alike.
+
+        Returns:
+            A Selection of shape (..., n) and as many sequences; those with no token here are empty,
+            and per-sequence losses are the parts that this rank has: add them up over the ranks.
+
+        Raises:
+            ValueError: positions that are outside, not ascending, or not (n,).
+            TypeError: positions that are no integers.
+
+        On a GPU this waits for the device; cut on the host.
+        """
+        name = "Selection.cut"
+        _require_integers(name, "positions", positions)
+        length = self.shape[-1]
+        places = positions.to(self.device, torch.int64)
+        if places.dim() != 1 or not bool((places.diff() > 0).all()):
+            raise ValueError(
+                f"{name}: positions are {tuple(positions.shape)}; expected (n,), ascending"
+            )
+        if places.numel() and (int(places[0]) < 0 or int(places[-1]) >= length):
+            raise ValueError(
+                f"{name}: positions go from {int(places[0])} to {int(places[-1])}; expected "
+                f"columns of shape {self.shape}, in [0, {length})"
+            )
+
+        def some(values: Tensor) -> Tensor:
+            return values.view(-1, length)[:, places].reshape(-1)
+
+        boundaries = self.boundaries
+        if boundaries is not None:
+            rest = torch.searchsorted(places, boundaries % length)
+            boundaries = boundaries // length * places.numel() + rest
+        target = some(self.dense_target)
+        rows = (target != IGNORE).nonzero().squeeze(1)
+        padded = target.new_zeros(target.shape)
+        padded[: rows.numel()] = rows
+        return replace(
+            self,
+            dense_target=target,
+            padded_rows=padded,
+            count=torch.tensor(rows.numel(), device="cpu"),
+            shape=(*self.shape[:-1], places.numel()),
+            dense_weight=None if self.dense_weight is None else some(self.dense_weight),
+            boundaries=boundaries,
+        )
+
     def _map(self, move: Callable[[Tensor], Tensor]) -> Selection:
         return replace(
             self,

@@ -1,0 +1,436 @@
+"""The losses of a vocabulary that is split over ranks, and what data and sequence parallelism need.
+
+Every rank of a group holds some columns of the logits, or rows of the head, in rank order, and
+passes the same tokens and targets. For each kept row the ranks exchange a few numbers (see
+`sgp/row_shard.py`), never anything of the vocabulary's size; every rank gets the same loss, bit for
+bit, and the gradient of its own part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from sgp.autograd import anchor, refuse_forward_mode
+from sgp.chunks import check_chunk_rows
+from sgp.data_parallel import global_denominator, positions
+from sgp.divisor import scale_of_mean
+from sgp.head_autograd import LinearHead, head_options, linear_head
+from sgp.head_operators import kept_rows
+from sgp.head_problem import check_head, make_head_problem
+from sgp.linear import head_loss
+from sgp.log_probs import head_statistics
+from sgp.losses import check_inplace
+from sgp.problem import Problem, check_targets, class_weight, make_problem
+from sgp.recipe import Recipe
+from sgp.reduction import check_reduction, reduce_rows
+from sgp.reference import TokenLogProbs
+from sgp.selection import Selection
+from sgp.shard import Group, Header, Shard, agree, checksum, process_group
+from sgp.shard_autograd import Call, ShardLogits
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+__all__ = [
+    "cross_entropy",
+    "global_denominator",
+    "linear_cross_entropy",
+    "linear_token_log_probs",
+    "positions",
+    "token_log_probs",
+]
+
+
+def _not_compiled(function: F) -> F:
+    """The function, at which torch.compile breaks its graph: process groups are not traced."""
+    return cast("F", torch.compiler.disable(function))
+
+
+@_not_compiled
+def cross_entropy(
+    local_logits: Tensor,
+    target: Tensor | Selection,
+    weight: Tensor | None = None,
+    *,
+    group: Group = None,
+    vocab_size: int | None = None,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    token_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    lse_square_scale: float = 0.0,
+    inplace: bool = False,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, TokenLogProbs]:
+    """`sgp.cross_entropy` of logits whose vocabulary is split over the ranks of a group.
+
+    Example:
+        >>> # under torchrun, with a head of V / P rows on each of P ranks
+        >>> logits = hidden @ local_head.T                          # doctest: +SKIP
+        >>> loss = sgp.parallel.cross_entropy(logits, labels)       # doctest: +SKIP
+
+    Args:
+        local_logits: this rank's columns, where `sgp.cross_entropy` has V: (N, V_r),
+            (N, V_r, d1, ...), or (..., V_r) with a Selection. Rank order is vocabulary order;
+            shards may be uneven, or empty.
+        target: class indices in [0, V), or a Selection; the same on every rank.
+        weight: class weights of the whole vocabulary (V,).
+        group: a ProcessGroup, a one-dimensional DeviceMesh, or None for all ranks.
+        vocab_size: V, where the shards together have more columns: the last ones are padding, are
+            not read, and get a gradient of zero. None: all columns count.
+        ignore_index, reduction, label_smoothing, token_weight, denominator, softcap, logit_scale,
+            lse_square_scale, inplace, return_stats: as in `sgp.cross_entropy`. Class probabilities
+            are refused.
+
+    Returns:
+        As `sgp.cross_entropy`, the same bits on every rank. The gradient is computed in backward,
+        which needs no exchange and reads the kept logits again: `(1 + 2 f) N V_r` elements in all.
+
+    Exchanged: 64 bytes a call, and 16 bytes a kept row (8 more with `return_stats`, 4 more with
+    `label_smoothing`; twice as many for float64), sent by each rank to every other in one
+    all-gather. Labels on a GPU cost one wait for the device, which counts them; a Selection costs
+    none but that of the first call, which learns the shards' sizes.
+
+    Raises:
+        ValueError, TypeError, IndexError: as `sgp.cross_entropy`; and ValueError on every rank
+            where they were not called alike: on a CPU and with SGP_CHECK=1 always, on a GPU in the
+            first call, later the loss is NaN.
+        RuntimeError: no process group; a rank that died or did not answer within the group's
+            time-out; `torch.func` transforms. `torch.compile` breaks the graph here.
+
+    Source: Shoeybi et al. 2019 (Megatron-LM), section 3; the joined formulas are in
+    `sgp/row_shard.py`.
+    """
+    name = "sgp.parallel.cross_entropy"
+    ignore = -100 if ignore_index is None else ignore_index
+    recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
+    check_reduction(name, reduction, denominator)
+    problem = _logits_problem(name, local_logits, target, token_weight, recipe)
+    need_grad = torch.is_grad_enabled() and local_logits.requires_grad
+    if inplace and need_grad:
+        check_inplace(name, local_logits)
+    problem = replace(problem, weight=_any_weight(name, weight, local_logits))
+    scale = scale_of_mean(name, problem, denominator) if reduction == "mean" else None
+    options = (reduction, need_grad, inplace, return_stats)
+    shard, rows = _agree_on_logits(name, group, problem, target, vocab_size, scale, options)
+    _check_weight(name, weight, shard)
+    call = Call(shard, recipe, need_stats=return_stats, of_stats=False, inplace=inplace)
+    out: tuple[Tensor, ...] = ShardLogits.apply(  # type: ignore[no-untyped-call]
+        problem.input, problem.target, rows, problem.weight, problem.token_weight, call,
+        anchor(problem.input),
+    )  # fmt: skip
+    loss = reduce_rows(problem, out[0], reduction, scale)
+    if not return_stats:
+        return loss
+    return loss, TokenLogProbs(*(values.view(problem.shape) for values in out[1:5]))
+
+
+@_not_compiled
+def linear_cross_entropy(
+    input: Tensor,  # noqa: A002  (PyTorch's name)
+    local_weight: Tensor,
+    target: Tensor | Selection,
+    *,
+    group: Group = None,
+    vocab_size: int | None = None,
+    sum_input_grad: bool = True,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    token_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    lse_square_scale: float = 0.0,
+    shift: bool = False,
+    chunk_rows: int | None = None,
+    return_stats: bool = False,
+    options: object = None,
+) -> Tensor | tuple[Tensor, TokenLogProbs]:
+    """`sgp.linear_cross_entropy` with a head whose rows are split over the ranks of a group.
+
+    Example:
+        >>> # under torchrun, with a head of V / P rows on each of P ranks
+        >>> loss = sgp.parallel.linear_cross_entropy(               # doctest: +SKIP
+        ...     hidden, local_head, labels, shift=True)
+
+    Args:
+        input: hidden states (..., D), the same on every rank.
+        local_weight: this rank's rows of the head (V_r, D), in rank order; maybe uneven or none.
+        target: class indices in [0, V), or a Selection; the same on every rank.
+        group, vocab_size: as in `cross_entropy`; rows of padding get a gradient of zero.
+        sum_input_grad: sum the gradient of `input` over the ranks, so that every rank has the whole
+            one. False leaves each rank its own part: for what sums it in its own backward, as the
+            all-gather of sequence parallelism does by a reduce-scatter.
+        linear_bias: this rank's part (V_r,) or None.
+        weight: class weights of the whole vocabulary (V,).
+        ignore_index, reduction, label_smoothing, token_weight, denominator, softcap, logit_scale,
+            lse_square_scale, shift, chunk_rows, return_stats: as in `sgp.linear_cross_entropy`.
+            `chunk_rows` None takes the largest shard's.
+        options: PyTorch's, accepted and ignored.
+
+    Returns:
+        As `sgp.linear_cross_entropy`, the same bits on every rank.
+
+    Exchanged: what `cross_entropy` does, one all-gather a chunk; and where `input` requires grad,
+    its gradient on the kept rows, 4 D bytes each (8 D for float64), summed by an all-reduce that
+    goes on beside the matmul of `local_weight`'s gradient. For "mean" and "sum" all of it happens
+    in forward; other reductions sum that gradient in backward, which every rank has to run.
+    Float operations: `6 M V_r D` as in `sgp.linear_cross_entropy`.
+
+    Raises:
+        As `cross_entropy`, and as `sgp.linear_cross_entropy` for its arguments.
+
+    Source: as `cross_entropy`, and `sgp/head.py`.
+    """
+    del options
+    name = "sgp.parallel.linear_cross_entropy"
+    ignore = -100 if ignore_index is None else ignore_index
+    recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
+    check_reduction(name, reduction, denominator)
+    problem, head = _head_problem(
+        name, input, local_weight, linear_bias, target, token_weight, recipe, chunk_rows, shift
+    )
+    problem = replace(problem, weight=_any_weight(name, weight, input))
+    scale = scale_of_mean(name, problem, denominator) if reduction == "mean" else None
+    asked = (reduction, return_stats, chunk_rows, sum_input_grad)
+    shard, head = _agree_on_head(
+        name, group, problem, head, vocab_size, scale, asked, sums_input_grad=sum_input_grad
+    )
+    _check_weight(name, weight, shard)
+    chosen = head_options(problem, head, chunk_rows, need_stats=return_stats, shard=shard)
+    return head_loss(problem, head, scale, chosen, reduction)
+
+
+@_not_compiled
+def token_log_probs(
+    local_logits: Tensor,
+    target: Tensor | Selection,
+    *,
+    group: Group = None,
+    vocab_size: int | None = None,
+    ignore_index: int | None = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> TokenLogProbs:
+    """`sgp.token_log_probs` of logits whose vocabulary is split over the ranks of a group.
+
+    Example:
+        >>> result = sgp.parallel.token_log_probs(local_logits, completions)    # doctest: +SKIP
+
+    Args:
+        local_logits, target, group, vocab_size: as in `cross_entropy`.
+        ignore_index, temperature, softcap, logit_scale: as in `sgp.token_log_probs`.
+
+    Returns:
+        As `sgp.token_log_probs`, the same bits on every rank; 24 bytes exchanged a kept row.
+
+    Raises:
+        As `cross_entropy`.
+    """
+    name = "sgp.parallel.token_log_probs"
+    ignore = -100 if ignore_index is None else ignore_index
+    recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
+    problem = _logits_problem(name, local_logits, target, None, recipe)
+    need_grad = torch.is_grad_enabled() and local_logits.requires_grad
+    shard, rows = _agree_on_logits(name, group, problem, target, vocab_size, None, (need_grad,))
+    call = Call(shard, recipe, need_stats=True, of_stats=True, inplace=False)
+    out: tuple[Tensor, ...] = ShardLogits.apply(  # type: ignore[no-untyped-call]
+        problem.input, problem.target, rows, None, None, call, anchor(problem.input)
+    )
+    return TokenLogProbs(*(values.view(problem.shape) for values in out[1:5]))
+
+
+@_not_compiled
+def linear_token_log_probs(
+    input: Tensor,  # noqa: A002  (PyTorch's name)
+    local_weight: Tensor,
+    target: Tensor | Selection,
+    *,
+    group: Group = None,
+    vocab_size: int | None = None,
+    sum_input_grad: bool = True,
+    linear_bias: Tensor | None = None,
+    ignore_index: int | None = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    shift: bool = False,
+    chunk_rows: int | None = None,
+) -> TokenLogProbs:
+    """`sgp.linear_token_log_probs` with a head whose rows are split over the ranks of a group.
+
+    Example:
+        >>> result = sgp.parallel.linear_token_log_probs(           # doctest: +SKIP
+        ...     hidden, local_head, completions, shift=True)
+
+    Args:
+        input, local_weight, target, group, vocab_size, sum_input_grad, linear_bias: as in
+            `linear_cross_entropy`.
+        ignore_index, temperature, softcap, logit_scale, shift, chunk_rows: as in
+            `sgp.linear_token_log_probs`.
+
+    Returns:
+        As `sgp.linear_token_log_probs`, the same bits on every rank. The gradient of `input` is
+        summed in backward, which every rank has to run.
+
+    Raises:
+        As `linear_cross_entropy`.
+    """
+    name = "sgp.parallel.linear_token_log_probs"
+    ignore = -100 if ignore_index is None else ignore_index
+    recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
+    problem, head = _head_problem(
+        name, input, local_weight, linear_bias, target, None, recipe, chunk_rows, shift
+    )
+    asked = (chunk_rows, sum_input_grad)
+    shard, head = _agree_on_head(
+        name, group, problem, head, vocab_size, None, asked, sums_input_grad=sum_input_grad
+    )
+    chosen = head_options(problem, head, chunk_rows, need_stats=True, shard=shard)
+    return head_statistics(problem, head, chosen)
+
+
+# -- from arguments to a problem on which the ranks agree ------------------------------------------
+
+
+def _logits_problem(
+    name: str,
+    local_logits: Tensor,
+    target: Tensor | Selection,
+    token_weight: Tensor | None,
+    recipe: Recipe,
+) -> Problem:
+    problem = make_problem(name, local_logits, target, None, token_weight, recipe, part=True)
+    if problem.has_probabilities:
+        raise TypeError(
+            f"{name}: target is {problem.target.dtype}; expected class indices: class "
+            "probabilities over a split vocabulary are not supported"
+        )
+    _refuse_transforms(name, local_logits)
+    return problem
+
+
+def _head_problem(
+    name: str,
+    input: Tensor,  # noqa: A002
+    local_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor | Selection,
+    token_weight: Tensor | None,
+    recipe: Recipe,
+    chunk_rows: int | None,
+    shift: bool,
+) -> tuple[Problem, LinearHead]:
+    check_chunk_rows(name, chunk_rows)
+    check_head(name, input, local_weight, linear_bias, target, part=True)
+    problem = make_head_problem(
+        name, input, local_weight, target, None, token_weight, recipe, shift=shift
+    )
+    _refuse_transforms(name, input, local_weight, linear_bias)
+    return problem, linear_head(local_weight, linear_bias, target, problem)
+
+
+def _refuse_transforms(name: str, *inputs: Tensor | None) -> None:
+    refuse_forward_mode(name, *inputs)
+    if torch._C._are_functorch_transforms_active():  # noqa: SLF001  (no public name)
+        raise RuntimeError(f"{name}: ranks exchange numbers, which torch.func transforms cannot do")
+
+
+def _agree_on_logits(
+    name: str,
+    group: Group,
+    problem: Problem,
+    target: Tensor | Selection,
+    vocab_size: int | None,
+    scale: Tensor | None,
+    options: tuple[object, ...],
+) -> tuple[Shard, Tensor]:
+    """The shard, and the kept rows (M,)."""
+    p = problem
+    group = process_group(name, group)
+    if isinstance(target, Selection):
+        rows, count = target.padded_rows, target.count
+    else:
+        rows, count = kept_rows(p.target, p.recipe.ignore_index)
+    header = Header(
+        call=checksum(name, p.recipe, p.input.dtype, options),
+        columns=p.input.shape[-1],
+        vocab_size=_given(name, vocab_size),
+        tokens=p.target.numel(),
+        kept=int(count),
+        width=0,
+    )
+    shard = agree(name, group, header, p.target, (p.token_weight, p.weight, scale))
+    check_targets(name, p.target, shard.V, p.recipe.ignore_index)
+    return shard, rows[: int(count)]
+
+
+def _agree_on_head(
+    name: str,
+    group: Group,
+    problem: Problem,
+    head: LinearHead,
+    vocab_size: int | None,
+    scale: Tensor | None,
+    options: tuple[object, ...],
+    *,
+    sums_input_grad: bool,
+) -> tuple[Shard, LinearHead]:
+    """The shard, and the head without rows of padding."""
+    p = problem
+    grad = torch.is_grad_enabled()
+    needs = tuple(
+        grad and x is not None and x.requires_grad for x in (p.input, head.weight, head.bias)
+    )
+    header = Header(
+        call=checksum(
+            name, p.recipe, p.input.dtype, head.weight.dtype, head.bias is None, needs, options
+        ),
+        columns=head.weight.shape[0],
+        vocab_size=_given(name, vocab_size),
+        tokens=p.target.numel(),
+        kept=int(head.num_kept),
+        width=head.weight.shape[1],
+    )
+    weights = (p.token_weight, p.weight, scale)
+    shard = agree(name, group, header, p.target, weights, sums_input_grad=sums_input_grad)
+    if shard.size < head.weight.shape[0]:
+        bias = None if head.bias is None else head.bias[: shard.size]
+        head = head._replace(weight=head.weight[: shard.size], bias=bias)
+    return shard, head
+
+
+def _given(name: str, vocab_size: int | None) -> int:
+    if vocab_size is None:
+        return -1
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
+        raise ValueError(f"{name}: vocab_size = {vocab_size!r}; expected a number of at least 1")
+    return vocab_size
+
+
+def _any_weight(name: str, weight: Tensor | None, like: Tensor) -> Tensor | None:
+    """Class weights whose length is not known to be right yet."""
+    if weight is None:
+        return None
+    return class_weight(name, weight, like, weight.numel())
+
+
+def _check_weight(name: str, weight: Tensor | None, shard: Shard) -> None:
+    """Refuse class weights that are not of the whole vocabulary."""
+    if weight is not None and weight.numel() != shard.V:
+        raise ValueError(
+            f"{name}: weight is {tuple(weight.shape)}; expected ({shard.V},), one a class of the "
+            f"whole vocabulary, of which the ranks hold {list(shard.sizes)}; if the last columns "
+            "are padding, pass vocab_size"
+        )

@@ -1,0 +1,88 @@
+"""How logits of a split vocabulary meet autograd: forward exchanges, backward does not.
+
+The joined statistics of a row are saved, so the gradient is each rank's own work and can be made
+again: a second backward is right, unless the first wrote over the logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sgp.autograd import once, row_upstream, saved_tensors
+from sgp.recipe import Recipe
+from sgp.row_shard import ShardRows
+from sgp.row_torch import Upstream, new_outputs
+from sgp.shard import Shard
+
+
+class Call(NamedTuple):
+    """What is no tensor."""
+
+    shard: Shard
+    recipe: Recipe
+    need_stats: bool
+    of_stats: bool  # whether the statistics are differentiable, and not the loss
+    inplace: bool
+
+
+class ShardLogits(torch.autograd.Function):
+    """(loss, log_prob, entropy, lse, is_top1, saved) of each row (N,), the same on every rank."""
+
+    @staticmethod
+    def forward(
+        logits: Tensor,
+        target: Tensor,
+        rows: Tensor,
+        weight: Tensor | None,
+        row_weight: Tensor | None,
+        call: Call,
+        origin: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        out = new_outputs(
+            logits, target.numel(), need_grad=False, need_saved=True, need_stats=call.need_stats
+        )
+        columns = logits[..., : call.shard.size]
+        operations = ShardRows(call.shard, rows)
+        operations.forward(columns, None, target, weight, row_weight, None, call.recipe, out)
+        return out.loss, out.log_prob, out.entropy, out.lse, out.is_top1, out.saved
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        logits, target, rows, weight, row_weight, call, origin = inputs
+        loss, log_prob, entropy, lse, is_top1, saved = output
+        constants = (loss,) if call.of_stats else (log_prob, entropy, lse)
+        ctx.mark_non_differentiable(*constants, is_top1, saved)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, target, rows, weight, row_weight, saved, entropy, origin)
+        ctx.call = call
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        call: Call = ctx.call
+        wanted = grads[1:4] if call.of_stats else grads[:1]
+        if all(gradient is None for gradient in wanted):
+            return (None,) * 7
+        logits, target, rows, weight, row_weight, saved, entropy, origin = (
+            saved_tensors(ctx, call.shard.name, "loss with inplace=True")
+            if call.inplace
+            else ctx.saved_tensors
+        )
+        with torch.no_grad():
+            r: Any = wanted[0]
+            upstream = Upstream()
+            if call.of_stats:
+                r, *of_stats = row_upstream(wanted, saved, entropy)
+                upstream = Upstream(*of_stats)
+            elif row_weight is not None:
+                r = r * row_weight
+            dlogits = logits.detach() if call.inplace else logits.new_empty(logits.shape)
+            size = call.shard.size
+            dlogits[..., size:] = 0  # padding
+            ShardRows(call.shard, rows).backward(
+                logits[..., :size], dlogits[..., :size], target, saved, weight, r.contiguous(),
+                call.recipe, upstream,
+            )  # fmt: skip
+        return (once(call.shard.name, dlogits, origin, *wanted), *(None,) * 6)

@@ -1,0 +1,47 @@
+"""Several gloo processes that run one function."""
+
+import datetime as dt
+import os
+import socket
+import traceback
+
+import torch
+from torch import distributed
+
+
+def run_ranks(function, world, folder, *arguments, seconds=60):
+    """[function(rank, *arguments) of each of `world` processes]; an exception in one is raised."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        address = f"tcp://localhost:{found.getsockname()[1]}"
+    context = torch.multiprocessing.spawn(
+        _start, (address, world, folder, seconds, function, arguments), world, join=False
+    )
+    for process in context.processes:
+        process.join()
+    found = [torch.load(path) if path.exists() else None for path in _paths(folder, world)]
+    errors = [value["error"] for value in found if isinstance(value, dict) and "error" in value]
+    assert not errors, errors[0]
+    return [None if value is None else value["result"] for value in found]
+
+
+def _paths(folder, world):
+    return [folder / f"{rank}.pt" for rank in range(world)]
+
+
+def _start(rank, address, world, folder, seconds, function, arguments):
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo",
+        init_method=address,
+        rank=rank,
+        world_size=world,
+        timeout=dt.timedelta(seconds=seconds),
+    )
+    try:
+        found = {"result": function(rank, *arguments)}
+    except Exception:  # noqa: BLE001  (the parent shows it)
+        found = {"error": traceback.format_exc()}
+    torch.save(found, folder / f"{rank}.pt")
+    # A worker that leaves takes its connections along: the others get an error, not a time-out.
+    os._exit(0)

@@ -1,0 +1,369 @@
+"""A vocabulary split over 1 to 4 processes: the losses and gradients of one process."""
+
+import os
+
+import pytest
+import torch
+from torch import distributed
+
+import sgp
+from sgp.tolerance import bound, relative_error
+from tests.ranks import run_ranks
+from tests.split_cases import Case, D, Part, V, cases, even, flat, make, own_part, run, uneven
+
+LIMITS = {torch.float32: 1e-5, torch.float64: 1e-13}
+SPLITS = {"even": even, "uneven": uneven}
+
+
+def compare(case, made, part, limit):
+    """What of a rank's part of a case is not the single process's, with the error; its outputs."""
+    alone, expected = run(sgp, case, made)
+    ours, gradients = run(sgp.parallel, case, made, part)
+    wrong = []
+    for i, (value, truth) in enumerate(zip(ours, alone, strict=True)):
+        error = relative_error(value, truth)
+        wrong += [(f"output {i}", error)] if not error <= limit else []
+    for name, gradient in gradients.items():
+        truth = own_part(name, expected[name], part)
+        assert (gradient is None) == (truth is None), (case, name)
+        if gradient is None:
+            continue
+        last = part.rank == len(part.sizes) - 1
+        dim = gradient.dim() - 1 if name == "logits" else 0
+        if case.padding and last and name != "hidden":
+            size = gradient.shape[dim] - case.padding
+            assert not gradient.narrow(dim, size, case.padding).any(), "padding has a gradient"
+            gradient = gradient.narrow(dim, 0, size)  # noqa: PLW2901
+        assert gradient.shape == truth.shape, (case, name)
+        scale = expected[name].norm(dim=-1).max()  # the whole row's: a part of it may be all small
+        error = (
+            (gradient - truth).abs().max() / scale if truth.numel() and scale else gradient.sum()
+        )
+        wrong += [(name, float(error))] if not error <= limit else []
+    return wrong, ours
+
+
+def every_case(rank, world, backend, dtype=torch.float32):
+    """({case: what is wrong}, {case: outputs}) of this rank."""
+    os.environ["SGP_BACKEND"] = backend
+    made = make(dtype=dtype)
+    wrong, outputs = {}, {}
+    for split, sizes in SPLITS.items():
+        for case in cases():
+            key = f"{split}: {case}"
+            found, outputs[key] = compare(case, made, Part(sizes(world), rank), LIMITS[dtype])
+            if found:
+                wrong[key] = found
+    return wrong, outputs
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_every_option(world, backend, tmp_path):
+    results = run_ranks(every_case, world, tmp_path, world, backend)
+    for rank, (wrong, outputs) in enumerate(results):
+        assert wrong == {}, f"rank {rank}"
+        for case, values in outputs.items():
+            for mine, first in zip(values, results[0][1][case], strict=True):
+                assert torch.equal(mine, first), f"rank {rank} has other bits: {case}"
+
+
+def test_float64(tmp_path):
+    for wrong, _ in run_ranks(every_case, 2, tmp_path, 2, "torch", torch.float64):
+        assert wrong == {}
+
+
+# -- arithmetic ------------------------------------------------------------------------------------
+
+
+def hard_rows():
+    """Logits (N, V) where the usual arithmetic breaks, and their targets."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(8, V, generator=random)
+    y = torch.randint(V, (8,), generator=random)
+    rows = torch.arange(8)
+    x[0] += 1000.0
+    x[rows[1:4], y[1:4]] = torch.tensor([14.0, 17.0, 20.0])  # p near 1
+    x[4, :40] = -torch.inf  # whole shards of nothing
+    x[5] = -torch.inf
+    x[5, y[5]] = 0.0  # nothing but the target
+    x[6, y[6]] = -torch.inf  # the target is impossible
+    y[4] = 45
+    return x, y
+
+
+def hard(rank, backend):
+    """[(dtype, what, row, error, bound)] of this rank's results on hard rows that are too far off.
+
+    What belongs to a part of a row is measured against the whole row.
+    """
+    os.environ["SGP_BACKEND"] = backend
+    x, y = hard_rows()
+    part = Part(uneven(3), rank)
+    wrong = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        stored = x.to(dtype)  # the truth is that of the rounded numbers
+        truth = results_of(sgp.reference, stored.double(), y)
+        plain = results_of(sgp.reference, stored, y)
+        ours = results_of(sgp.parallel, stored.split(part.sizes, 1)[rank], y)
+        for name, value in ours.items():
+            for row in range(len(y)):
+                t, p, o = truth[name][row], plain[name][row], value[row]
+                if name == "gradient":
+                    whole = t.clone()
+                    whole.split(part.sizes)[rank].copy_(o)
+                    o = whole
+                limit = bound(relative_error(p, t), dtype, interpreted=backend == "triton")
+                error = relative_error(o, t)
+                wrong += [(dtype, name, row, error, limit)] if not error <= limit else []
+    return [(str(dtype), *rest) for dtype, *rest in wrong]
+
+
+def results_of(module, x, y):
+    """Loss, gradient and statistics of every row."""
+    leaf = x.clone().requires_grad_()
+    loss = module.cross_entropy(leaf, y, reduction="none")
+    loss.backward(torch.linspace(0.5, 2.0, len(y), dtype=loss.dtype))
+    found = module.token_log_probs(leaf.detach(), y)._asdict()
+    return {"loss": loss.detach(), "gradient": leaf.grad, **found}
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_no_worse_than_pytorch_where_arithmetic_is_hard(backend, tmp_path):
+    for errors in run_ranks(hard, 3, tmp_path, backend):
+        assert errors == []
+
+
+def poisoned(rank, backend):
+    """Gradients and losses beside NaN in ignored rows."""
+    os.environ["SGP_BACKEND"] = backend
+    made = make()
+    made["logits"][made["labels"] == -100] = torch.nan
+    made["hidden"][made["labels"] == -100] = torch.inf
+    found = []
+    for case in (Case("cross_entropy", {}, second=True), Case("linear_cross_entropy", {})):
+        outputs, gradients = run(sgp.parallel, case, made, Part([20, 28], rank))
+        found += [outputs[0], *gradients.values()]
+    return found
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_ignored_rows_are_not_read(backend, tmp_path):
+    for found in run_ranks(poisoned, 2, tmp_path, backend):
+        assert all(x.isfinite().all() for x in found)
+
+
+def again(rank):
+    """Gradients of a first and a second backward; the error of a second one in place."""
+    x = make()["logits"].flatten(0, 1).split([20, 28], 1)[rank].requires_grad_()
+    y = make()["labels"].flatten()
+    loss = sgp.parallel.cross_entropy(x, y)
+    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, x, retain_graph=True)
+    message = ""
+    loss = sgp.parallel.cross_entropy(x * 1.0, y, inplace=True)
+    loss.backward(retain_graph=True)
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        message = str(error)
+    twice = ""
+    (g,) = torch.autograd.grad(sgp.parallel.cross_entropy(x, y), x, create_graph=True)
+    try:
+        g.sum().backward()
+    except RuntimeError as error:
+        twice = str(error)
+    return torch.equal(first, second), message, twice
+
+
+def test_a_second_backward_is_right_or_refused(tmp_path):
+    for same, message, twice in run_ranks(again, 2, tmp_path):
+        assert same
+        assert "backward a second time" in message
+        assert "no second derivative" in twice
+
+
+# -- what is exchanged -----------------------------------------------------------------------------
+
+
+class Counted(torch.utils._python_dispatch.TorchDispatchMode):
+    """Bytes that this rank sends to each other rank, by collective."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            gather = "allgather" in str(function)
+            x = args[1] if gather else args[0][0]
+            self.sent.append(("gather" if gather else "sum", x.numel() * x.element_size()))
+        return function(*args, **(kwargs or {}))
+
+
+def exchanged(_, columns):
+    """{what: [(collective, bytes)]} for a vocabulary of 2 x columns and 6 kept rows of 10."""
+    hidden = torch.randn(10, D, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    head = torch.randn(columns, D, requires_grad=True)
+    y = torch.full((10,), -100)
+    y[2:8] = torch.arange(6)
+    calls = {
+        "logits": lambda: sgp.parallel.cross_entropy(hidden @ head.T, y),
+        "smoothed": lambda: sgp.parallel.cross_entropy(hidden @ head.T, y, label_smoothing=0.1),
+        "head": lambda: sgp.parallel.linear_cross_entropy(hidden, head, y),
+        "chunks": lambda: sgp.parallel.linear_cross_entropy(hidden, head, y, chunk_rows=2),
+        "tokens": lambda: sgp.parallel.linear_token_log_probs(hidden, head, y),
+        "unsummed": lambda: sgp.parallel.linear_cross_entropy(
+            hidden, head, y, sum_input_grad=False
+        ),
+    }
+    found = {}
+    for name, call in calls.items():
+        with Counted() as counted:
+            flat(call())[0].sum().backward()
+        found[name] = counted.sent
+    return found
+
+
+def test_bytes_exchanged_are_counted_and_independent_of_the_vocabulary(tmp_path):
+    header, row, width = ("gather", 64), 16, 4 * D
+    expected = {
+        "logits": [header, ("gather", 6 * row)],
+        "smoothed": [header, ("gather", 6 * (row + 4))],
+        "head": [header, ("gather", 6 * row), ("sum", 6 * width)],
+        "chunks": [header, *3 * [("gather", 2 * row), ("sum", 2 * width)]],
+        "tokens": [header, ("gather", 6 * (row + 8)), ("sum", 6 * width)],
+        "unsummed": [header, ("gather", 6 * row)],
+    }
+    for columns in (16, 4096):
+        folder = tmp_path / str(columns)
+        folder.mkdir()
+        for found in run_ranks(exchanged, 2, folder, columns):
+            assert found == expected
+
+
+# -- when ranks disagree or die --------------------------------------------------------------------
+
+
+def caught(call):
+    """The text of the exception that a call raises."""
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001  (the test looks at it)
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def disagree(rank):
+    """{what differs between the ranks: the error of this one}."""
+    x, y = torch.randn(6 + rank, 8), torch.zeros(6 + rank, dtype=torch.int64)
+    hidden, head = torch.randn(6, 4), torch.randn(8, 4, requires_grad=rank == 0)
+    same = (torch.randn(6, 8), torch.arange(6))
+    kept = torch.tensor([0, 1, 2, -100 + 103 * rank, 4, 5])
+    parallel = sgp.parallel
+    return {
+        "tokens": caught(lambda: parallel.cross_entropy(x, y)),
+        "kept": caught(lambda: parallel.cross_entropy(same[0], kept)),
+        "targets": caught(lambda: parallel.cross_entropy(same[0], same[1] + rank)),
+        "options": caught(lambda: parallel.cross_entropy(*same, label_smoothing=0.1 * rank)),
+        "dtype": caught(
+            lambda: parallel.cross_entropy(same[0].to((torch.float32, torch.float64)[rank]), y[:6])
+        ),
+        "grad": caught(lambda: parallel.linear_cross_entropy(hidden, head, same[1])),
+        "width": caught(
+            lambda: parallel.linear_cross_entropy(
+                hidden[:, rank:], head[:, rank:].detach(), same[1]
+            )
+        ),
+        "denominator": caught(lambda: parallel.cross_entropy(*same, denominator=1.0 + rank)),
+        "class weights": caught(
+            lambda: parallel.cross_entropy(*same, torch.full((16,), 1.0 + rank))
+        ),
+        "length of weight": caught(lambda: parallel.cross_entropy(*same, torch.ones(8))),
+        "vocab_size": caught(lambda: parallel.cross_entropy(*same, vocab_size=17)),
+        "a target": caught(lambda: parallel.cross_entropy(same[0], same[1] + 12)),
+        "a padded target": caught(lambda: parallel.cross_entropy(*same, vocab_size=5)),
+        "probabilities": caught(lambda: parallel.cross_entropy(same[0], same[0].softmax(1))),
+        "functions": caught(
+            lambda: (parallel.cross_entropy if rank else parallel.token_log_probs)(*same)
+        ).replace("token_log_probs", "cross_entropy"),
+        "afterwards": caught(lambda: parallel.cross_entropy(*same)),
+    }
+
+
+def test_ranks_that_disagree_all_raise_the_same_error(tmp_path):
+    first, second = run_ranks(disagree, 2, tmp_path)
+    assert first == second
+    for what, text in {
+        "tokens": "ranks disagree on the number of tokens: by rank [6, 7]",
+        "kept": "ranks disagree on the number of tokens that carry loss: by rank [5, 6]",
+        "targets": "ranks disagree on the targets",
+        "options": "ranks disagree on the function, its options",
+        "dtype": "ranks disagree on the function, its options, the dtypes",
+        "grad": "or which tensors require grad",
+        "width": "ranks disagree on the width of the hidden states: by rank [4, 3]",
+        "denominator": "ranks disagree on token weights, class weights or the divisor",
+        "class weights": "ranks disagree on token weights, class weights or the divisor",
+        "length of weight": "weight is (8,); expected (16,)",
+        "vocab_size": "vocab_size = 17, but the ranks hold 16 columns, by rank [8, 8]",
+        "a target": "target[4] = 16 is outside [0, 16)",
+        "a padded target": "target[5] = 5 is outside [0, 5)",
+        "probabilities": "class probabilities over a split vocabulary are not supported",
+        "functions": "ranks disagree on the function",
+        "afterwards": "nothing was raised",
+    }.items():
+        assert text in first[what], what
+
+
+def die(rank, how):
+    """Rank 1 leaves or does not come; the error of the others."""
+    if rank == 1:
+        if how == "dies":
+            os._exit(1)
+        return ""
+    return caught(lambda: sgp.parallel.cross_entropy(torch.randn(4, 8), torch.arange(4)))
+
+
+@pytest.mark.parametrize("how", ["dies", "does not come"])
+def test_a_rank_that_is_missing_is_an_error_within_the_time_out(how, tmp_path):
+    results = run_ranks(die, 3, tmp_path, how, seconds=5)
+    for rank in (0, 2):
+        assert "RuntimeError: sgp.parallel.cross_entropy: the exchange of" in results[rank]
+        assert "a rank died, was not called, or was called otherwise" in results[rank]
+
+
+def test_without_a_process_group():
+    with pytest.raises(RuntimeError, match=r"torch\.distributed is not initialised"):
+        sgp.parallel.cross_entropy(torch.randn(4, 8), torch.arange(4))
+
+
+def outside(rank):
+    """The error of the rank that is not in the group it passed."""
+    group = distributed.new_group([0])
+    call = caught(
+        lambda: sgp.parallel.cross_entropy(torch.ones(2, 3), torch.ones(2).long(), group=group)
+    )
+    return call if rank else "in it"
+
+
+def test_a_rank_outside_the_group(tmp_path):
+    assert "rank 1 is not in the group" in run_ranks(outside, 2, tmp_path)[1]
+
+
+def on_a_device(rank):
+    """As on a GPU, where headers are compared on the device: losses before and after a mistake."""
+    from sgp import shard
+
+    shard.may_wait = lambda _: False
+    x, y = torch.randn(6, 8, requires_grad=True), torch.arange(6)
+    losses = [float(sgp.parallel.cross_entropy(x, y)) for _ in range(2)]
+    wrong = sgp.parallel.cross_entropy(x, y + rank)
+    wrong.backward()
+    return losses, float(wrong), bool(x.grad.isnan().all())
+
+
+def test_a_disagreement_on_a_device_is_nan(tmp_path):
+    for losses, wrong, all_nan in run_ranks(on_a_device, 2, tmp_path):
+        assert losses[0] == losses[1] == losses[0]
+        assert wrong != wrong, "a silent number"  # noqa: PLR0124
+        assert all_nan
