@@ -17,11 +17,12 @@ MODULES = 60  # of the library: enough for a few steps
 
 
 def make_data() -> tuple[list[dict[str, str]], Any]:
-    """Rows of prompt and completion, and a tokenizer trained on them."""
+    """Rows of prompt and completion whose prompt leaves room, and a tokenizer trained on them."""
     files = [file for file, _ in zip(source_files(), range(MODULES), strict=False)]
     rows = [_row(pair.prompt, pair.completion) for pair in stdlib_pairs(files)]
     texts = [row["prompt"] + row["completion"] for row in rows]
-    return rows, wrap(load_or_train(texts, size=VOCABULARY, folder=None))
+    tokenizer = wrap(load_or_train(texts, size=VOCABULARY, folder=None))
+    return [row for row in rows if len(tokenizer(row["prompt"]).input_ids) < WINDOW], tokenizer
 
 
 def make_model(tokenizer: Any) -> Any:
