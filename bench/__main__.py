@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import subprocess
 import sys
@@ -17,25 +18,35 @@ COMMANDS = {
     "predict": "milliseconds on paper, from bytes, FLOPs and a data sheet",
     "report": "the README's tables and the pictures, from the results files",
 }
+INTERRUPTED = 130  # the exit code
 EVERYTHING = "all that this machine can do, one after the other, and the report"
 
 
 def everything() -> int:
     """Run what this machine can, each in a process of its own; 1 if any of them fails."""
+    parser = argparse.ArgumentParser(prog="python -m bench all", description=EVERYTHING)
+    parser.add_argument(
+        "--time-budget", default="480", metavar="SECONDS", help="of `compare` (480)"
+    )
+    budget = parser.parse_args().time_budget
     import torch  # noqa: PLC0415  (the list of commands needs no PyTorch)
 
     on_gpu = torch.cuda.is_available()
     traffic, resources = ["bench", "traffic"], ["bench", "resources", "--longest", "--no-output"]
-    plan = [["bench", "compare"], traffic, resources]
+    compare = ["bench", "compare", "--time-budget", budget]
+    plan = [compare, traffic, resources]
     if on_gpu:
-        plan = [["sgp", "verify"], ["bench", "compare"], ["bench", "forms"]]
+        plan = [["sgp", "verify"], compare, ["bench", "forms"]]
     plan += [["bench", "predict"], ["bench", "report"]]
     failed = []
     for module, *arguments in plan:
         words = f"python -m {module} {' '.join(arguments)}"
         print(f"\n== {words}", flush=True)
         command = [sys.executable, "-m", module, *arguments]
-        if subprocess.run(command, check=False).returncode:
+        code = subprocess.run(command, check=False).returncode
+        if code == INTERRUPTED:
+            return code
+        if code:
             failed.append(words)
     for words in failed:
         print(f"failed: {words}")
@@ -46,6 +57,7 @@ def main() -> None:
     """Run bench/NAME.py with the arguments that follow."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name == "all":
+        del sys.argv[1]
         sys.exit(everything())
     if name not in COMMANDS:
         listing = "\n".join(
@@ -57,7 +69,11 @@ def main() -> None:
             return
         sys.exit(f"unknown: {name}\n{usage}")
     del sys.argv[1]
-    sys.exit(importlib.import_module(f"bench.{name}").main())
+    try:
+        sys.exit(importlib.import_module(f"bench.{name}").main())
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

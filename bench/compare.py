@@ -3,13 +3,15 @@
     python -m bench compare                     # the cases for this machine, results file, tables
     python -m bench compare --time-budget 480   # stop beginning cases after so many seconds
     python -m bench compare --continue          # the cases that today's file does not have yet
-    python -m bench compare --only linear --list
+    python -m bench compare --only linear       # some cases, or some --rivals: tables alone, unless
+                                                # --output names a file
 
-Ratios are to the best rival that is not sgp, and to a bound measured on the same machine in the
-same run: for logits a copy's speed at the bytes that must move, for a head its bare matmuls. What
-is not installed, needs a GPU, is wrong or fails is shown as that. Cases that the budget leaves no
-time for are listed. Without a GPU the list is shorter, and sgp runs PyTorch's operators, not its
-kernels: their traffic is counted by `python -m bench traffic`.
+Ctrl-C keeps the cases that are done; --continue goes on. Ratios are to the best rival that is not
+sgp, and to a bound measured on the same machine in the same run: for logits a copy's speed at the
+bytes that must move, for a head its bare matmuls. What is not installed, needs a GPU, is wrong or
+fails is shown as that. Cases that the budget leaves no time for are listed. Without a GPU the list
+is shorter, and sgp runs PyTorch's operators, not its kernels: their traffic is counted by
+`python -m bench traffic`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import cases, machine, measure, tables
+from bench import cases, files, machine, measure, rivals, tables
 from bench.cases import Case
 from bench.measure import Measured
 
@@ -89,12 +92,15 @@ def header(device: torch.device) -> dict[str, Any]:
     }
 
 
-def write(path: Path, head: dict[str, Any], records: list[dict[str, Any]], late: list[str]) -> None:
-    """The results file, one case a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write(
+    path: Path | None, head: dict[str, Any], records: list[dict[str, Any]], not_run: list[str]
+) -> None:
+    """The results file, one case a line, complete at any time; none without a path."""
+    if path is None:
+        return
     lines = ",\n".join(json.dumps(record) for record in records)
-    start = json.dumps(head | {"not_run": late})[:-1]
-    path.write_text(f'{start}, "cases": [\n{lines}\n]}}\n')
+    start = json.dumps(head | {"not_run": not_run})[:-1]
+    files.replace(path, f'{start}, "cases": [\n{lines}\n]}}\n')
 
 
 def _recorded(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
@@ -113,7 +119,51 @@ def _recorded(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    """Measure, print, write; 1 if sgp is wrong or fails anywhere."""
+    """Measure, print, write; 1 if sgp is wrong or fails anywhere, 130 if interrupted."""
+    parser = _parser()
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    every = cases.gpu_cases() if device.type == "cuda" else cases.cpu_cases()
+    chosen = [case for case in every if arguments.only in case.name]
+    if not chosen:
+        parser.error(f"--only {arguments.only!r}: no case has this in its name; see --list")
+    if arguments.list:
+        print("\n".join(case.name for case in chosen))
+        return 0
+    names = list(dict.fromkeys(rival.name for rival in rivals.RIVALS))
+    for name in arguments.rivals or ():
+        if name not in names:
+            parser.error(f"--rivals {name!r}: nobody has this name; known are {names}")
+    if arguments.rivals and arguments.go_on:
+        parser.error("--continue adds to a file of every rival; without --rivals")
+    output = arguments.output
+    if output is None and (arguments.go_on or not (arguments.only or arguments.rivals)):
+        today = dt.datetime.now(dt.timezone.utc).date().isoformat()
+        output = RESULTS / f"{machine.describe(device).slug}-{today}.json"
+    if output is not None:
+        files.must_be_writable(output)
+    head = header(device)
+    records = _recorded(output, head) if arguments.go_on else []
+    known = {record["name"] for record in records}
+    Console().print(_on(head), soft_wrap=True, highlight=False)
+    finished = _run(
+        [case for case in chosen if case.name not in known],
+        device,
+        budget=arguments.time_budget,
+        only=arguments.rivals,
+        keep=lambda not_run: write(output, head, records, not_run),
+        records=records,
+    )
+    if output is not None and (finished or records):
+        print(f"wrote {output}")
+    if not finished:
+        print("interrupted; --continue keeps the cases that are done" if output else "interrupted")
+        return 130
+    outcomes = [m for r in records for m in r["rivals"] if m["rival"].startswith("sgp")]
+    return 1 if any(m["status"] != "ok" for m in outcomes) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench compare",
         description=__doc__,
@@ -136,44 +186,56 @@ def main() -> int:
     parser.add_argument("--rivals", nargs="+", metavar="NAME", help="these alone")
     parser.add_argument("--list", action="store_true", help="name the cases, run none")
     parser.add_argument("--output", type=Path, help="results file (default: bench/results/)")
-    arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    every = cases.gpu_cases() if device.type == "cuda" else cases.cpu_cases()
-    chosen = [case for case in every if arguments.only in case.name]
-    if not chosen:
-        parser.error(f"--only {arguments.only!r}: no case has this in its name; see --list")
-    if arguments.list:
-        print("\n".join(case.name for case in chosen))
-        return 0
-    head = header(device)
-    slug = machine.describe(device).slug
-    output = arguments.output or RESULTS / f"{slug}-{head['date']}.json"
+    return parser
+
+
+def _on(head: dict[str, Any]) -> str:
+    """What runs where, for those who see the tables alone."""
+    found, versions = head["machine"], head["versions"]
+    where = f"{found['name']} ({found['cpu']})" if found["device"] == "cpu" else found["name"]
+    what = {"torch": "PyTorch's operators", "triton": "its kernels"}[head["sgp"]["backend"]]
+    return f"{where}, torch {versions['torch']}, Triton {versions['triton']}; sgp runs {what}"
+
+
+def _run(
+    chosen: list[Case],
+    device: torch.device,
+    *,
+    budget: float,
+    only: list[str] | None,
+    keep: Callable[[list[str]], None],
+    records: list[dict[str, Any]],
+) -> bool:
+    """Add to the records, a case at a time; False if it was interrupted.
+
+    After each case `keep` gets the names of those that have no record yet.
+    """
     console = Console()
-    records = _recorded(output, head) if arguments.go_on else []
-    known = {record["name"] for record in records}
-    chosen = [case for case in chosen if case.name not in known]
-    late: list[str] = []
+    unfit: list[str] = []
+    waiting = [case.name for case in chosen]
     start = time.perf_counter()
-    for number, case in enumerate(chosen):
+    for case in chosen:
         spent = time.perf_counter() - start
-        if spent > arguments.time_budget:
-            late.append(case.name)
-            continue
-        share = (arguments.time_budget - spent) / (len(chosen) - number)
-        seconds = min(share / 2, MOST_SECONDS)
+        if spent > budget:
+            break
+        seconds = min((budget - spent) / len(waiting) / 2, MOST_SECONDS)
         try:
-            bound, measured = measure.measure(case, device, seconds=seconds, only=arguments.rivals)
+            bound, measured = measure.measure(case, device, seconds=seconds, only=only)
         except torch.OutOfMemoryError:  # of the case itself: nobody could run it
-            late.append(f"{case.name} (does not fit this machine)")
-            continue
-        records.append(record(case, bound, measured))
-        console.print(table_of(case, bound, measured))
-        write(output, head, records, late)
-    write(output, head, records, late)
-    for name in late:
+            unfit.append(f"{case.name} (does not fit this machine)")
+        except KeyboardInterrupt:
+            return False
+        else:
+            records.append(record(case, bound, measured))
+            console.print(table_of(case, bound, measured))
+        waiting.remove(case.name)
+        keep(unfit + waiting)
+    keep(unfit + waiting)
+    for name in unfit:
+        console.print(f"not run: {name}", soft_wrap=True)
+    for name in waiting:
         console.print(f"not run, the time budget was spent: {name}", soft_wrap=True)
-    outcomes = [m for r in records for m in r["rivals"] if m["rival"].startswith("sgp")]
-    return 1 if any(m["status"] != "ok" for m in outcomes) else 0
+    return True
 
 
 if __name__ == "__main__":

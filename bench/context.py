@@ -25,7 +25,7 @@ from rich.console import Console
 from torch import Tensor
 
 import sgp
-from bench import machine, tables
+from bench import files, machine, tables
 from sgp.train.memory import cpu_peak
 
 RESULTS = Path(__file__).parent / "results"
@@ -115,10 +115,11 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="results file (default: bench/results/)")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*not the gradient of the loss")
-    records = [r for fraction in FRACTIONS for r in measure(fraction, arguments.turns)]
     found = machine.describe(torch.device("cpu"))
     today = dt.datetime.now(dt.timezone.utc).date().isoformat()
     output = arguments.output or RESULTS / f"context-{found.slug}-{today}.json"
+    files.must_be_writable(output)
+    records = [r for fraction in FRACTIONS for r in measure(fraction, arguments.turns)]
     header = {
         "machine": found._asdict(),
         "date": today,

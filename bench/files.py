@@ -1,9 +1,10 @@
-"""The results files of `python -m bench compare`, `<machine>-<date>.json`."""
+"""Results files: where they can be written, and those of `compare`, `<machine>-<date>.json`."""
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,3 +24,42 @@ def newest(folder: Path = RESULTS) -> list[tuple[Path, dict[str, Any]]]:
         if name not in found or content["date"] >= found[name][1]["date"]:
             found[name] = (path, content)
     return sorted(found.values(), key=lambda item: item[1]["machine"]["device"] == "cpu")
+
+
+def must_be_writable(path: Path) -> None:
+    """Asked before hours of measuring, not after.
+
+    Raises:
+        SystemExit: if no file can be written there.
+    """
+    existed = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a"):
+            pass
+    except OSError as error:
+        sys.exit(f"results file {path}: {error.strerror}; --output names another")
+    if not existed:
+        path.unlink()
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file in one step, so that who is interrupted keeps the one before."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    new.replace(path)
+
+
+def pictures() -> Any:
+    """The module that draws; asked before anything is measured or written.
+
+    Raises:
+        SystemExit: if there is no matplotlib.
+    """
+    try:
+        from bench import plots  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        sys.exit("matplotlib draws the pictures and is not installed: pip install -e '.[bench]'")
+    return plots

@@ -77,9 +77,11 @@ def commit() -> str:
 
 def versions() -> dict[str, str | None]:
     """Of what was used."""
-    import triton  # noqa: PLC0415
-
-    return {"triton": triton.__version__, "cuda": torch.version.cuda} | rivals.versions()
+    try:
+        from triton import __version__ as found  # noqa: PLC0415
+    except ImportError:  # not on every system
+        found = None
+    return {"triton": found, "cuda": torch.version.cuda} | rivals.versions()
 
 
 def settings(device: torch.device) -> dict[str, str | None]:

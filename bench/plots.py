@@ -21,14 +21,19 @@ COLORS = {  # of seaborn's colorblind palette: sgp is the dark blue
     "sgp, kept rows": "#029e73",
     "PyTorch, kept rows": "#de8f05",
     "PyTorch, all rows": "#949494",
-    "torch.compile": "#ca9161",
+    "torch.compile": "#5a3e1b",
     "F.linear_ce, auto": "#d55e00",
-    "F.linear_ce, 1k rows": "#e8a33d",
+    "F.linear_ce, 1k rows": "#8c1c13",
     "Liger": "#cc78bc",
     "cut-cross-entropy": "#fbafe4",
-    "quack": "#ece133",
+    "quack": "#c9b800",
     "flash-linear-attention": "#7f6d5f",
     "TRL": "#333333",
+}
+MARKERS = dict(zip(COLORS, "oDPs^vX<>dph*", strict=True))
+BOUNDS = {
+    "logits": "bound: its bytes at a copy's speed",
+    "linear": "bound: the bare matmuls of the kept rows",
 }
 Record = dict[str, Any]
 
@@ -96,27 +101,33 @@ def _sweeps(form: str, records: list[Record], content: dict[str, Any], stem: Pat
             if not points:
                 continue
             x = [at for at, _ in points]
-            style = {"color": color, "marker": "o", "markersize": 4}
-            style |= {"linewidth": 2.6 if rival == "sgp" else 1.4, "zorder": 3}
+            ours = rival == "sgp"
+            style = {"color": color, "marker": MARKERS[rival], "markersize": 8 if ours else 5}
+            # Lines that coincide: ours is wide and beneath, the others let it shine through.
+            style |= {"linewidth": 4 if ours else 1.4, "alpha": 1.0 if ours else 0.85}
+            style |= {"zorder": 3 if ours else 4}
             (names[rival],) = time.plot(x, [r["both_ms"] for _, r in points], **style)
             memory.plot(x, [r["memory_bytes"] / MIB for _, r in points], **style)
         bounds = [record["bound_ms"] for record in found]
         at = [_value(record, key) for record in found]
-        (names["bound"],) = time.plot(at, bounds, color="black", linestyle=":", linewidth=1.4)
+        (names[BOUNDS[form]],) = time.plot(at, bounds, color="black", linestyle=":", linewidth=1.4)
         time.set_ylabel("forward and backward, ms")
-        memory.set_ylabel("memory, MiB")
+        beyond = "inputs and\nweight gradients" if form == "linear" else "inputs"
+        memory.set_ylabel(f"memory beyond {beyond}, MiB")
         for axes in (time, memory):
             _dress(axes, at, label)
         _logarithmic(time)
         memory.set_ylim(bottom=0)
         time.set_title(_what(found[0], key), fontsize=9)
-    legend = dict(sorted(names.items(), key=lambda item: item[0] == "bound"))
+    legend = dict(sorted(names.items(), key=lambda item: item[0] == BOUNDS[form]))
     figure.legend(
         legend.values(), legend.keys(), loc="outside lower center", ncols=4, frameon=False
     )
     machine = content["machine"]["name"]
     titles = {"linear": "Head and loss, from hidden states", "logits": "Loss, from logits"}
-    figure.suptitle(f"{titles[form]} · {machine}, {content['date']}")
+    on_cpu = content["machine"]["device"] == "cpu"
+    note = " (sgp runs PyTorch's operators there, not its kernels)" if on_cpu else ""
+    figure.suptitle(f"{titles[form]} · {machine}, {content['date']}{note}")
     path = stem.parent / f"{stem.name}-{form}.png"
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
@@ -125,7 +136,8 @@ def _sweeps(form: str, records: list[Record], content: dict[str, Any], stem: Pat
 
 def _what(record: Record, swept: str) -> str:
     model = record["model"]
-    parts = [] if swept == "V" else [model["name"]]
+    size = model["name"] if record["form"] == "linear" else f"V = {model['V']:_}".replace("_", " ")
+    parts = [] if swept == "V" else [size]
     parts += [f"N = {record['N']}"] if swept != "N" else []
     parts += [f"kept {record['kept']:g}"] if swept != "kept" else []
     return ", ".join([*parts, record["dtype"]])

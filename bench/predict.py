@@ -9,12 +9,12 @@ The assumptions, all of them (a roofline: S. Williams et al. 2009, doi.org/10.11
 * Nothing is found in the L2 cache but the second reading of a streamed row, which is: about one
   row per multiprocessor is held, 40 MB at 132 x 151 936 columns of bf16. Without it the streaming
   form takes (1 + 2 f) N V, the column "re-read".
-* Logits in: the row kernel moves (1 + f) N V elements. Log-probabilities: f N V forward, then
-  (1 + f) N V backward.
+* Logits in: the row kernel moves (1 + f) N V elements. Log-probabilities, and float16, whose
+  gradient waits for the loss scaler's factor: f N V forward, then (1 + f) N V backward.
 * Hidden states in: the kept rows' matmuls, 6 M V D FLOPs (8 for log-probabilities, whose logits
   are made twice); the row kernel reads 4 bytes and writes one gradient element for each of M V
-  float32 logits; a weight gradient of several chunks is read and written in float32, 8 V D bytes a
-  chunk.
+  float32 logits; a weight gradient of several chunks, or of any in float16, is read and written in
+  float32, 8 V D bytes a chunk.
 * float32 matmuls run at the TF32 rate where PyTorch is told so; by default they do not, and are
   predicted at the rate outside the matrix units.
 
@@ -98,11 +98,12 @@ def predict(case: Case, gpu: Gpu) -> Prediction:
     N, M, V, D = case.N, case.M, case.model.V, case.model.D
     speed = COPY * gpu.bandwidth
     rate = MATMUL * (gpu.half if case.itemsize == 2 else gpu.single)
-    launches = KERNELS[case.form] * LAUNCH_MS
+    late = case.form == "log-probs" or (case.form, case.dtype) == ("logits", "float16")
+    launches = (KERNELS[case.form] + (late and case.form == "logits")) * LAUNCH_MS
     if not case.has_head:
-        reads = 2 if case.form == "log-probs" else 1
+        reads = 2 if late else 1
         moved = (1 + reads * case.kept) * N * V * case.itemsize
-        again = case.kept * N * V * case.itemsize if case.form == "logits" else 0.0
+        again = 0.0 if late else case.kept * N * V * case.itemsize
         ms = 1e3 * moved / speed
         reread = ms + 1e3 * again / speed + launches
         return Prediction(ms, 0.0, ms + launches, reread, 0.0, moved)
@@ -110,7 +111,7 @@ def predict(case: Case, gpu: Gpu) -> Prediction:
     passes = 1 if case.form == "linear" else 2  # log-probabilities read the logits in both
     moved = (passes * 4.0 + case.itemsize) * M * V
     chunks = -(-M // default_chunk_rows(V, "cuda"))
-    if chunks > 1:
+    if chunks > 1 or case.dtype == "float16":
         moved += 8.0 * chunks * V * D
     bytes_ms, flops_ms = 1e3 * moved / speed, 1e3 * flops / rate
     total = bytes_ms + flops_ms + launches

@@ -26,7 +26,7 @@ from rich.console import Console
 from torch import Tensor
 
 import sgp
-from bench import machine, tables
+from bench import files, machine, tables
 
 RESULTS = Path(__file__).parent / "results"
 KEYS, VALUES, PAIRS = 16, 4, 4
@@ -129,14 +129,16 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=100, help="steps between two measurements")
     parser.add_argument("--output", type=Path, help="results file; the picture stands beside it")
     arguments = parser.parse_args()
+    files.pictures()
+    found = machine.describe(torch.device("cpu"))
+    today = dt.datetime.now(dt.timezone.utc).date().isoformat()
+    output = arguments.output or RESULTS / f"recall-{found.slug}-{today}.json"
+    files.must_be_writable(output)
     warnings.filterwarnings("ignore", message=".*not the gradient of the loss")
     start = time.perf_counter()
     curves = {mode: train(mode, arguments.steps, arguments.every) for mode in MODES}
     seconds = time.perf_counter() - start
     guess = guessing(batch(HELD_OUT, torch.Generator().manual_seed(2)))
-    found = machine.describe(torch.device("cpu"))
-    today = dt.datetime.now(dt.timezone.utc).date().isoformat()
-    output = arguments.output or RESULTS / f"recall-{found.slug}-{today}.json"
     table = tables.make(
         f"Accuracy, %; guessing {100 * guess:.1f}",
         ["step"],

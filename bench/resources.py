@@ -3,7 +3,8 @@
     python -m bench resources                 # table, results file, exit code 1 if a budget breaks
     python -m bench resources --targets sm_90
     python -m bench resources --longest       # fewer: of each resident line its longest row, with
-                                              # nothing on and with everything on
+                                              # nothing on and with everything on; the tables
+                                              # alone, unless --output names a file
 
 No GPU is needed: Triton's own launcher is asked for the kernel it would launch, for a target that
 is named instead of found. Registers and stack come from `cuobjdump -res-usage`, access widths from
@@ -28,7 +29,7 @@ import torch
 import triton
 from rich.console import Console
 
-from bench import tables
+from bench import files, tables
 from bench.binary import NamedTarget, read_amd, read_nvidia
 from bench.kernel_cases import DTYPES, TARGETS, Case, call_of, cases, target_of
 from sgp.kernels import launch
@@ -108,13 +109,26 @@ def _worker(job: tuple[Case, str]) -> dict[str, Any]:
 
 def main() -> int:
     """Compile everything, print one line a target and kernel, write the results file."""
-    parser = argparse.ArgumentParser(prog="python -m bench resources", description=__doc__)
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--output", type=Path, default=RESULTS, help="results file (JSON)")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench resources",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--targets", nargs="+", metavar="TARGET", choices=TARGETS, default=list(TARGETS),
+        help=f"of {', '.join(TARGETS)} (all)",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, help="results file (default: bench/results/)")
     parser.add_argument("--no-output", action="store_true", help="write no results file")
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile (2)")
     parser.add_argument("--longest", action="store_true", help="fewer: see above")
     arguments = parser.parse_args()
+    if arguments.output is None and not arguments.longest:
+        arguments.output = RESULTS
+    if arguments.no_output:
+        arguments.output = None
+    if arguments.output is not None:
+        files.must_be_writable(arguments.output)
     if launch.runs_interpreted():
         parser.error("TRITON_INTERPRET=1 is set; unset it to compile")
     jobs = [
@@ -124,14 +138,13 @@ def main() -> int:
     ]
     with ProcessPoolExecutor(arguments.jobs) as pool:
         records = list(pool.map(_worker, jobs, chunksize=8))
-    if not arguments.no_output:
+    if arguments.output is not None:
         _write(records, arguments)
     _print(records)
     return 1 if any(record["broken"] for record in records) else 0
 
 
 def _write(records: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     header = {
         "triton": triton.__version__,
         "torch": torch.__version__.split("+")[0],

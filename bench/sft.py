@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench import machine, tables
+from bench import files, machine, tables
 
 RESULTS = Path(__file__).parent / "results"
 SIZE = {"V": 32_768, "D": 256, "layers": 2, "B": 2, "T": 512, "kept": 0.15, "steps": 8}
@@ -104,6 +104,10 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--output", type=Path, help="results file")
     arguments = parser.parse_args()
+    found = machine.describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    today = dt.datetime.now(dt.timezone.utc).date().isoformat()
+    output = arguments.output or RESULTS / f"sft-{found.slug}-{today}.json"
+    files.must_be_writable(output)
     warnings.simplefilter("ignore")
     import transformers  # noqa: PLC0415
     import trl  # noqa: PLC0415
@@ -123,9 +127,6 @@ def main() -> int:
                 seconds[name].append(taken)
     apart = max(abs(a - b) / abs(a) for a, b in zip(*losses.values(), strict=True))
     ratios = [ours / theirs for ours, theirs in zip(seconds["sgp"], seconds["TRL"], strict=True)]
-    found = machine.describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    today = dt.datetime.now(dt.timezone.utc).date().isoformat()
-    output = arguments.output or RESULTS / f"sft-{found.slug}-{today}.json"
     table = tables.make(f"{SIZE['steps']} steps", ["trainer"], ["seconds", "of TRL's"])
     for name, ratio in (("TRL", 1.0), ("sgp", statistics.median(ratios))):
         table.add_row(name, f"{statistics.median(seconds[name]):.2f}", f"{ratio:.2f}")

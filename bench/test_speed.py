@@ -10,6 +10,7 @@ compare` measures memory and bounds too, and lets rivals take turns.
 """
 
 import functools
+import time
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from bench.measure import Measured
 from bench.rivals import Rival
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SLOW_SECONDS = 1.0  # of a step: then two rounds are enough
 CASES = cases.gpu_cases() if DEVICE.type == "cuda" else cases.cpu_cases()
 
 
@@ -61,4 +63,7 @@ def test_forward_and_backward(case: Case, rival: Rival, benchmark: BenchmarkFixt
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.pedantic(step, rounds=5, warmup_rounds=1)
+    start = time.perf_counter()
+    step()
+    slow = time.perf_counter() - start > SLOW_SECONDS
+    benchmark.pedantic(step, rounds=2 if slow else 5, warmup_rounds=0 if slow else 1)

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sgp
-from bench import rival_traffic, tables
+from bench import files, rival_traffic, tables
 from bench.interpreter import watch_accesses
 from bench.rival_traffic import RivalCount
 
@@ -93,9 +93,14 @@ def count(form: str, V: int, dtype: str, kept_rows: int) -> Count:
 
 def main() -> int:
     """Count every case, print the table, write the results file."""
-    parser = argparse.ArgumentParser(prog="python -m bench traffic", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench traffic",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="results file (JSON)")
     arguments = parser.parse_args()
+    files.must_be_writable(arguments.output)
     os.environ["SGP_BACKEND"] = "triton"
     counts = [count(*c) for c in itertools.product(FORMS, VOCABULARIES, DTYPES, (0, 1, 2, 4))]
     table = tables.make(
@@ -113,7 +118,6 @@ def main() -> int:
     os.environ["SGP_ROW_FORM"] = "auto"
     others = rival_traffic.count_all()
     console.print(_beside_others(others))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(c._asdict() | {"ok": c.within_budget}) for c in counts)
     rivals = ",\n".join(json.dumps(c._asdict()) for c in others)
     arguments.output.write_text(

@@ -244,7 +244,12 @@ def _row_factor(row_weight: Tensor | None, rows: Rows, like: Tensor) -> Tensor:
 def score_(x: Tensor, recipe: Recipe) -> Tensor:
     """Scored logits; in x's own place unless the softcap's slope will need x again."""
     if recipe.softcap is not None:
-        x = (x * (recipe.logit_scale / recipe.softcap)).tanh_().mul_(recipe.softcap)
+        # Divided, not multiplied by a rounded 1 / softcap, which would move all logits one way.
+        if recipe.logit_scale == 1.0:
+            x = x / recipe.softcap
+        else:
+            x = (x * recipe.logit_scale).div_(recipe.softcap)
+        x = x.tanh_().mul_(recipe.softcap)
     elif recipe.logit_scale != 1.0:
         x = x.mul_(recipe.logit_scale)
     return x if recipe.temperature == 1.0 else x.mul_(1 / recipe.temperature)

@@ -1,7 +1,9 @@
 """The benchmarks measure what they say: right rivals, right bytes, no figure without a file."""
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench
+from bench import __main__ as bench_main
 from bench import (
     cases,
     compare,
@@ -222,6 +226,19 @@ def test_predictions_by_hand():
     assert extra == pytest.approx(8 * 2 * 151_936 * 4_096), "two chunks into one accumulator"
 
 
+def test_float16_is_predicted_as_its_gradient_is_made():
+    """In backward, with the factor known: the kept rows are read twice; the head accumulates."""
+    gpu = predict.Gpu("g", "g", bandwidth=1e12, half=1e14, single=1e13, source="none")
+    logits = predict.predict(Case("logits", cases.QWEN_3, 8_192, 0.25, "float16"), gpu)
+    assert logits.bytes == 1.5 * 8_192 * 151_936 * 2
+    assert logits.total_ms == logits.reread_ms == pytest.approx(logits.bytes_ms + 2 * 0.005)
+    half, bf16 = (
+        predict.predict(Case("linear", cases.QWEN_3, 8_192, 0.25, dtype), gpu)
+        for dtype in ("float16", "bfloat16")
+    )
+    assert half.bytes - bf16.bytes == 8 * 151_936 * 4_096
+
+
 def test_predict_shows_what_was_measured(tmp_path, monkeypatch, capsys):
     newest = files.newest
     monkeypatch.setattr(files, "newest", lambda: newest(tmp_path))
@@ -270,7 +287,8 @@ def tiny_cases(monkeypatch):
     found = [Case(form, TINY, 128, 0.25, "float32") for form in ("logits", "linear")]
     monkeypatch.setattr(cases, "cpu_cases", lambda: found)
     names = ["sgp", rivals.BASELINE, "Liger"]
-    command = ["compare", "--time-budget", "2", "--rivals", *names]
+    command = ["compare", "--time-budget", "900", "--rivals", *names]
+    monkeypatch.setattr(compare, "MOST_SECONDS", 0.1)
     monkeypatch.setattr(sys, "argv", command)
     monkeypatch.setattr(machine, "roofs", lambda _: machine.Roofs(1e10, 1e11, "float32"))
     return found
@@ -304,11 +322,66 @@ def test_compare_writes_what_it_shows(tiny_cases, tmp_path, capsys, monkeypatch)
 def test_compare_names_the_cases_that_it_had_no_time_for(tiny_cases, tmp_path, capsys, monkeypatch):
     output = tmp_path / "r.json"
     command = [*sys.argv, "--output", str(output)]
-    command[command.index("2")] = "-1"
+    command[command.index("900")] = "-1"
     monkeypatch.setattr(sys, "argv", command)
     assert compare.main() == 0
     assert json.loads(output.read_text())["not_run"] == [case.name for case in tiny_cases]
     assert "not run, the time budget was spent" in capsys.readouterr().out
+
+
+def test_compare_asks_before_it_measures(tiny_cases, tmp_path, capsys, monkeypatch):
+    assert tiny_cases
+    monkeypatch.setattr(measure, "measure", None)  # to call it fails
+    (tmp_path / "file").write_text("")
+    for words, expected in (
+        (["--output", str(tmp_path / "file" / "r.json")], "results file .*r.json: .*--output"),
+        (["--output", str(tmp_path)], "results file .*: Is a directory"),
+        (["--rivals", "Ligr"], "'Ligr': nobody has this name; known are .*'Liger'"),
+        (["--rivals", "sgp", "--continue"], "without --rivals"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["compare", *words])
+        with pytest.raises(SystemExit) as stopped:
+            compare.main()
+        assert re.search(expected, f"{stopped.value.code} {capsys.readouterr().err}")
+
+
+@pytest.mark.parametrize("words", [["--only", "logits"], ["--rivals", "sgp"]], ids=str)
+def test_a_part_does_not_take_the_place_of_the_results(
+    words, tiny_cases, tmp_path, capsys, monkeypatch
+):
+    assert tiny_cases
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare", *words])
+    assert compare.main() == 0
+    assert "logits, tiny" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_interrupts_compare_keeps_what_is_done(tiny_cases, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "r.json"
+    command = [*sys.argv, "--output", str(output)]
+    measured = measure.measure
+
+    def interrupted(case, *positional, **named):
+        if case == tiny_cases[1]:
+            raise KeyboardInterrupt
+        return measured(case, *positional, **named)
+
+    monkeypatch.setattr(measure, "measure", interrupted)
+    monkeypatch.setattr(sys, "argv", command)
+    assert compare.main() == 130
+    assert "interrupted" in capsys.readouterr().out
+    content = json.loads(output.read_text())
+    assert [record["name"] for record in content["cases"]] == [tiny_cases[0].name]
+    assert content["not_run"] == [tiny_cases[1].name]
+    monkeypatch.setattr(measure, "measure", measured)
+    command = ["compare", "--continue", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", command)
+    assert compare.main() == 0
+    content = json.loads(output.read_text())
+    assert [record["name"] for record in content["cases"]] == [case.name for case in tiny_cases]
+    assert content["not_run"] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 
 def test_compare_fails_if_sgp_is_wrong(tiny_cases, tmp_path, capsys, monkeypatch):
@@ -319,7 +392,7 @@ def test_compare_fails_if_sgp_is_wrong(tiny_cases, tmp_path, capsys, monkeypatch
 
     field = (rivals.Rival("sgp", "logits", wrong), rivals.Rival("sgp", "linear", wrong))
     monkeypatch.setattr(rivals, "RIVALS", field)
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--output", str(tmp_path / "r.json")])
+    monkeypatch.setattr(sys, "argv", ["compare", "--output", str(tmp_path / "r.json")])
     assert compare.main() == 1
     assert "sgp: " in capsys.readouterr().out
 
@@ -371,6 +444,38 @@ def test_pytest_benchmark_collects_the_same_cases(tmp_path):
     found = json.loads(output.read_text())["benchmarks"]
     assert {b["extra_info"]["rival"] for b in found} == {"sgp", "sgp, in place", "sgp, kept rows"}
     assert "1 skipped" in run.stdout or torch.cuda.is_available()
+
+
+def test_the_machine_may_have_no_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    found = machine.versions()
+    assert found["triton"] is None
+    assert found["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("module", ["report", "recall"])
+def test_without_matplotlib_nothing_is_begun(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "bench.plots", raising=False)
+    monkeypatch.setattr(bench, "plots", None, raising=False)
+    monkeypatch.delattr(bench, "plots")
+    monkeypatch.setattr(sys, "argv", [module])
+    found = importlib.import_module(f"bench.{module}")
+    with pytest.raises(SystemExit, match=r"matplotlib .* pip install"):
+        found.main()
+    monkeypatch.setattr(sys, "argv", ["report", "--check"])
+    assert report.main() == 0
+
+
+@pytest.mark.parametrize("name", [*bench_main.COMMANDS, "all"])
+def test_help_is_help(name):
+    """And begins nothing; the lines of an example are lines."""
+    run = subprocess.run(
+        [sys.executable, "-m", "bench", name, "--help"], cwd=ROOT, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert run.stdout.startswith(f"usage: python -m bench {name}")
+    assert name == "all" or re.search(rf"^    python -m bench {name}", run.stdout, re.MULTILINE)
 
 
 def test_the_command_lists_what_there_is():

@@ -916,3 +916,17 @@ def test_selection_beside_what_it_has_decided(linear):
     tensors["input"] = tensors["input"][:3]
     with pytest.raises(ValueError, match=r"flatten to N = 4"):
         functions(linear)[0](**tensors, target=selection)
+
+
+@pytest.mark.parametrize("logit_scale", [1.0, 0.5])
+@pytest.mark.parametrize("softcap", [7.0, 15.0, 30.0])
+def test_a_softcap_moves_no_logits_one_way(softcap, logit_scale, monkeypatch):
+    """lse of one class is its score; errors of a division have no common sign."""
+    monkeypatch.setenv("SGP_BACKEND", "torch")
+    logits = torch.linspace(1.0, 9.0, 4_001)[:, None]
+    target = torch.zeros(len(logits), dtype=torch.int64)
+    found = sgp.token_log_probs(logits, target, softcap=softcap, logit_scale=logit_scale).lse
+    scaled = logits[:, 0].double() * logit_scale
+    true = softcap * torch.tanh(scaled / softcap)
+    common = float(((found.double() - true) / true).mean())
+    assert abs(common) < 1.5e-8, f"{common:.1e} of every logit; a rounding is 6e-8"

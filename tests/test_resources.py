@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench import kernel_cases, resources
-from sgp.kernels import table
+from sgp.kernels import launch, table
 
 ROOT = Path(__file__).parent.parent
 
@@ -123,6 +123,23 @@ def test_no_spills_and_16_byte_accesses_without_a_gpu(target, tmp_path):
     }
     assert {r["form"] for r in records} == {"resident", "streaming"}
     assert {r["dtype"] for r in records} == {"bf16", "fp16", "fp32"}
+
+
+def test_a_part_does_not_take_the_place_of_the_results(tmp_path, monkeypatch, capsys):
+    """Half an hour of compiling is not overwritten by `--longest`."""
+    monkeypatch.setattr(resources, "RESULTS", tmp_path / "resources.json")
+    monkeypatch.setattr(resources, "cases", lambda *_, **__: [])
+    monkeypatch.setattr(launch, "runs_interpreted", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["resources", "--longest"])
+    assert resources.main() == 0
+    assert not resources.RESULTS.exists()
+    monkeypatch.setattr(sys, "argv", ["resources", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match="Is a directory; --output names another"):
+        resources.main()
+    monkeypatch.setattr(sys, "argv", ["resources"])
+    assert resources.main() == 0
+    assert resources.RESULTS.exists()
+    assert "0 kernels compiled" in capsys.readouterr().out
 
 
 def test_a_broken_budget_is_seen():
