@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import warnings
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from sgp.selection import Selection
 NAME = "sgp.context_loss"
 MODES = ("exact", "detach", "replay")
 SHARDED = ("device_mesh", "ds_id", "_is_flat_param")  # DTensor, DeepSpeed's ZeRO 3, FSDP 1
+CACHE_NAMES = ("cache", "past_key_values")
 KEYS_AND_VALUES = ("full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -235,9 +237,22 @@ def _call(model: torch.nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, 
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=cache,
         use_cache=cache is not None,
+        **{_cache_name(model): cache},
     )
+
+
+def _cache_name(model: torch.nn.Module) -> str:
+    """What forward calls its cache: transformers 5.24 renamed it.
+
+    A wrapper's forward (PEFT's, FSDP's) names nothing; the model inside does.
+    """
+    for module in model.modules():
+        taken = inspect.signature(module.forward).parameters
+        for name in CACHE_NAMES:
+            if name in taken:
+                return name
+    return CACHE_NAMES[-1]
 
 
 class _LastLayerError(Exception):

@@ -8,6 +8,7 @@ import torch
 import transformers.pytorch_utils
 
 import sgp
+from sgp.context import _cache_name
 from tests import families
 from tests.audited import (
     CONFIGS,
@@ -86,7 +87,9 @@ def test_the_two_parts_of_the_gradient_are_brute_forces(name, batch):
     exact = linear_gradient(model, model(**batch).loss)
     constant = torch.arange(T) < (torch.tensor(CONTEXTS) - 1)[:, None]
     cache = DetachedContext(model, constant)
-    outputs = linear_gradient(model, model(**batch, past_key_values=cache, use_cache=True).loss)
+    outputs = linear_gradient(
+        model, model(**batch, **{_cache_name(model): cache}, use_cache=True).loss
+    )
     share = (exact - outputs).norm() / exact.norm()
     cosine = torch.nn.functional.cosine_similarity(exact, outputs, dim=0)
     assert report.context_share == pytest.approx(share.item(), rel=1e-3)

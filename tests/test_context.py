@@ -1,5 +1,6 @@
 """The loss given contexts: its gradient is the stock one, or that of constant contexts."""
 
+import inspect
 import warnings
 
 import pytest
@@ -72,8 +73,9 @@ def gradients(model, loss):
 def stock(model, input_ids, *, cache=None, reduction="mean", contexts=CONTEXTS, lengths=LENGTHS):
     """One forward pass over everything."""
     mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+    given = {} if cache is None else {context._cache_name(model): cache}
     logits = model(
-        input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=cache is not None
+        input_ids=input_ids, attention_mask=mask, use_cache=cache is not None, **given
     ).logits
     selection = sgp.Selection.from_context_lengths(input_ids, contexts, lengths=lengths)
     return sgp.cross_entropy(logits, selection, reduction=reduction)
@@ -209,6 +211,37 @@ def test_without_gradients_there_is_a_loss(llama, input_ids):
         ]
     assert found[0] == found[1]
     assert not found[0].requires_grad
+
+
+def test_the_cache_is_called_what_the_model_calls_it(llama, input_ids):
+    """`past_key_values` until transformers 5.23, `cache` since; a wrapper names neither."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.module, self.config = model, model.config
+
+        def forward(self, *args, **kwargs):
+            return self.module(*args, **kwargs)
+
+    name = context._cache_name(llama)
+    other = next(other for other in context.CACHE_NAMES if other != name)
+    expected = sgp.context_loss(llama, input_ids, CONTEXTS, lengths=LENGTHS)
+    assert sgp.context_loss(Wrapper(llama), input_ids, CONTEXTS, lengths=LENGTHS) == expected
+    forward = llama.forward
+
+    def renamed(input_ids, attention_mask, position_ids, use_cache, **rest):
+        assert set(rest) == {other}
+        return forward(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            use_cache=use_cache, **{name: rest[other]},
+        )  # fmt: skip
+
+    signature = inspect.signature(forward)
+    named = [p.replace(name=other) if p.name == name else p for p in signature.parameters.values()]
+    renamed.__signature__ = signature.replace(parameters=named)
+    llama.forward = renamed
+    assert sgp.context_loss(llama, input_ids, CONTEXTS, lengths=LENGTHS) == expected
 
 
 def test_batches_without_context_or_output(llama, input_ids):
