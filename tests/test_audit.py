@@ -8,7 +8,7 @@ import torch
 import transformers.pytorch_utils
 
 import sgp
-from sgp.context import _cache_name
+from sgp.context import _takes_cache
 from tests import families
 from tests.audited import (
     CONFIGS,
@@ -88,7 +88,7 @@ def test_the_two_parts_of_the_gradient_are_brute_forces(name, batch):
     constant = torch.arange(T) < (torch.tensor(CONTEXTS) - 1)[:, None]
     cache = DetachedContext(model, constant)
     outputs = linear_gradient(
-        model, model(**batch, **{_cache_name(model): cache}, use_cache=True).loss
+        model, model(**batch, **{_takes_cache(model)[0]: cache}, use_cache=True).loss
     )
     share = (exact - outputs).norm() / exact.norm()
     cosine = torch.nn.functional.cosine_similarity(exact, outputs, dim=0)

@@ -73,7 +73,7 @@ def gradients(model, loss):
 def stock(model, input_ids, *, cache=None, reduction="mean", contexts=CONTEXTS, lengths=LENGTHS):
     """One forward pass over everything."""
     mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-    given = {} if cache is None else {context._cache_name(model): cache}
+    given = {} if cache is None else {context._takes_cache(model)[0]: cache}
     logits = model(
         input_ids=input_ids, attention_mask=mask, use_cache=cache is not None, **given
     ).logits
@@ -224,7 +224,7 @@ def test_the_cache_is_called_what_the_model_calls_it(llama, input_ids):
         def forward(self, *args, **kwargs):
             return self.module(*args, **kwargs)
 
-    name = context._cache_name(llama)
+    name = context._takes_cache(llama)[0]
     other = next(other for other in context.CACHE_NAMES if other != name)
     expected = sgp.context_loss(llama, input_ids, CONTEXTS, lengths=LENGTHS)
     assert sgp.context_loss(Wrapper(llama), input_ids, CONTEXTS, lengths=LENGTHS) == expected
@@ -294,6 +294,28 @@ def test_architectures_with_other_states_are_refused_by_name(kind, input_ids):
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match=f"the cache of {kind}.* more than keys and values"):
         sgp.context_loss(model, input_ids, CONTEXTS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("BertConfig", {}, "bert is an encoder here"),
+        ("RobertaConfig", {"is_decoder": True}, "roberta counts positions itself"),
+        ("BartConfig", {"decoder_layers": 1}, "bart counts positions itself"),
+        ("OpenAIGPTConfig", {}, "openai-gpt takes no cache"),
+    ],
+)
+def test_architectures_that_two_passes_would_change_are_refused_by_name(
+    kind, options, message, input_ids
+):
+    """Each of these gave a wrong loss, or an error from inside the model."""
+    import transformers
+
+    config = getattr(transformers, kind)(vocab_size=V, hidden_size=32, num_attention_heads=4)
+    config.update({"d_model": 32, "decoder_attention_heads": 4, "num_hidden_layers": 1, **options})
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=message):
+        sgp.context_loss(model, input_ids, CONTEXTS, lengths=LENGTHS)
 
 
 def test_a_forward_that_something_waits_for_runs_to_its_end(llama, input_ids):
