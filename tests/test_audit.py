@@ -104,6 +104,21 @@ def test_the_parts_are_not_defined_for_masks_with_holes(model, batch):
     assert report.cosine_detached is None
 
 
+def test_tokens_after_the_output_carry_nothing(model, batch):
+    """What a template writes after the end of a turn has no loss, and no gradient."""
+    batch["labels"][0, -2:] = -100
+    report = sgp.audit(model, batch)
+    constant = torch.arange(T) < (torch.tensor(CONTEXTS) - 1)[:, None]
+    exact = linear_gradient(model, model.eval()(**batch).loss)
+    cache = {_takes_cache(model)[0]: DetachedContext(model, constant), "use_cache": True}
+    outputs = linear_gradient(model, model(**batch, **cache).loss)
+    assert report.context_share == pytest.approx(
+        (exact - outputs).norm().item() / exact.norm().item(), rel=1e-3
+    )
+    cosine = torch.cosine_similarity(exact, outputs, dim=0).item()
+    assert report.cosine_detached == pytest.approx(cosine, rel=1e-3)
+
+
 def test_the_parts_are_not_defined_where_not_every_layer_is_seen(batch):
     """A layer that runs twice; a weight that is used outside its module too."""
     model = make("llama")
@@ -195,6 +210,10 @@ def test_what_is_refused(model, batch):
     wrong[1, 2] = 99
     with pytest.raises(ValueError, match=r"input_ids\[1, 2\] = 99 is outside \[0, 61\)"):
         sgp.audit(model, batch | {"input_ids": wrong})
+    with pytest.raises(TypeError, match="input_ids is list; expected a tensor"):
+        sgp.audit(model, {k: v.tolist() for k, v in batch.items()})
+    with pytest.raises(TypeError, match=r"labels is torch\.float32; expected a tensor"):
+        sgp.audit(model, batch | {"labels": batch["labels"].float()})
     with pytest.raises(ValueError, match="expected input_ids"):
         sgp.audit(model, {"labels": batch["labels"]})
     with pytest.raises(ValueError, match="expected labels, or selection="):
