@@ -124,12 +124,15 @@ def test_the_parts_are_not_defined_where_not_every_layer_is_seen(batch):
     model = make("llama")
     model.model.layers[1] = model.model.layers[0]
     assert sgp.audit(model, batch).context_share is None
-    model = make("llama")
-    up = model.model.layers[0].mlp.up_proj
-    model.model.layers[0].mlp.register_forward_hook(
-        lambda _, args, result: result + 0.5 * args[0] @ up.weight.t()[:, :32]
-    )
-    assert sgp.audit(model, batch).context_share is None
+    for much in (0.5, 1e-3):  # half a percent of the squared norm
+        model = make("llama")
+        up = model.model.layers[0].mlp.up_proj
+        model.model.layers[0].mlp.register_forward_hook(
+            lambda _, args, result, up=up, much=much: (
+                result + much * args[0] @ up.weight.t()[:, :32]
+            )
+        )
+        assert sgp.audit(model, batch).context_share is None
 
 
 def test_everything_is_left_as_it_was(model, batch):
