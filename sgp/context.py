@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import warnings
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ from sgp.selection import Selection
 NAME = "sgp.context_loss"
 MODES = ("exact", "detach", "replay")
 SHARDED = ("device_mesh", "ds_id", "_is_flat_param")  # DTensor, DeepSpeed's ZeRO 3, FSDP 1
+CACHE_NAMES = ("cache", "past_key_values")
+RELATIVE = ("bloom", "mpt")  # position biases are read from the attention mask, or differences
 KEYS_AND_VALUES = ("full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -69,8 +72,9 @@ def context_loss(
 
     Raises:
         ValueError: an unknown mode; shapes or lengths that disagree; contexts of one group that
-            differ; a model whose cache is not keys and values, by name; gradient checkpointing in
-            the model, which turns its cache off.
+            differ; a model, by name, whose cache is not keys and values, that
+            counts positions itself or that attends to later tokens; gradient checkpointing in the
+            model, which turns its cache off.
         TypeError: if the model has no configuration of Hugging Face's.
 
     The sizes of both passes are read on the host: with lengths on a GPU that waits for it.
@@ -182,10 +186,34 @@ def _check_model(model: torch.nn.Module) -> None:
             f"{NAME}: the cache of {text.model_type} holds more than keys and values ({found}), "
             "through which no gradient flows; train it on whole sequences"
         )
+    _check_positions(model, text)
     if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         raise ValueError(
             f"{NAME}: gradient checkpointing is on, which turns the cache of {text.model_type} "
             'off; switch it off, and use context_grad="replay" for memory'
+        )
+
+
+def _check_positions(model: torch.nn.Module, text: Any) -> None:
+    """Attention that sees one side only, at positions that may be said: contexts are ragged."""
+    kind = text.model_type
+    name, taken = _takes_cache(model)
+    if not name:
+        raise ValueError(f"{NAME}: {kind} takes no cache; train it on whole sequences")
+    if getattr(text, "is_decoder", True) is False and hasattr(text, "add_cross_attention"):
+        raise ValueError(
+            f"{NAME}: {kind} is an encoder here (config.is_decoder is False): its contexts would "
+            "attend to their outputs"
+        )
+    offset = any(
+        isinstance(module, torch.nn.Embedding) and module.padding_idx is not None
+        for path, module in model.named_modules()
+        if path.endswith("position_embeddings")  # RoBERTa counts from padding_idx + 1
+    )
+    if offset or ("position_ids" not in taken and kind not in RELATIVE):
+        raise ValueError(
+            f"{NAME}: {kind} counts positions itself, which the contexts of a ragged batch would "
+            "move; train it on whole sequences"
         )
 
 
@@ -231,13 +259,27 @@ def _logits(model: torch.nn.Module, parts: _Parts, cache: Any) -> Tensor:
 
 
 def _call(model: torch.nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Any:
+    name, _ = _takes_cache(model)
     return model(
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=cache,
         use_cache=cache is not None,
+        **{name: cache},
     )
+
+
+def _takes_cache(model: torch.nn.Module) -> tuple[str, set[str]]:
+    """What forward calls its cache (transformers 5.24 renamed it), and all that it takes by name.
+
+    A wrapper's forward (PEFT's, FSDP's) names nothing; the model inside does.
+    """
+    for module in model.modules():
+        taken = set(inspect.signature(module.forward).parameters)
+        for name in CACHE_NAMES:
+            if name in taken:
+                return name, taken
+    return "", set()
 
 
 class _LastLayerError(Exception):

@@ -8,6 +8,7 @@ import torch
 import transformers.pytorch_utils
 
 import sgp
+from sgp.context import _takes_cache
 from tests import families
 from tests.audited import (
     CONFIGS,
@@ -86,7 +87,9 @@ def test_the_two_parts_of_the_gradient_are_brute_forces(name, batch):
     exact = linear_gradient(model, model(**batch).loss)
     constant = torch.arange(T) < (torch.tensor(CONTEXTS) - 1)[:, None]
     cache = DetachedContext(model, constant)
-    outputs = linear_gradient(model, model(**batch, past_key_values=cache, use_cache=True).loss)
+    outputs = linear_gradient(
+        model, model(**batch, **{_takes_cache(model)[0]: cache}, use_cache=True).loss
+    )
     share = (exact - outputs).norm() / exact.norm()
     cosine = torch.nn.functional.cosine_similarity(exact, outputs, dim=0)
     assert report.context_share == pytest.approx(share.item(), rel=1e-3)
@@ -101,17 +104,35 @@ def test_the_parts_are_not_defined_for_masks_with_holes(model, batch):
     assert report.cosine_detached is None
 
 
+def test_tokens_after_the_output_carry_nothing(model, batch):
+    """What a template writes after the end of a turn has no loss, and no gradient."""
+    batch["labels"][0, -2:] = -100
+    report = sgp.audit(model, batch)
+    constant = torch.arange(T) < (torch.tensor(CONTEXTS) - 1)[:, None]
+    exact = linear_gradient(model, model.eval()(**batch).loss)
+    cache = {_takes_cache(model)[0]: DetachedContext(model, constant), "use_cache": True}
+    outputs = linear_gradient(model, model(**batch, **cache).loss)
+    assert report.context_share == pytest.approx(
+        (exact - outputs).norm().item() / exact.norm().item(), rel=1e-3
+    )
+    cosine = torch.cosine_similarity(exact, outputs, dim=0).item()
+    assert report.cosine_detached == pytest.approx(cosine, rel=1e-3)
+
+
 def test_the_parts_are_not_defined_where_not_every_layer_is_seen(batch):
     """A layer that runs twice; a weight that is used outside its module too."""
     model = make("llama")
     model.model.layers[1] = model.model.layers[0]
     assert sgp.audit(model, batch).context_share is None
-    model = make("llama")
-    up = model.model.layers[0].mlp.up_proj
-    model.model.layers[0].mlp.register_forward_hook(
-        lambda _, args, result: result + 0.5 * args[0] @ up.weight.t()[:, :32]
-    )
-    assert sgp.audit(model, batch).context_share is None
+    for much in (0.5, 1e-3):  # half a percent of the squared norm
+        model = make("llama")
+        up = model.model.layers[0].mlp.up_proj
+        model.model.layers[0].mlp.register_forward_hook(
+            lambda _, args, result, up=up, much=much: (
+                result + much * args[0] @ up.weight.t()[:, :32]
+            )
+        )
+        assert sgp.audit(model, batch).context_share is None
 
 
 def test_everything_is_left_as_it_was(model, batch):
@@ -192,6 +213,10 @@ def test_what_is_refused(model, batch):
     wrong[1, 2] = 99
     with pytest.raises(ValueError, match=r"input_ids\[1, 2\] = 99 is outside \[0, 61\)"):
         sgp.audit(model, batch | {"input_ids": wrong})
+    with pytest.raises(TypeError, match="input_ids is list; expected a tensor"):
+        sgp.audit(model, {k: v.tolist() for k, v in batch.items()})
+    with pytest.raises(TypeError, match=r"labels is torch\.float32; expected a tensor"):
+        sgp.audit(model, batch | {"labels": batch["labels"].float()})
     with pytest.raises(ValueError, match="expected input_ids"):
         sgp.audit(model, {"labels": batch["labels"]})
     with pytest.raises(ValueError, match="expected labels, or selection="):

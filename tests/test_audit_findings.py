@@ -8,6 +8,7 @@ import torch
 
 import sgp
 from sgp.auditing import findings, look
+from sgp.auditing.view import read, suffixes
 from tests.audited import CONTEXTS, EOS, LENGTHS, B, T, Tokenizer, V, make, make_batch
 
 
@@ -232,3 +233,50 @@ def test_the_first_output_is_known_from_context_lengths(batch):
     assert seen(batch) == {"first-output-untrained"}
     del batch["context_lengths"]
     assert seen(batch) == set(), "nothing says so"
+
+
+def test_padding_between_packed_sequences():
+    ids, numbers = torch.arange(3, 15)[None], torch.tensor([[1, 1, 1, 1, 1, 0, 2, 2, 2, 2, 2, 2]])
+    ids[0, 4] = ids[0, -1] = EOS
+    labels = torch.where(numbers == 0, -100, ids)
+    labels[0, :3] = labels[0, 6] = -100
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 0, 1, 2, 3, 4, 5]])
+    for batch in (
+        {"attention_mask": numbers},
+        {"attention_mask": (numbers > 0).long(), "position_ids": positions},
+    ):
+        batch |= {"input_ids": ids, "labels": labels}
+        assert seen(batch) == set()
+        assert suffixes(read(batch)) is None, "of two sequences"
+        wrong = {**batch, "labels": torch.where(numbers == 0, -100, ids)}
+        found = look(wrong, tokenizer=Tokenizer())
+        assert [(f.code, f.where) for f in found if f.code == "padding-scored"] == [
+            ("padding-scored", "row 0, token 5")
+        ]
+
+
+def test_padding_without_a_mask_is_the_tokenizers(batch):
+    """Also where the end of text pads: the first one ends it."""
+    del batch["attention_mask"]
+    pad = Tokenizer()
+    for pad.pad_token_id in (0, EOS):
+        for b, length in enumerate(LENGTHS):
+            batch["input_ids"][b, length:] = pad.pad_token_id
+        assert look(batch, tokenizer=pad) == []
+        lengths = read(batch, tokenizer=pad).attended.sum(1).tolist()
+        assert lengths == list(LENGTHS)
+        wrong = {**batch, "labels": batch["labels"].clone()}
+        wrong["labels"][1, LENGTHS[1] :] = pad.pad_token_id
+        found = look(wrong, tokenizer=pad)
+        assert ("padding-scored", "row 1, 5 tokens, 12 to 16") in [(f.code, f.where) for f in found]
+    del batch["labels"]
+    batch |= {"labels": wrong["labels"], "lengths": torch.tensor(LENGTHS)}
+    assert "padding-scored" in seen(batch)
+
+
+def test_targets_that_nothing_shifts(batch):
+    """The model would learn to repeat its input."""
+    selection = sgp.Selection.from_labels(batch.pop("labels"), shift=False)
+    found = findings.find(read(batch, selection=selection))
+    assert [f.code for f in found][:3] == ["labels-not-the-inputs"] * 3
+    assert "predict itself" in found[0].message

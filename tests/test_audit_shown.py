@@ -198,6 +198,10 @@ def test_the_command(tmp_path, capsys):
         ('{"prompt": "x", "completion": "y"}', ":1: prompt and completion need --tokenizer"),
         ('{"input_ids": [1, 2], "labels": [1]}', ":1: columns of different lengths"),
         ("nonsense", ":1: Expecting value"),
+        ("3", ":1: is '3'; expected an object with input_ids"),
+        ('{"input_ids": [], "labels": []}', ":1: has no tokens"),
+        ('{"input_ids": [1, -2], "labels": [1, 2]}', ":1: input_ids has -2; expected 0 or more"),
+        ('{"input_ids": [1, 2], "labels": [-100, -1]}', ":1: labels has -1; expected -100 or a t"),
         ('{"input_ids": "abc", "labels": [1, 2, 3]}', ":1: input_ids is 'abc'; expected a list"),
     ],
 )
@@ -208,3 +212,77 @@ def test_the_command_refuses_what_it_cannot_read(lines, message, tmp_path, capsy
     assert message in capsys.readouterr().err
     assert main(["audit", str(tmp_path / "missing.jsonl")]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+def test_the_command_reads_lines_as_json_lines_are(tmp_path, capsys):
+    """A line ends where the file says so, not at what Unicode calls a line; masks may be true."""
+    row = {
+        "input_ids": [5, 6, 7],
+        "labels": [-100, -100, 7],
+        "completion_mask": [False, False, True],
+    }
+    text = "\ufeff" + json.dumps(row | {"text": "a\u2028b\x85"}, ensure_ascii=False) + "\n\n"
+    path = tmp_path / "data.jsonl"
+    path.write_text(text + json.dumps(row | {"labels": [-100] * 3}) + "\n", encoding="utf-8")
+    assert main(["audit", str(path)]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "no-targets: 1 sample, first in line 3" in shown
+    assert "first-output-untrained: 1 sample, first in line 3" in shown
+    path.write_bytes(b'{"text": "\xff"}\n')
+    assert main(["audit", str(path)]) == 2
+    assert "can't decode byte 0xff" in capsys.readouterr().err
+
+
+def test_the_command_pads_packed_rows(tmp_path, capsys):
+    long = {"input_ids": [5, 6, 7, 8, 9, 10], "labels": [-100, -100, 7, -100, -100, 10]}
+    long["position_ids"] = [0, 1, 2, 0, 1, 2]
+    short = {"input_ids": [5, 6, 7], "labels": [-100, -100, 7], "position_ids": [0, 1, 2]}
+    out = tmp_path / "out"
+    assert main(["audit", write(tmp_path / "data.jsonl", [long, short]), "--out", str(out)]) == 0
+    tokens = json.loads((out / "audit.json").read_text())["report"]["tokens"]
+    assert [t["role"] for t in tokens[1][3:]] == ["padding"] * 3
+    assert "3 of 9 tokens carry loss" in capsys.readouterr().out
+    alone = tmp_path / "alone"
+    assert (
+        main(
+            [
+                "audit",
+                write(tmp_path / "one.jsonl", [short, long]),
+                "--rows",
+                "1",
+                "--out",
+                str(alone),
+            ]
+        )
+        == 0
+    )
+    expected = json.loads((alone / "audit.json").read_text())["report"]["tokens"][0][1]["loss"]
+    assert tokens[1][1]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_command_asks_the_model(tmp_path, capsys):
+    """For its vocabulary, and for what else ends a text."""
+    from tokenizers import Tokenizer as Words
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    model = make("llama")
+    words = Words(WordLevel({"<s>": 1, "</s>": 2, "<end>": 3, "a": 4}))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        eos_token="</s>",  # noqa: S106  (the text of a token)
+        additional_special_tokens=["<end>"],
+    )
+    model.generation_config.eos_token_id = [2, 3]
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    row = {"input_ids": [5, 6, 7, 8, 3], "labels": [-100, -100, 7, 8, 3]}
+    command = ["audit", write(tmp_path / "data.jsonl", [row]), "--model", str(tmp_path / "model")]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "no-eos" not in shown
+    assert "special-scored" not in shown
+    many = [row] * 9 + [row | {"input_ids": [5, 6, 7, 99, 3]}]
+    write(tmp_path / "data.jsonl", many)
+    assert main(command) == 2
+    assert ":10: token 99 is outside the model's [0, 61)" in capsys.readouterr().err

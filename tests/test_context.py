@@ -1,5 +1,6 @@
 """The loss given contexts: its gradient is the stock one, or that of constant contexts."""
 
+import inspect
 import warnings
 
 import pytest
@@ -72,8 +73,9 @@ def gradients(model, loss):
 def stock(model, input_ids, *, cache=None, reduction="mean", contexts=CONTEXTS, lengths=LENGTHS):
     """One forward pass over everything."""
     mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+    given = {} if cache is None else {context._takes_cache(model)[0]: cache}
     logits = model(
-        input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=cache is not None
+        input_ids=input_ids, attention_mask=mask, use_cache=cache is not None, **given
     ).logits
     selection = sgp.Selection.from_context_lengths(input_ids, contexts, lengths=lengths)
     return sgp.cross_entropy(logits, selection, reduction=reduction)
@@ -211,6 +213,37 @@ def test_without_gradients_there_is_a_loss(llama, input_ids):
     assert not found[0].requires_grad
 
 
+def test_the_cache_is_called_what_the_model_calls_it(llama, input_ids):
+    """`past_key_values` until transformers 5.23, `cache` since; a wrapper names neither."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.module, self.config = model, model.config
+
+        def forward(self, *args, **kwargs):
+            return self.module(*args, **kwargs)
+
+    name = context._takes_cache(llama)[0]
+    other = next(other for other in context.CACHE_NAMES if other != name)
+    expected = sgp.context_loss(llama, input_ids, CONTEXTS, lengths=LENGTHS)
+    assert sgp.context_loss(Wrapper(llama), input_ids, CONTEXTS, lengths=LENGTHS) == expected
+    forward = llama.forward
+
+    def renamed(input_ids, attention_mask, position_ids, use_cache, **rest):
+        assert set(rest) == {other}
+        return forward(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            use_cache=use_cache, **{name: rest[other]},
+        )  # fmt: skip
+
+    signature = inspect.signature(forward)
+    named = [p.replace(name=other) if p.name == name else p for p in signature.parameters.values()]
+    renamed.__signature__ = signature.replace(parameters=named)
+    llama.forward = renamed
+    assert sgp.context_loss(llama, input_ids, CONTEXTS, lengths=LENGTHS) == expected
+
+
 def test_batches_without_context_or_output(llama, input_ids):
     for contexts in (torch.zeros(4, dtype=torch.int64), LENGTHS):
         expected = stock(llama, input_ids, contexts=contexts)
@@ -261,6 +294,28 @@ def test_architectures_with_other_states_are_refused_by_name(kind, input_ids):
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match=f"the cache of {kind}.* more than keys and values"):
         sgp.context_loss(model, input_ids, CONTEXTS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("BertConfig", {}, "bert is an encoder here"),
+        ("RobertaConfig", {"is_decoder": True}, "roberta counts positions itself"),
+        ("BartConfig", {"decoder_layers": 1}, "bart counts positions itself"),
+        ("OpenAIGPTConfig", {}, "openai-gpt takes no cache"),
+    ],
+)
+def test_architectures_that_two_passes_would_change_are_refused_by_name(
+    kind, options, message, input_ids
+):
+    """Each of these gave a wrong loss, or an error from inside the model."""
+    import transformers
+
+    config = getattr(transformers, kind)(vocab_size=V, hidden_size=32, num_attention_heads=4)
+    config.update({"d_model": 32, "decoder_attention_heads": 4, "num_hidden_layers": 1, **options})
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=message):
+        sgp.context_loss(model, input_ids, CONTEXTS, lengths=LENGTHS)
 
 
 def test_a_forward_that_something_waits_for_runs_to_its_end(llama, input_ids):

@@ -74,7 +74,7 @@ def audit(
             parameters are sharded over processes.
     """
     model = _unwrapped(model)
-    ends = _ends(model) if tokenizer is not None else ()
+    ends = ends_of(model) if tokenizer is not None else ()
     view = read(batch, selection=selection, tokenizer=tokenizer, eos=ends)
     _check_model(model, view)
     device = _device(model)
@@ -91,7 +91,7 @@ def audit(
         view,
         loss=found.loss,
         own_loss=found.own_loss,
-        vocabulary=_vocabulary(model),
+        vocabulary=vocabulary_of(model),
         log_prob=found.log_prob,
         logit_grad_norm=found.logit_grad_norm,
         measured=found.measured,
@@ -111,7 +111,9 @@ def audit(
     )
 
 
-def look(batch: Mapping[str, Any], *, tokenizer: Any = None) -> list[Finding]:
+def look(
+    batch: Mapping[str, Any], *, tokenizer: Any = None, eos: tuple[int, ...] = ()
+) -> list[Finding]:
     """The findings of a batch's labels alone: no model, no gradient.
 
     Example:
@@ -122,8 +124,9 @@ def look(batch: Mapping[str, Any], *, tokenizer: Any = None) -> list[Finding]:
     Args:
         batch: as for `audit`.
         tokenizer: as for `audit`.
+        eos: tokens that end a text beside the tokenizer's (`ends_of` a model).
     """
-    return findings.find(read(batch, tokenizer=tokenizer))
+    return findings.find(read(batch, tokenizer=tokenizer, eos=eos))
 
 
 # -- the model -------------------------------------------------------------------------------------
@@ -153,7 +156,7 @@ def _check_model(model: nn.Module, view: View) -> None:
                 f"{NAME}: {name} is sharded over processes ({type(p).__name__}); audit the model "
                 "before it is sharded"
             )
-    V = _vocabulary(model)
+    V = vocabulary_of(model)
     if V is None:
         return
     wrong = (
@@ -171,7 +174,8 @@ def _check_model(model: nn.Module, view: View) -> None:
             )
 
 
-def _vocabulary(model: nn.Module) -> int | None:
+def vocabulary_of(model: nn.Module) -> int | None:
+    """V by the model's configuration, if it says."""
     config = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         return None
@@ -179,7 +183,7 @@ def _vocabulary(model: nn.Module) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _ends(model: nn.Module) -> tuple[int, ...]:
+def ends_of(model: nn.Module) -> tuple[int, ...]:
     """What generation stops at: a chat model ends a turn with another token than a text."""
     found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return (found,) if isinstance(found, int) else tuple(found or ())

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from sgp.auditing import audit, look
+from sgp.auditing import audit, ends_of, look, vocabulary_of
 from sgp.auditing.findings import OF_THE_GRADIENT, Finding
 from sgp.auditing.report import AuditReport
+from sgp.selection import IGNORE
 from sgp.train.errors import UserError
 
 COLUMNS = (
@@ -30,25 +31,31 @@ def run(arguments: argparse.Namespace) -> int:
     """Audit the file; 1 if there are errors in it."""
     console = Console()
     tokenizer = _tokenizer(arguments)
-    samples = list(_samples(arguments.data, tokenizer))
-    if not samples:
+    numbered = list(_samples(arguments.data, tokenizer))
+    if not numbered:
         raise UserError(f"{arguments.data} has no samples")
+    numbers, samples = [number for number, _ in numbered], [sample for _, sample in numbered]
+    model = _model(arguments, samples)
+    _check_vocabulary(arguments.data, numbered, vocabulary_of(model))
+    ends = ends_of(model) if tokenizer is not None else ()
     codes: Counter[str] = Counter()
     examples: dict[str, tuple[int, Finding]] = {}
-    for number, sample in enumerate(track(samples, "labels", console=console, transient=True)):
-        for finding in look(_batch([sample]), tokenizer=tokenizer):
+    for number, sample in track(numbered, "labels", console=console, transient=True):
+        for finding in look(_batch([sample]), tokenizer=tokenizer, eos=ends):
             codes[finding.code] += 1
-            examples.setdefault(finding.code, (number + 1, finding))
-    lines = _with_loss(samples, arguments.max_length)[: arguments.rows]
-    report = _backward(arguments, samples, lines, tokenizer)
+            examples.setdefault(finding.code, (number, finding))
+    chosen = _with_loss(samples, arguments.max_length)[: arguments.rows]
+    lines = [numbers[i] for i in chosen]
+    cut = [{k: v[: arguments.max_length] for k, v in samples[i].items()} for i in chosen]
+    report = audit(model, _batch(cut), tokenizer=tokenizer)
     console.print()
     if not arguments.model:
         console.print("A tiny Llama with random weights: who receives a gradient, not how much.")
     report.print(console, rows=len(report.tokens), tokens=SHOWN, findings=False)
-    if lines != list(range(len(lines))):
-        numbers = ", ".join(str(line + 1) for line in lines)
-        console.print(f"rows 0 to {len(lines) - 1} are lines {numbers}: those that carry loss")
-    console.print(f"{len(samples)} samples of {arguments.data}")
+    if lines != list(range(1, len(lines) + 1)):
+        shown = ", ".join(map(str, lines))
+        console.print(f"rows 0 to {len(lines) - 1} are lines {shown}: those that carry loss")
+    console.print(f"{len(samples)} sample{'s' * (len(samples) != 1)} of {arguments.data}")
     for code, count in codes.most_common():
         line, finding = examples[code]
         place = finding.where.removeprefix("row 0")  # of a batch of one
@@ -68,21 +75,27 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if any(finding.severity == "error" for finding in found) else 0
 
 
-def _backward(
-    arguments: argparse.Namespace, samples: list[dict[str, Any]], lines: list[int], tokenizer: Any
-) -> AuditReport:
+def _model(arguments: argparse.Namespace, samples: list[dict[str, Any]]) -> Any:
     from sgp.train.model import load, tiny_llama  # noqa: PLC0415  (transformers takes seconds)
 
     if arguments.model:
         model, _ = load(arguments.model)
     else:
         ids = (x for sample in samples for x in (*sample["input_ids"], *sample["labels"]))
-        vocabulary = 1 + max(ids, default=0)
-        model = tiny_llama(vocabulary, arguments.max_length, seed=0)
-    if torch.cuda.is_available():
-        model = model.to("cuda")
-    cut = [{k: v[: arguments.max_length] for k, v in samples[line].items()} for line in lines]
-    return audit(model, _batch(cut), tokenizer=tokenizer)
+        model = tiny_llama(1 + max(0, *ids), arguments.max_length, seed=0)
+    return model.to("cuda") if torch.cuda.is_available() else model
+
+
+def _check_vocabulary(
+    path: Path, numbered: list[tuple[int, dict[str, Any]]], vocabulary: int | None
+) -> None:
+    for number, sample in numbered:
+        largest = max(*sample["input_ids"], *sample["labels"])
+        if vocabulary is not None and largest >= vocabulary:
+            raise UserError(
+                f"{path}:{number}: token {largest} is outside the model's [0, {vocabulary}); was "
+                "the file made with another tokenizer?"
+            )
 
 
 def _with_loss(samples: list[dict[str, Any]], max_length: int) -> list[int]:
@@ -119,31 +132,27 @@ def _tokenizer(arguments: argparse.Namespace) -> Any:
         raise UserError(f"tokenizer {name}: {type(error).__name__}: {reason}") from error
 
 
-def _samples(path: Path, tokenizer: Any) -> Iterator[dict[str, Any]]:
+def _samples(path: Path, tokenizer: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The number of each line that has a sample, and the sample."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            sample = json.loads(line)
-            yield _sample(sample, tokenizer)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}:{number}: {error}") from error
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, _sample(json.loads(line), tokenizer)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}:{number}: {error}") from error
 
 
-def _sample(sample: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+def _sample(sample: Any, tokenizer: Any) -> dict[str, Any]:
+    if not isinstance(sample, dict):
+        raise TypeError(f"is {str(sample)[:40]!r}; expected an object with input_ids and labels")
     if "input_ids" in sample and "labels" in sample:
-        found = {k: sample[k] for k in COLUMNS if sample.get(k) is not None}
-        for name, column in found.items():
-            if not isinstance(column, list) or not all(type(x) is int for x in column):
-                raise ValueError(
-                    f"{name} is {str(column)[:40]!r}; expected a list of whole numbers"
-                )
-        sizes = {k: len(v) for k, v in found.items()}
-        if len(set(sizes.values())) != 1:
-            raise ValueError(f"columns of different lengths: {sizes}")
-        return found
+        return _columns(sample)
     if "prompt" not in sample or "completion" not in sample:
         raise ValueError(
             f"has {sorted(sample)}; expected input_ids and labels, or prompt and completion"
@@ -157,6 +166,23 @@ def _sample(sample: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     return {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
 
 
+def _columns(sample: dict[str, Any]) -> dict[str, list[int]]:
+    found = {k: sample[k] for k in COLUMNS if sample.get(k) is not None}
+    for name, column in found.items():
+        if not isinstance(column, list) or not all(isinstance(x, int) for x in column):
+            raise ValueError(f"{name} is {str(column)[:40]!r}; expected a list of whole numbers")
+        wrong = [x for x in column if x < 0 and (name != "labels" or x != IGNORE)]
+        if wrong:
+            what = "-100 or a token" if name == "labels" else "0 or more"
+            raise ValueError(f"{name} has {wrong[0]}; expected {what}")
+    sizes = {k: len(v) for k, v in found.items()}
+    if len(set(sizes.values())) != 1:
+        raise ValueError(f"columns of different lengths: {sizes}")
+    if not found["input_ids"]:
+        raise ValueError("has no tokens")
+    return found
+
+
 def _batch(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Padded on the right, with an attention mask."""
     longest = max(len(sample["input_ids"]) for sample in samples)
@@ -166,9 +192,8 @@ def _batch(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         if all(name in sample for sample in samples):
             rows = [s[name] + [fill.get(name, 0)] * (longest - len(s[name])) for s in samples]
             batch[name] = torch.tensor(rows)
-    if (
-        "attention_mask" not in batch and "position_ids" not in batch
-    ):  # packed: no mask across seams
-        lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
-        batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+    batch["lengths"] = torch.tensor([len(sample["input_ids"]) for sample in samples])
+    if "attention_mask" not in batch and "position_ids" not in batch:
+        # with positions, a model keeps packed rows apart where no mask is given
+        batch["attention_mask"] = (torch.arange(longest) < batch["lengths"][:, None]).long()
     return batch

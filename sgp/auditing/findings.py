@@ -80,9 +80,18 @@ def labels_and_inputs(view: View) -> Iterator[Finding]:
     differ = marked & (view.labels != view.input_ids)
     ahead = torch.zeros_like(differ)
     ahead[:, :-1] = marked[:, :-1] & (view.labels[:, :-1] == view.input_ids[:, 1:])
+    behind = torch.zeros_like(differ)
+    behind[:, 1:] = marked[:, 1:] & (view.labels[:, 1:] == view.input_ids[:, :-1])
     for row in _rows(differ):
         scored = int(marked[row].sum())
-        if int(ahead[row].sum()) >= max(1, scored - 1):
+        if int(behind[row].sum()) == scored:
+            yield _of(
+                "labels-not-the-inputs",
+                _place(differ, row),
+                "each token is trained to predict itself: nothing shifts these labels. Pass "
+                "shift=True, or targets that are the next token's",
+            )
+        elif int(ahead[row].sum()) >= max(1, scored - 1):
             yield _of(
                 "labels-shifted-twice",
                 _place(differ, row),
@@ -143,12 +152,13 @@ def padding(view: View) -> Iterator[Finding]:
     for row in _rows(wrong):
         yield _of("padding-scored", _place(wrong, row), "padding carries loss")
     early = view.predicts & ~view.attended
-    early[:, :-1] &= view.starts[:, 1:]
+    early[:, :-1] &= view.attended[:, 1:]
     for row in _rows(early):
         yield _of(
             "padding-scored",
             _place(early, row),
-            "padding on the left has to predict the first token; set that token's label to -100",
+            "padding, on the left or between sequences, has to predict the token after it; set "
+            "that token's label to -100",
         )
 
 

@@ -54,7 +54,9 @@ def plot(report: AuditReport, path: str | Path, *, row: int = 0) -> Path:
             strip.text(
                 token.position,
                 0.5,
-                token.text.strip()[:10],
+                (token.text.strip(" ") or token.text)
+                .replace("\n", "\\n")
+                .replace("\t", "\\t")[:10],
                 rotation=90,
                 ha="center",
                 va="center",

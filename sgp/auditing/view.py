@@ -70,26 +70,27 @@ def read(
     Args:
         batch: `input_ids` (B, T) and one of `labels`, `shift_labels` (B, T), or a selection.
             Padding: `attention_mask` of 0 and 1 or of sequence numbers (B, T), or a mask of pairs
-            (B, 1, T, T). Seams of packed rows: that mask, `position_ids` (B, T) or (1, T) that
+            (B, 1, T, T), or else `lengths` (B,), or else the tokenizer's padding tokens that end a
+            row. Seams of packed rows: that mask, `position_ids` (B, T) or (1, T) that
             fall back, `seq_idx`, `cu_seqlens` or `cu_seq_lens_q` of the flattened batch. Output
             tokens: `completion_mask`, `assistant_masks` (B, T), or `context_lengths` (B,).
         selection: in place of labels.
-        tokenizer: has `eos_token_id` and `all_special_ids`.
+        tokenizer: has `eos_token_id`, `all_special_ids` and, if it pads, `pad_token_id`.
         eos: further tokens that end a text.
 
     Raises:
         ValueError: without labels and selection, or if shapes disagree.
-        TypeError: if the batch is no mapping.
+        TypeError: if the batch is no mapping, or has tokens or labels that are no tensor of ids.
     """
     input_ids, labels, targets = _tokens(batch, selection)
-    attended, starts = _attended_and_starts(batch, input_ids)
-    if selection is not None and selection.boundaries is not None:
-        _mark(starts, selection.boundaries[: selection.num_sequences])
     end, special = set(eos), set[int]()
     if tokenizer is not None:
         own = getattr(tokenizer, "eos_token_id", None)
         end |= {own} if isinstance(own, int) else set(own or ())
         special = set(getattr(tokenizer, "all_special_ids", ())) - end
+    attended, starts = _attended_and_starts(batch, input_ids, _pad(tokenizer), end)
+    if selection is not None and selection.boundaries is not None:
+        _mark(starts, selection.boundaries[: selection.num_sequences])
     return View(
         input_ids=input_ids,
         labels=labels,
@@ -103,9 +104,10 @@ def read(
 
 
 def suffixes(view: View) -> Tensor | None:
-    """(B, T) bool from the first predictor on, if every row is context, output, padding."""
+    """(B, T) bool from the first predictor on, if every row is context, output, nothing scored."""
     begun = view.predicts.long().cumsum(1) > 0
-    holes = _later(begun) & view.attended & ~view.scored
+    ahead = view.scored.flip(1).long().cumsum(1).flip(1) > 0  # after the last, no gradient is
+    holes = _later(begun) & view.attended & ~view.scored & ahead
     inner = view.starts & (view.attended.long().cumsum(1) > 1)
     return None if bool(holes.any()) or bool(inner.any()) else begun
 
@@ -122,6 +124,7 @@ def _tokens(batch: Mapping[str, Any], selection: Selection | None) -> tuple[Tens
         raise TypeError(f"{NAME}: batch is {type(batch).__name__}; expected a dict with input_ids")
     if "input_ids" not in batch:
         raise ValueError(f"{NAME}: the batch has {sorted(batch)}; expected input_ids")
+    _check_ids(batch)
     input_ids = batch["input_ids"].cpu()
     if input_ids.dim() != 2 or not input_ids.numel():
         raise ValueError(
@@ -151,38 +154,76 @@ def _tokens(batch: Mapping[str, Any], selection: Selection | None) -> tuple[Tens
     raise ValueError(f"{NAME}: the batch has {sorted(batch)}; expected labels, or selection=")
 
 
+def _check_ids(batch: Mapping[str, Any]) -> None:
+    for name in ("input_ids", "labels", "shift_labels"):
+        given = batch.get(name)
+        if given is None:
+            continue
+        found = given.dtype if isinstance(given, Tensor) else type(given).__name__
+        if not isinstance(given, Tensor) or given.is_floating_point():
+            raise TypeError(f"{NAME}: {name} is {found}; expected a tensor (B, T) of token ids")
+
+
 def _from_targets(input_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     labels = torch.full_like(targets, IGNORE)
     labels[:, 1:] = targets[:, :-1]
     return input_ids, labels, targets
 
 
-def _attended_and_starts(batch: Mapping[str, Any], input_ids: Tensor) -> tuple[Tensor, Tensor]:
+def _attended_and_starts(
+    batch: Mapping[str, Any], input_ids: Tensor, pad: int | None, eos: set[int]
+) -> tuple[Tensor, Tensor]:
     B, T = input_ids.shape
-    attended = torch.ones_like(input_ids, dtype=torch.bool)
-    starts = torch.zeros_like(attended)
     mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor):
-        mask = mask.cpu()
-        if mask.shape == input_ids.shape:
-            attended = mask != 0
-            starts[:, 1:] |= (mask[:, 1:] != mask[:, :-1]) & attended[:, :-1]  # numbered sequences
-        elif mask.dim() == 4 and mask.shape[-2:] == (T, T):
-            pairs = (mask == 0) if mask.is_floating_point() else (mask != 0)
-            pairs = pairs[:, 0].expand(B, T, T)
-            attended = pairs.diagonal(dim1=1, dim2=2).clone()
-            starts[:, 1:] |= ~pairs.diagonal(-1, 1, 2)
+    mask = mask.cpu() if isinstance(mask, Tensor) else None
+    pairs = None
+    if mask is not None and mask.shape == input_ids.shape:
+        attended = mask != 0
+    elif mask is not None and mask.dim() == 4 and mask.shape[-2:] == (T, T):
+        pairs = ((mask == 0) if mask.is_floating_point() else (mask != 0))[:, 0].expand(B, T, T)
+        attended = pairs.diagonal(dim1=1, dim2=2).clone()
+    elif isinstance(batch.get("lengths"), Tensor) and batch["lengths"].shape == (B,):
+        attended = torch.arange(T) < batch["lengths"].cpu()[:, None]
+    else:
+        attended = ~_padding_at_the_end(input_ids, pad, eos)
+    before = _last_before(attended)  # seams may have padding in them
+    known, at = before >= 0, before.clamp(min=0)
+    starts = attended & ~known
+    if mask is not None and mask.shape == input_ids.shape:
+        starts |= known & (mask != mask.gather(1, at))  # numbered sequences
+    if pairs is not None:
+        starts |= known & ~pairs.gather(2, at[:, :, None])[:, :, 0]
     positions = _by_row(batch.get("position_ids"), input_ids)
     if positions is not None:
-        starts[:, 1:] |= (positions[:, 1:] <= positions[:, :-1]) & attended[:, :-1]
+        starts |= known & (positions <= positions.gather(1, at))
     numbers = _by_row(batch.get("seq_idx"), input_ids)
     if numbers is not None:
-        starts[:, 1:] |= numbers[:, 1:] != numbers[:, :-1]
+        starts |= known & (numbers != numbers.gather(1, at))
     for name in BOUNDARIES:
         if isinstance(batch.get(name), Tensor) and batch[name].dim() == 1:
             _mark(starts, batch[name])
-    starts |= attended & (attended.long().cumsum(1) == 1)
     return attended, starts
+
+
+def _last_before(attended: Tensor) -> Tensor:
+    """(B, T) int64: of each token, where the last attended one before it is; -1: nowhere."""
+    found = torch.full(attended.shape, -1)
+    at = torch.where(attended, torch.arange(attended.shape[1]), -1)
+    found[:, 1:] = at.cummax(1).values[:, :-1]
+    return found
+
+
+def _pad(tokenizer: Any) -> int | None:
+    pad = getattr(tokenizer, "pad_token_id", None)
+    return pad if isinstance(pad, int) else None
+
+
+def _padding_at_the_end(input_ids: Tensor, pad: int | None, eos: set[int]) -> Tensor:
+    """(B, T) bool: the padding tokens that end a row, where nothing else says what is padding."""
+    if pad is None:
+        return torch.zeros_like(input_ids, dtype=torch.bool)
+    found = (input_ids == pad).flip(1).long().cumprod(1).flip(1) > 0
+    return found & _later(found) if pad in eos else found  # the first of them ends the text
 
 
 def _by_row(x: Any, input_ids: Tensor) -> Tensor | None:
