@@ -8,6 +8,7 @@ bit, and the gradient of its own part.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar, cast
@@ -47,7 +48,14 @@ __all__ = [
 
 def _not_compiled(function: F) -> F:
     """The function, at which torch.compile breaks its graph: process groups are not traced."""
-    return cast("F", torch.compiler.disable(function))
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # else the compiler is not imported
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return cast("F", call)
 
 
 @_not_compiled

@@ -20,7 +20,7 @@ import sgp
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted((ROOT / "sgp").glob("*.py"))
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
-ROOMS = ("sgp", "sgp/auditing", "sgp/train")
+ROOMS = ("sgp", "sgp/auditing", "sgp/huggingface", "sgp/train")
 SOURCES = sorted([*(path for room in ROOMS for path in ROOT.glob(f"{room}/*.py")), *KERNELS])
 
 
