@@ -53,7 +53,7 @@ def worker(rank, address, way, folder):
             patch(model, mode=mode)
         wrapped = wrap(model, way)
         if not first:
-            patch(model, mode=mode)
+            patch(wrapped, mode=mode)
         for _ in range(2):
             wrapped.zero_grad()
             out = wrapped(**rows_of(batch, rank))
