@@ -438,9 +438,26 @@ def hooked_head(model):
     model.lm_head.forward = functools.partial(type(model.lm_head).forward, model.lm_head)
 
 
+def needs_more(model):
+    def forward(self, input_ids=None, *, pixels, **_):
+        """Not called."""
+
+    model.forward = forward.__get__(model)
+
+
+def headless(model):
+    model.set_output_embeddings(None)
+
+
 REFUSED = {
+    "needs more": (needs_more, "auto", "cannot be run on input_ids and labels alone: TypeError"),
+    "headless": (headless, "auto", "LlamaForCausalLM has no output embeddings"),
     "own loss, fused": (own_cross_entropy, "fused", "it makes no loss of what its head returns"),
-    "own loss, rows": (own_cross_entropy, "rows", "made logits of 16 rows of a probe; 9 carry"),
+    "own loss, rows": (
+        own_cross_entropy,
+        "rows",
+        "logits of 16 rows of a probe, of which 9 carry loss",
+    ),
     "old": (numbers_only, "rows", r"takes no mask in logits_to_keep \(transformers 5\.21"),
     "hooked": (hooked_head, "fused", "Linear with a forward of its own; expected a plain"),
     "other loss": (other_loss, "auto", "has a loss function of its own"),
@@ -458,6 +475,24 @@ def test_what_is_refused_has_a_reason(model, case):
     with pytest.raises(UnsupportedModelError, match=message):
         patch(model, mode=mode)
     assert everything(model) == before
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("rows", 9), ("fused", 0)])
+def test_a_patch_that_changes_nothing_is_refused(model, mode, expected, monkeypatch):
+    before = everything(model)
+    monkeypatch.setattr(patching._Patch, "_acts", lambda *_: False)
+    with pytest.raises(UnsupportedModelError, match=f"logits of 16 rows .*; expected {expected}"):
+        patch(model, mode=mode)
+    assert everything(model) == before
+
+
+def test_a_patch_that_changes_the_loss_is_refused(model, monkeypatch):
+    """The reason is both losses."""
+    monkeypatch.setattr(patching, "causal_lm_loss", lambda logits, *_, **__: logits.float().sum())
+    with pytest.raises(
+        UnsupportedModelError, match=r"the loss of a probe is .*, without the patch"
+    ):
+        patch(model, mode="rows")
 
 
 def test_models_of_another_kind_are_refused():

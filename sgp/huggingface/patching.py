@@ -302,9 +302,11 @@ def _verify(model: nn.Module, head: nn.Module, made: _Patch, stock: probe.Probe)
             f"the loss of a probe is {float(found.loss):.6f}, without the patch "
             f"{float(stock.loss):.6f}"
         )
-    if made.mode == "rows" and found.rows != found.kept:
+    wanted = found.kept if made.mode == "rows" else 0
+    if found.rows != wanted:
         raise UnsupportedModelError(
-            f"the head made logits of {found.rows} rows of a probe; {found.kept} carry loss"
+            f"the head made logits of {found.rows} rows of a probe, of which {found.kept} carry "
+            f"loss; expected {wanted}"
         )
 
 

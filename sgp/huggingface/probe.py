@@ -73,8 +73,9 @@ def run(model: nn.Module, head: nn.Module) -> Probe:
     """The loss of a small batch with context, and how many rows the head made logits of."""
     rows: list[int] = []
 
-    def count(_: nn.Module, args: tuple[Tensor, ...], __: Any) -> None:
-        rows.append(args[0].numel() // args[0].shape[-1])
+    def count(_: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> None:
+        if logits.shape[-1] > 1:  # no stand-in
+            rows.append(args[0].numel() // args[0].shape[-1])
 
     masked = torch.tensor(MASKED, dtype=torch.bool)
     ids = _ids(model, *masked.shape)
