@@ -30,7 +30,9 @@ def main() -> None:
 
     for step, batch in zip(range(steps), loader, strict=False):
         hidden = model.model(
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"]
+            input_ids=batch["input_ids"],
+            position_ids=batch["position_ids"],
+            use_cache=False,  # with a cache, packed sequences would attend to each other
         ).last_hidden_state
         selection = batch["selection"]
         loss = sgp.linear_cross_entropy(hidden, model.lm_head.weight, selection)

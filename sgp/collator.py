@@ -37,6 +37,10 @@ class Collator:
         pad_token_id: None: the tokenizer's, its end of text, or 0.
         context_loss: prompts and the other side's turns carry loss too.
 
+    A packed row is one sequence to a model with a cache, and to models whose attention knows no
+    `position_ids`: a patched model and the Trainer go without a cache, and a patched model refuses
+    what does not keep sequences apart. In a loop of your own pass `use_cache=False`.
+
     `__call__` takes a list of examples, each of a kind that `sgp.examples.tokenize` knows, and
     returns, int64 unless said otherwise:
 

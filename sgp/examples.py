@@ -6,6 +6,7 @@ Labels are the token itself where it carries loss and -100 elsewhere; they are n
 from __future__ import annotations
 
 import itertools
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from sgp.selection import IGNORE
 NAME = "sgp.Collator"
 MASKS = ("completion_mask", "assistant_masks")
 KINDS = "input_ids (with labels or masks), prompt and completion, messages, or text"
+
+REMOVED = "(Trainer removes the columns that a model does not take: remove_unused_columns=False.)"
 
 
 class Row(NamedTuple):
@@ -28,11 +31,14 @@ def tokenize(example: Mapping[str, Any], tokenizer: Any, *, context_loss: bool =
     """Turn an example into a row.
 
     * `input_ids` and `labels`; or `input_ids` and `completion_mask`, `assistant_masks` (1: carries
-      loss; where both are there, both must be 1); or `input_ids` alone: all carry loss.
+      loss; where both are there, both must be 1); or `input_ids` alone, with `context_loss=True`.
     * `prompt` and `completion`, strings or lists of messages: the completion carries loss. Both
       are tokenized together; the completion begins where they differ from the prompt alone.
     * `messages`: what the template marks with `{% generation %}`, the assistant's turns.
     * `text`: all.
+
+    Chats are given the template's `tools` (also as JSON) and `chat_template_kwargs`, if they have
+    them.
 
     Example:
         >>> tokenize({"input_ids": [5, 6, 7], "completion_mask": [0, 0, 1]}, None)
@@ -44,13 +50,13 @@ def tokenize(example: Mapping[str, Any], tokenizer: Any, *, context_loss: bool =
         context_loss: prompts and the other side's turns carry loss too.
 
     Raises:
-        ValueError: an example of no kind, columns of different lengths, a tokenizer that is
-            missing, a chat template that marks nothing.
+        ValueError: an example of no kind, tokens that nothing says the loss of, columns of
+            different lengths, a tokenizer that is missing, a chat template that marks nothing.
     """
     if "input_ids" in example:
         return _of_tokens(example, context_loss=context_loss)
     if not {"prompt", "completion"} <= set(example) and not {"messages", "text"} & set(example):
-        raise ValueError(f"{NAME}: an example has {sorted(example)}; expected {KINDS}")
+        raise ValueError(f"{NAME}: an example has {sorted(example)}; expected {KINDS}. {REMOVED}")
     if tokenizer is None:
         raise ValueError(f"{NAME}: an example has {sorted(example)}; that needs a tokenizer")
     if "prompt" in example:
@@ -58,7 +64,7 @@ def tokenize(example: Mapping[str, Any], tokenizer: Any, *, context_loss: bool =
         start = 0 if context_loss else start
         return Row(ids, [IGNORE] * start + ids[start:])
     if "messages" in example:
-        return _of_messages(example["messages"], tokenizer, context_loss=context_loss)
+        return _of_messages(example, tokenizer, context_loss=context_loss)
     ids = list(tokenizer(_ended(example["text"], tokenizer))["input_ids"])
     return Row(ids, list(ids))
 
@@ -70,6 +76,11 @@ def _of_tokens(example: Mapping[str, Any], *, context_loss: bool) -> Row:
         _same_length(ids, labels, "labels")
         return Row(ids, labels)
     labels = list(ids)
+    if not context_loss and all(example.get(name) is None for name in MASKS):
+        raise ValueError(
+            f"{NAME}: an example has {sorted(example)}: which tokens carry loss? Give it labels, "
+            f"completion_mask or assistant_masks, or context_loss=True if all do. {REMOVED}"
+        )
     for name in MASKS:
         if example.get(name) is None or context_loss:
             continue
@@ -99,8 +110,9 @@ def _prompt_and_completion(example: Mapping[str, Any], tokenizer: Any) -> tuple[
         alone = list(tokenizer(prompt)["input_ids"])
         ids = list(tokenizer(prompt + _ended(completion, tokenizer))["input_ids"])
     else:
-        alone = _template(tokenizer, prompt, add_generation_prompt=True)["input_ids"]
-        ids = _template(tokenizer, [*prompt, *completion])["input_ids"]
+        given = _given(example)
+        alone = _template(tokenizer, prompt, **given, add_generation_prompt=True)["input_ids"]
+        ids = _template(tokenizer, [*prompt, *completion], **given)["input_ids"]
     pairs = zip(alone, ids, strict=False)
     start = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     if start < len(alone):
@@ -113,11 +125,12 @@ def _ended(text: str, tokenizer: Any) -> str:
     return text if end is None or text.endswith(end) else text + end
 
 
-def _of_messages(messages: Any, tokenizer: Any, *, context_loss: bool) -> Row:
+def _of_messages(example: Mapping[str, Any], tokenizer: Any, *, context_loss: bool) -> Row:
+    messages, given = example["messages"], _given(example)
     if context_loss:
-        ids = _template(tokenizer, messages)["input_ids"]
+        ids = _template(tokenizer, messages, **given)["input_ids"]
         return Row(ids, list(ids))
-    found = _template(tokenizer, messages, return_assistant_tokens_mask=True)
+    found = _template(tokenizer, messages, **given, return_assistant_tokens_mask=True)
     ids, mask = found["input_ids"], found.get("assistant_masks", [])
     if not any(mask):
         raise ValueError(
@@ -125,6 +138,13 @@ def _of_messages(messages: Any, tokenizer: Any, *, context_loss: bool) -> Row:
             "assistant's; it needs {% generation %} ... {% endgeneration %} around those turns"
         )
     return Row(ids, [x if bit else IGNORE for x, bit in zip(ids, mask, strict=True)])
+
+
+def _given(example: Mapping[str, Any]) -> dict[str, Any]:
+    """What an example says to the template beside its messages."""
+    tools = example.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return {"tools": tools, **(example.get("chat_template_kwargs") or {})}
 
 
 def _template(tokenizer: Any, messages: Any, **options: Any) -> dict[str, list[int]]:

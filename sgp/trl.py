@@ -20,14 +20,18 @@ import trl
 from packaging.version import Version
 from torch import Tensor, nn
 from trl.trainer.sft_trainer import SFTTrainer as TRLTrainer
-from trl.trainer.utils import FusedCausalLMOutput
 
 from sgp.huggingface import UnsupportedModelError, probe
 from sgp.huggingface.loss import next_tokens
-from sgp.huggingface.patching import is_plain
+from sgp.huggingface.patching import described, is_plain
 from sgp.huggingface.selective_head import Request, SelectiveHead, reveal
 from sgp.log_probs import linear_token_log_probs
 from sgp.selection import IGNORE
+
+try:
+    from trl.trainer.utils import FusedCausalLMOutput
+except ImportError as error:
+    raise ImportError(f"sgp.trl needs TRL 1.16 or later; this is {trl.__version__}") from error
 
 __all__ = ["SFTTrainer", "add_fused_lm_head"]
 
@@ -40,9 +44,7 @@ NAME = "sgp.trl.add_fused_lm_head"
 class _Fused:
     """What the forward of one model needs to know."""
 
-    stock: Any  # transformers' function, unbound
-    before: Any  # what forward was, bound: TRL's, or the model's
-    head: SelectiveHead
+    before: Any  # what forward was, unbound: it serves copies of the model too
     temperature: float
     outputs: frozenset[str]
 
@@ -92,7 +94,7 @@ def add_fused_lm_head(
     if selective is None:
         if not is_plain(head):
             raise UnsupportedModelError(
-                f"{NAME}: the head of {type(model).__name__} is {type(head).__name__}; expected a "
+                f"{NAME}: the head of {type(model).__name__} is {described(head)}; expected a "
                 "plain nn.Linear"
             )
         found = probe.post_processing(model, head)
@@ -107,13 +109,12 @@ def add_fused_lm_head(
             f"{NAME}: {type(model).__name__} has a softcap of {selective.softcap}: the mean of its "
             "logits needs all of them"
         )
-    stock = type(model).forward
-    fused = _Fused(stock, model.forward, selective, temperature, frozenset(outputs))
+    fused = _Fused(_inner(model), temperature, frozenset(outputs))
 
-    @functools.wraps(stock)
+    @functools.wraps(type(model).forward)
     def forward(self: nn.Module, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
-            return fused.before(*args, **kwargs)
+            return fused.before(self, *args, **kwargs)
         return _run(self, fused, args, kwargs)
 
     model.forward = MethodType(forward, model)
@@ -139,6 +140,16 @@ class SFTTrainer(TRLTrainer):
         super().__init__(*args, **kwargs)
         model: Any = self.model
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+
+
+def _inner(model: nn.Module) -> Any:
+    """The forward of a model without TRL's fused head, unbound; with what accelerate put around."""
+    forward = model.forward
+    if not hasattr(forward, "__func__"):
+        return lambda _, *args, **kwargs: forward(*args, **kwargs)
+    function = forward.__func__
+    code = getattr(function, "__code__", None)
+    return type(model).forward if code and code.co_name == "_fused_forward" else function
 
 
 def _check_version() -> None:
@@ -175,12 +186,18 @@ def _run(
             means = _means(hidden, weight, head["linear_bias"], scored != IGNORE) * factor
         return found.log_prob, found.entropy, found.is_top1, means
 
-    request = fused.head.request = Request(compute)
+    selective = SelectiveHead.of(model.get_output_embeddings())  # type: ignore[operator]
+    if selective is None:
+        raise RuntimeError(
+            f"{NAME}: the head of {type(model).__name__} was replaced after it was added; add it "
+            "again"
+        )
+    request = selective.request = Request(compute)
     try:
-        out = fused.stock(model, *args, **{**kwargs, "use_cache": False})
+        out = fused.before(model, *args, **{**kwargs, "use_cache": False})
         log_probs, entropy, is_top1, means = reveal(out.logits, request)
     finally:
-        fused.head.request = None
+        selective.request = None
     mask = target != IGNORE
     if shifted is None:  # the last column predicts nothing
         log_probs, entropy, is_top1, mask = (x[:, :-1] for x in (log_probs, entropy, is_top1, mask))

@@ -12,7 +12,9 @@ import sgp
 from sgp.huggingface import patch
 from tests.families import V, make
 
-TEMPLATE = """{% for m in messages %}{{ '<' + m['role'] + '> ' }}{% if m['role'] == 'assistant' %}\
+TEMPLATE = """{% for tool in tools or [] %}{{ tool['name'] + ' ' }}{% endfor %}\
+{% if polite %}{{ 'thanks ' }}{% endif %}\
+{% for m in messages %}{{ '<' + m['role'] + '> ' }}{% if m['role'] == 'assistant' %}\
 {% generation %}{{ m['content'] + ' </s>' }}{% endgeneration %}{% else %}\
 {{ m['content'] + ' ' }}{% endif %}{% endfor %}\
 {% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"""
@@ -72,6 +74,16 @@ EXAMPLES = {
         {"messages": say("hello", "hello", "Square this number . 3 .", "The result is 9 .")},
         {"messages": say("why", "because")},
     ],
+    "messages with tools": [
+        {"messages": say("Square this number . 3 .", "9"), "tools": [{"name": "Square"}],
+         "chat_template_kwargs": {"polite": True}},
+        {"messages": say("why", "because"), "tools": [{"name": "hello"}],
+         "chat_template_kwargs": {"polite": False}},
+    ],
+    "prompt with tools": [
+        {"prompt": say("why"), "completion": [{"role": "assistant", "content": "because"}],
+         "tools": '[{"name": "Square"}]', "chat_template_kwargs": {"polite": True}},
+    ],
     "text": [{"text": "hello why"}, {"text": "because it is 4 ."}],
     "labels": [
         {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8]},
@@ -97,7 +109,7 @@ def trl_batch(tokenizer, tmp_path_factory):
             warnings.simplefilter("ignore")
             arguments = trl.SFTConfig(
                 output_dir=folder, report_to=[], use_cpu=True, bf16=False,
-                assistant_only_loss=kind == "messages",
+                assistant_only_loss=kind.startswith("messages"),
             )  # fmt: skip
             trainer = trl.SFTTrainer(
                 make("llama"), arguments, train_dataset=Dataset.from_list(rows),
@@ -112,7 +124,7 @@ def trl_batch(tokenizer, tmp_path_factory):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("kind", ["prompt and completion", "conversations", "messages", "text"])
+@pytest.mark.parametrize("kind", [kind for kind in EXAMPLES if kind not in ("labels", "masks")])
 def test_labels_are_trls(kind, packed, tokenizer, trl_batch):
     expected = trl_batch(kind, padding_free=packed)
     found = sgp.Collator(tokenizer, packed=packed)(EXAMPLES[kind])
@@ -185,9 +197,14 @@ def test_a_prompt_that_is_not_a_prefix_is_said():
         ([], "no examples"),
         ([{"x": 1}], r"example 0: sgp.Collator: an example has \['x'\]; expected input_ids"),
         ([{"text": "x"}], "needs a tokenizer"),
-        ([{"input_ids": [1]}, {"input_ids": [1, 2], "labels": [1]}], "example 1: .* 2 input_ids"),
+        (
+            [{"input_ids": [1], "labels": [1]}, {"input_ids": [1, 2], "labels": [1]}],
+            "example 1: .* 2 input_ids",
+        ),
         ([{"input_ids": "abc"}], "input_ids is 'abc'; expected a list of integers"),
-        ([{"input_ids": []}], "example 0: sgp.Collator: no tokens"),
+        ([{"input_ids": [1, 2]}], r"has \['input_ids'\]: which tokens carry loss\? .*context_loss"),
+        ([{"input_ids": [1], "labels": None}], "Trainer removes .*: remove_unused_columns=False"),
+        ([{"input_ids": [], "labels": []}], "example 0: sgp.Collator: no tokens"),
     ],
 )  # fmt: skip
 def test_what_is_refused(examples, message):
@@ -216,7 +233,7 @@ def test_a_patched_model_takes_the_batch(mode, packed):
     batch = sgp.Collator(packed=packed)(examples)
     model = make("llama")
     plain = {k: v for k, v in batch.items() if k not in ("selection", "cu_seqlens")}
-    stock = model(**plain).loss
+    stock = model(**plain, use_cache=False).loss  # with a cache a packed row is one sequence
     patch(model, mode=mode)
     assert model(**batch).loss.item() == pytest.approx(stock.item(), rel=2e-5)
     del batch["labels"]

@@ -65,6 +65,17 @@ def test_it_stands_beside_the_package(repository):
     assert selection.num_kept == 3
 
 
+def test_what_else_is_in_the_folder_stays(tmp_path):
+    """It may be a checkout whose build folder is something else's."""
+    other, stale = tmp_path / "build" / "lib.o", tmp_path / "build" / "torch-cpu" / "old.py"
+    for path in (other, stale):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    hub.write(tmp_path)
+    assert other.exists()
+    assert not stale.exists()
+
+
 def test_both_builds_are_whole_and_relative(repository):
     builds = sorted(repository.glob("build/*"))
     assert [path.name for path in builds] == ["torch-cpu", "torch-cuda"]

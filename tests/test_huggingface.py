@@ -1,6 +1,8 @@
 """A patched model: the loss and gradients it had, a head on kept rows only, and reasons."""
 
 import copy
+import functools
+import pickle
 import warnings
 
 import peft
@@ -9,6 +11,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+import sgp
 from sgp.huggingface import UnsupportedModelError, patch, patching
 from tests.families import FAMILIES, V, make, make_batch
 
@@ -67,9 +70,10 @@ def test_loss_and_gradients_are_those_of_the_stock_model(family, mode, batch):
     found = step(model, batch)
     assert_same(found, stock)
     assert_same(step(model, batch, num_items_in_batch=torch.tensor(37)), divided)
+    assert_same(step(model, batch, num_items_in_batch=37), divided)
     if mode == "rows":
         assert found[0].logits.shape == (KEPT, V)
-        assert rows.count == 2 * KEPT
+        assert rows.count == 3 * KEPT
     else:
         assert found[0].logits is None
         assert "logits" not in found[0]
@@ -147,6 +151,109 @@ def test_a_copy_is_patched_and_its_own(model, batch, mode):
     assert twin(**batch).logits.shape == (*batch["labels"].shape, V)
     logits = model(**batch).logits
     assert logits is None or len(logits) == KEPT, "the first is still patched"
+
+
+@pytest.mark.parametrize("mode", ["rows", "fused"])
+def test_a_pickled_model_is_patched(model, batch, mode):
+    stock = step(model, batch)
+    patch(model, mode=mode)
+    twin = pickle.loads(pickle.dumps(model))  # noqa: S301  (our own)
+    found = step(twin, batch)
+    assert_same(found, stock)
+    assert found[0].logits is None or len(found[0].logits) == KEPT
+    patch(twin).remove()
+    assert_same(step(twin, batch), stock)
+
+
+@pytest.mark.parametrize("mode", ["rows", "fused"])
+def test_a_loss_function_set_later_is_no_zero(model, batch, mode):
+    """It would get what the patch makes of logits: of some rows, or none at all."""
+    before = everything(model)
+    handle = patch(model, mode=mode)
+    other_loss(model)
+    with pytest.raises(RuntimeError, match="the loss function of LlamaForCausalLM was replaced"):
+        model(**batch)
+    with pytest.raises(UnsupportedModelError, match="has a loss function of its own"):
+        patch(model)
+    handle.remove()
+    del model._loss_function
+    assert everything(model) == before
+
+
+def test_a_compiled_model_is_looked_into(model, batch):
+    stock = step(model, batch)
+    handle = patch(torch.compile(model, backend="eager"))
+    assert handle.model is model
+    assert_same(step(model, batch), stock)
+    handle.remove()
+    assert step(model, batch)[0].logits is not None
+
+
+@pytest.mark.parametrize("mode", ["rows", "fused"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_sequences_are_apart_or_refused(family, mode, batch):
+    """Even where a call says nothing of a cache, with which transformers sees one sequence."""
+    model = make(family)
+    auxiliary = getattr(model.config, "router_aux_loss_coef", 0)  # of padding too
+    examples = [
+        {"input_ids": ids[: 12 - b], "labels": labels[: 12 - b]}
+        for b, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True))
+    ]
+    packed = sgp.Collator(packed=True)(examples)
+    stock = sum(
+        model(input_ids=x["input_ids"][None], labels=x["labels"][None], num_items_in_batch=1).loss
+        for x in examples
+    )
+    patch(model, mode=mode)
+    if family in ("bloom", "falcon_h1", "gpt_oss", "opt"):
+        with pytest.raises(ValueError, match="does not keep the 3 sequences of a packed row apart"):
+            model(**packed)
+        packed = sgp.Collator(packed=True)(examples[:1])
+        stock = model(**{k: v[None] for k, v in examples[0].items()}).loss
+        assert model(**packed).loss.item() == pytest.approx(stock.item(), rel=NEAR)
+    elif not auxiliary:
+        assert model(**packed, num_items_in_batch=1).loss.item() == pytest.approx(
+            stock.item(), rel=NEAR
+        )
+
+
+@pytest.mark.parametrize("mode", ["rows", "fused"])
+class TestSelections:
+    """In the place of labels."""
+
+    def test_of_a_flat_batch_beside_embeddings(self, model, batch, mode):
+        stock = step(model, batch)
+        patch(model, mode=mode)
+        shifted = torch.nn.functional.pad(batch.pop("labels"), (0, 1), value=-100)[:, 1:]
+        selection = sgp.Selection.from_labels(shifted.flatten())
+        assert_same(step(model, batch, selection=selection), stock)
+        embedded = model.get_input_embeddings()(batch.pop("input_ids"))
+        assert_same(step(model, batch, inputs_embeds=embedded, selection=selection), stock)
+
+    def test_what_is_refused(self, model, batch, mode):
+        patch(model, mode=mode)
+        labels = batch.pop("labels")
+        with pytest.raises(TypeError, match="selection is a Tensor; expected a Selection"):
+            model(**batch, selection=labels)
+        selection = sgp.Selection.from_labels(labels[:, :5], shift=True)
+        with pytest.raises(ValueError, match=r"shape \(3, 12\), which is not .*shape=\(3, 5\)"):
+            model(**batch, selection=selection)
+        with pytest.raises(ValueError, match="without input_ids or inputs_embeds"):
+            model(selection=selection)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("mode", ["rows", "fused"])
+def test_virtual_tokens(batch, mode):
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    torch.manual_seed(3)
+    model = peft.get_peft_model(make("llama"), config)
+    stock = step(model, batch)
+    patch(model, mode=mode)
+    assert_same(step(model, batch), stock)
+    selection = sgp.Selection.from_labels(batch["labels"], shift=True)
+    with pytest.raises(ValueError, match="Virtual tokens of PEFT need labels"):
+        model(**batch, selection=selection)
 
 
 @pytest.mark.parametrize("mode", ["rows", "fused"])
@@ -252,8 +359,13 @@ def test_an_adapter_on_the_head(batch):
     bare = make("llama")
     patch(bare)
     adapted = peft.get_peft_model(bare, config)
-    with pytest.raises(RuntimeError, match="the head of LlamaForCausalLM was replaced after"):
+    with pytest.raises(RuntimeError, match="was replaced after it was patched; patch it again"):
         step(adapted, batch)
+    handle = patch(adapted)
+    assert handle.mode == "rows"
+    assert step(adapted, batch)[0].logits.shape == (KEPT, V)
+    handle.remove()
+    assert not any("sgp_head" in vars(m) or "forward" in vars(m) for m in adapted.modules())
 
 
 def test_training_without_labels_is_said_once(model, batch, monkeypatch):
@@ -298,7 +410,56 @@ def no_mask(model):
     model.forward = forward.__get__(model)
 
 
+def own_cross_entropy(model):
+    def forward(self, input_ids=None, attention_mask=None, labels=None, logits_to_keep=0, **_):
+        del logits_to_keep
+        logits = self.lm_head(self.model(input_ids, attention_mask).last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].mT, labels[:, 1:])
+        return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+    model.forward = forward.__get__(model)
+
+
+def numbers_only(model):
+    """As before transformers 5.21."""
+    inner = type(model).forward
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, logits_to_keep=0, **more):
+        rows = logits_to_keep if isinstance(logits_to_keep, int) else logits_to_keep.unsqueeze(-2)
+        more |= {"labels": labels, "logits_to_keep": rows}
+        return inner(self, input_ids, attention_mask, **more)
+
+    model.forward = forward.__get__(model)
+
+
+def hooked_head(model):
+    model.lm_head.forward = functools.partial(type(model.lm_head).forward, model.lm_head)
+
+
+def needs_more(model):
+    def forward(self, input_ids=None, *, pixels, **_):
+        """Not called."""
+
+    model.forward = forward.__get__(model)
+
+
+def headless(model):
+    model.set_output_embeddings(None)
+
+
 REFUSED = {
+    "needs more": (needs_more, "auto", "cannot be run on input_ids and labels alone: TypeError"),
+    "headless": (headless, "auto", "LlamaForCausalLM has no output embeddings"),
+    "own loss, fused": (own_cross_entropy, "fused", "it makes no loss of what its head returns"),
+    "own loss, rows": (
+        own_cross_entropy,
+        "rows",
+        "logits of 16 rows of a probe, of which 9 carry loss",
+    ),
+    "old": (numbers_only, "rows", r"takes no mask in logits_to_keep \(transformers 5\.21"),
+    "hooked": (hooked_head, "fused", "Linear with a forward of its own; expected a plain"),
     "other loss": (other_loss, "auto", "has a loss function of its own"),
     "liger": (liger, "auto", "forward is liger_kernel's; use one or the other"),
     "masked": (masked_logits, "fused", "its logits are more than scaled and softcapped"),
@@ -314,6 +475,24 @@ def test_what_is_refused_has_a_reason(model, case):
     with pytest.raises(UnsupportedModelError, match=message):
         patch(model, mode=mode)
     assert everything(model) == before
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("rows", 9), ("fused", 0)])
+def test_a_patch_that_changes_nothing_is_refused(model, mode, expected, monkeypatch):
+    before = everything(model)
+    monkeypatch.setattr(patching._Patch, "_acts", lambda *_: False)
+    with pytest.raises(UnsupportedModelError, match=f"logits of 16 rows .*; expected {expected}"):
+        patch(model, mode=mode)
+    assert everything(model) == before
+
+
+def test_a_patch_that_changes_the_loss_is_refused(model, monkeypatch):
+    """The reason is both losses."""
+    monkeypatch.setattr(patching, "causal_lm_loss", lambda logits, *_, **__: logits.float().sum())
+    with pytest.raises(
+        UnsupportedModelError, match=r"the loss of a probe is .*, without the patch"
+    ):
+        patch(model, mode="rows")
 
 
 def test_models_of_another_kind_are_refused():

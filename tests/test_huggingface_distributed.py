@@ -28,6 +28,10 @@ def rows_of(batch, rank):
     return {k: v[2 * rank : 2 * rank + 2] for k, v in batch.items()}
 
 
+def family_of(way):
+    return "llama-tied" if "tied" in way else "llama"
+
+
 def wrap(model, way):
     if way == "ddp":
         return DistributedDataParallel(model)
@@ -48,12 +52,12 @@ def worker(rank, address, way, folder):
     found = {}
     for case in CASES:
         mode, first = case
-        model, batch = make("llama"), make_batch(B=2 * WORLD)
+        model, batch = make(family_of(way)), make_batch(B=2 * WORLD)
         if first:
             patch(model, mode=mode)
         wrapped = wrap(model, way)
         if not first:
-            patch(model, mode=mode)
+            patch(wrapped, mode=mode)
         for _ in range(2):
             wrapped.zero_grad()
             out = wrapped(**rows_of(batch, rank))
@@ -68,9 +72,11 @@ def whole(gradient):
     return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp, head in the root", "fsdp, head its own"])
+@pytest.mark.parametrize(
+    "way", ["ddp", "fsdp, head in the root", "fsdp, head its own", "fsdp, tied"]
+)
 def test_two_processes(way, tmp_path):
-    model, batch = make("llama"), make_batch(B=2 * WORLD)
+    model, batch = make(family_of(way)), make_batch(B=2 * WORLD)
     losses = [model(**rows_of(batch, rank)).loss for rank in range(WORLD)]
     (sum(losses) / WORLD).backward()
     arguments = (f"tcp://localhost:{port()}", way, tmp_path)

@@ -106,6 +106,13 @@ def test_the_callback_stops_a_run(tmp_path):
     assert not model._forward_pre_hooks
 
 
+def test_a_mask_that_the_trainer_removes_is_missed(tmp_path):
+    """Without it every token would carry loss."""
+    data = [{"input_ids": [5, 6, 7, 8], "completion_mask": [0, 0, 1, 1]}] * 8
+    with pytest.raises(ValueError, match=r"which tokens carry loss\?.*remove_unused_columns=False"):
+        train(make("llama"), tmp_path, data=data, collator=sgp.Collator())
+
+
 @pytest.mark.parametrize("mode", ["rows", "fused"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_collator_under_the_trainer(mode, packed, tmp_path):

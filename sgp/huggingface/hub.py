@@ -39,7 +39,8 @@ def write(folder: Path) -> Path:
         >>> kernels.get_local_kernel(Path("repository")).cross_entropy  # doctest: +SKIP
 
     Args:
-        folder: made if it is not there; its `build` folder is replaced.
+        folder: made if it is not there; its `build/torch-cuda` and `build/torch-cpu` are replaced,
+            the rest is left alone.
 
     Returns:
         The folder.
@@ -47,9 +48,9 @@ def write(folder: Path) -> Path:
     sources = {name: _source(name) for name in _needed(set(EXPORTED))}
     text = "".join(f"{name}\n{sources[name]}" for name in sorted(sources))
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    shutil.rmtree(folder / "build", ignore_errors=True)
     for backend in BACKENDS:
         build = folder / "build" / f"torch-{backend}"
+        shutil.rmtree(build, ignore_errors=True)
         for name, source in sources.items():
             path = build / f"{name.replace('.', '/')}.py"
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,10 @@ NAME = "sgp.huggingface.patch"
 MODES = ("auto", "rows", "fused")
 OTHERS = ("liger_kernel", "cut_cross_entropy", "unsloth")  # kernels that replace forward
 OWN = {"selection", "cu_seqlens"}  # keys of `sgp.Collator` that no model knows
+FAILED = {
+    "fused": "it makes no loss of what its head returns",
+    "rows": "its forward takes no mask in logits_to_keep (transformers 5.21 and later do)",
+}
 AGREE = {torch.float32: 1e-4, torch.float64: 1e-6}  # relative; else 2e-2
 
 
@@ -39,15 +43,24 @@ class _Patch:
     mode: str
     selective: SelectiveHead | None = None
     always: bool = False  # in evaluation mode too: while it is verified
+    apart: bool = False  # the model keeps packed sequences apart
 
     def before(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Say which rows carry loss: to the model, or to its head."""
-        selection = kwargs.get("selection")
+        if not _owns_loss(model, self):
+            raise RuntimeError(
+                f"{NAME}: the loss function of {type(model).__name__} was replaced after it was "
+                "patched; remove the patch"
+            )
+        selection, packed = kwargs.get("selection"), kwargs.get("cu_seqlens")
         if args or OWN & set(kwargs):
             kwargs = {**_named(model, args), **kwargs}
             kwargs = {k: v for k, v in kwargs.items() if k not in OWN}
+        if packed is not None:
+            kwargs |= self._kept_apart(model, packed)
         if selection is not None:
-            dense = selection.dense_target.view(kwargs["input_ids"].shape)
+            selection = _shaped(selection, kwargs)
+            dense = selection.dense_target.view(selection.shape)
             kwargs |= {"shift_labels": dense, "token_weight": selection.dense_weight}
             kwargs.setdefault("labels", dense)
         if not self._acts(model, kwargs):
@@ -56,8 +69,7 @@ class _Patch:
         target = _target(kwargs, ignore, selection)
         if self.mode == "rows":
             return (), {**kwargs, **_kept_rows(target, ignore)}
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        if SelectiveHead.of(head) is not self.selective or self.selective is None:
+        if self.selective is None or not _owns_head(model, self):
             raise RuntimeError(
                 f"{NAME}: the head of {type(model).__name__} was replaced after it was patched; "
                 "patch it again"
@@ -69,10 +81,21 @@ class _Patch:
         }
 
         def compute(hidden: Tensor, weight: Tensor, **head: Any) -> tuple[Tensor]:
-            return (linear_cross_entropy(hidden, weight, target, **options, **head),)
+            scored = target.to(hidden.device)
+            return (linear_cross_entropy(hidden, weight, scored, **options, **head),)
 
         self.selective.request = Request(compute)
         return (), kwargs
+
+    def _kept_apart(self, model: nn.Module, cu_seqlens: Tensor) -> dict[str, Any]:
+        """What keeps packed sequences apart: a model with a cache sees one sequence."""
+        if len(cu_seqlens) > 2 and not self.apart:
+            raise ValueError(
+                f"{NAME}: {type(model).__name__} does not keep the {len(cu_seqlens) - 1} sequences "
+                "of a packed row apart: their tokens attend to each other, position_ids or not; "
+                "use sgp.Collator(packed=False)"
+            )
+        return {"use_cache": False}
 
     def _acts(self, model: nn.Module, kwargs: dict[str, Any]) -> bool:
         if not (model.training or self.always):
@@ -134,7 +157,8 @@ def patch(model: nn.Module, *, mode: str = "auto") -> Handle:
         >>> handle.remove()  # doctest: +SKIP
 
     Args:
-        model: of transformers, or PEFT's around one. Its loss is transformers' `ForCausalLMLoss`.
+        model: of transformers, or what PEFT, `torch.compile` and DistributedDataParallel put around
+            one. Its loss is transformers' `ForCausalLMLoss`.
         mode: "rows": the head makes logits of the tokens that carry loss; `out.logits` is (M, V),
             row by row; needs a forward that takes a mask in `logits_to_keep` (transformers 5.21).
             One wait for a GPU, which counts them. "fused": no logits at all, `sgp`'s linear head
@@ -143,7 +167,8 @@ def patch(model: nn.Module, *, mode: str = "auto") -> Handle:
             "rows".
 
     Returns:
-        The handle. A model that is patched already keeps its patch, or changes its mode.
+        The handle. A model that is patched already keeps its patch, or changes its mode; one whose
+        head was replaced since is patched anew.
 
     Raises:
         UnsupportedModelError: if the model cannot be patched, with the reason; it is as before.
@@ -151,20 +176,25 @@ def patch(model: nn.Module, *, mode: str = "auto") -> Handle:
     """
     if mode not in MODES:
         raise ValueError(f"{NAME}: mode = {mode!r}; expected one of {MODES}")
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    model = _unwrapped(model)
     old = _patch_of(model)
     if old is not None:
-        if mode in ("auto", old.mode):
+        whole = _is_whole(model, old)
+        if whole and mode in ("auto", old.mode):
             return Handle(model, old.mode)
         _uninstall(model, old)
+        old = old if whole else None
     head = _checked_head(model)
-    stock = _probed(model, head)
+    name = f"{NAME}: {type(model).__name__}"
+    stock = _probed(model, head, f"{name} cannot be run on input_ids and labels alone")
+    apart = probe.keeps_apart(model)
     wanted = ("fused", "rows") if mode == "auto" else (mode,)
     reasons = []
     for each in wanted:
         made = None
         try:
             made = _fused(model, head) if each == "fused" else _rows(model)
+            made.apart = apart
             _install(model, made)
             _verify(model, head, made, stock)
         except UnsupportedModelError as error:
@@ -175,10 +205,23 @@ def patch(model: nn.Module, *, mode: str = "auto") -> Handle:
             return Handle(model, made.mode)
     if old is not None:
         _install(model, old)
-    raise UnsupportedModelError(f"{NAME}: {type(model).__name__}: {'; '.join(reasons)}")
+    raise UnsupportedModelError(f"{name}: {'; '.join(reasons)}")
 
 
 # -- what can be patched ---------------------------------------------------------------------------
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Out of DistributedDataParallel, torch.compile and PEFT."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # noqa: SLF001  (torch.compile's wrapper)
+            model = model.get_submodule("_orig_mod")
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()  # type: ignore[operator]
+        else:
+            return model
 
 
 def _checked_head(model: nn.Module) -> nn.Module:
@@ -205,10 +248,11 @@ def _checked_head(model: nn.Module) -> nn.Module:
 
 
 def _fused(model: nn.Module, head: nn.Module) -> _Patch:
+    selective = SelectiveHead.of(head)  # of sgp.trl
+    if selective is not None:
+        return _Patch("fused", selective)
     if not is_plain(head):
-        raise UnsupportedModelError(
-            f"its head is {type(head).__module__}.{type(head).__name__}; expected a plain nn.Linear"
-        )
+        raise UnsupportedModelError(f"its head is {described(head)}; expected a plain nn.Linear")
     found = probe.post_processing(model, head)
     if found is None:
         raise UnsupportedModelError("its logits are more than scaled and softcapped")
@@ -224,28 +268,31 @@ def is_plain(head: nn.Module) -> bool:
     )
 
 
+def described(head: nn.Module) -> str:
+    """The class of a head that is not plain, and what else is odd about it."""
+    name = f"{type(head).__module__}.{type(head).__name__}"
+    return f"{name} with a forward of its own" if "forward" in vars(head) else name
+
+
 def _rows(model: nn.Module) -> _Patch:
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModelError("its forward takes no logits_to_keep")
     return _Patch("rows")
 
 
-def _probed(model: nn.Module, head: nn.Module) -> probe.Probe:
+def _probed(model: nn.Module, head: nn.Module, failed: str) -> probe.Probe:
     try:
         return probe.run(model, head)
     except Exception as error:  # whatever a foreign model raises is the reason
         reason = " ".join(str(error).split())[:200]
-        raise UnsupportedModelError(
-            f"{NAME}: {type(model).__name__} cannot be run on input_ids and labels alone: "
-            f"{type(error).__name__}: {reason}"
-        ) from error
+        raise UnsupportedModelError(f"{failed}: {type(error).__name__}: {reason}") from error
 
 
 def _verify(model: nn.Module, head: nn.Module, made: _Patch, stock: probe.Probe) -> None:
     """The same loss as before, and the head on kept rows only, or not at all."""
     made.always = True
     try:
-        found = _probed(model, head)
+        found = _probed(model, head, FAILED[made.mode])
     finally:
         made.always = False
     dtype = next(head.parameters()).dtype
@@ -255,9 +302,11 @@ def _verify(model: nn.Module, head: nn.Module, made: _Patch, stock: probe.Probe)
             f"the loss of a probe is {float(found.loss):.6f}, without the patch "
             f"{float(stock.loss):.6f}"
         )
-    if made.mode == "rows" and found.rows != found.kept:
+    wanted = found.kept if made.mode == "rows" else 0
+    if found.rows != wanted:
         raise UnsupportedModelError(
-            f"the head made logits of {found.rows} rows of a probe; {found.kept} carry loss"
+            f"the head made logits of {found.rows} rows of a probe, of which {found.kept} carry "
+            f"loss; expected {wanted}"
         )
 
 
@@ -268,18 +317,22 @@ def _install(model: nn.Module, made: _Patch) -> None:
     model.register_forward_pre_hook(made.before, with_kwargs=True)
     model.register_forward_hook(made.after, with_kwargs=True, always_call=True)
     model.loss_function = made.loss  # type: ignore[assignment]
-    if made.selective is not None:
-        SelectiveHead.on(model.get_output_embeddings(), made.selective)  # type: ignore[operator]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if made.selective is not None and SelectiveHead.of(head) is None:
+        SelectiveHead.on(head, made.selective)
 
 
 def _uninstall(model: nn.Module, made: _Patch) -> None:
     for hooks in (model._forward_pre_hooks, model._forward_hooks):  # noqa: SLF001
         for key in [k for k, hook in hooks.items() if getattr(hook, "__self__", None) is made]:
             _remove_hook(model, key)
-    del model._loss_function  # noqa: SLF001  (transformers has no public way back)
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if made.selective is not None and SelectiveHead.of(head) is made.selective:
-        SelectiveHead.off(head)
+    if _owns_loss(model, made):
+        del model._loss_function  # noqa: SLF001  (transformers has no public way back)
+    if made.selective is None or hasattr(model, "sgp_trl"):  # which goes on using the head
+        return
+    for module in model.modules():  # an adapter may stand around the head by now
+        if SelectiveHead.of(module) is made.selective:
+            SelectiveHead.off(module)
 
 
 def _remove_hook(model: nn.Module, key: int) -> None:
@@ -291,8 +344,39 @@ def _remove_hook(model: nn.Module, key: int) -> None:
 
 
 def _patch_of(model: nn.Module) -> _Patch | None:
-    found = getattr(vars(model).get("_loss_function"), "__self__", None)
-    return found if isinstance(found, _Patch) else None
+    hooks = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())  # noqa: SLF001
+    return next((found for found in hooks if isinstance(found, _Patch)), None)
+
+
+def _owns_loss(model: nn.Module, made: _Patch) -> bool:
+    return getattr(vars(model).get("_loss_function"), "__self__", None) is made
+
+
+def _owns_head(model: nn.Module, made: _Patch) -> bool:
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return made.selective is None or SelectiveHead.of(head) is made.selective
+
+
+def _is_whole(model: nn.Module, made: _Patch) -> bool:
+    """Whether nothing of it was replaced since."""
+    return _owns_loss(model, made) and _owns_head(model, made)
+
+
+def _shaped(selection: Any, kwargs: dict[str, Any]) -> Selection:
+    """The selection with the shape of the model's input, beside it."""
+    if not isinstance(selection, Selection):
+        raise TypeError(f"{NAME}: selection is a {type(selection).__name__}; expected a Selection")
+    found = kwargs.get("input_ids")
+    found = kwargs.get("inputs_embeds") if found is None else found
+    if found is None:
+        raise ValueError(f"{NAME}: a selection without input_ids or inputs_embeds")
+    shape = tuple(found.shape[:2])
+    if selection.num_tokens != shape[0] * shape[1]:
+        raise ValueError(
+            f"{NAME}: the model's input has the shape {shape}, which is not that of {selection}. "
+            "Virtual tokens of PEFT need labels in place of a selection"
+        )
+    return replace(selection.to(found.device), shape=shape)
 
 
 def _target(
@@ -300,7 +384,7 @@ def _target(
 ) -> Tensor | Selection:
     """What each position predicts, from the best that the call says."""
     if selection is not None:
-        return selection.to(kwargs["labels"].device)
+        return selection
     if kwargs.get("shift_labels") is not None:
         return kwargs["shift_labels"]  # type: ignore[no-any-return]
     return next_tokens(kwargs["labels"], ignore_index)

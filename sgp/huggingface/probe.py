@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 EXACT = 1e-5  # relative, of float32 arithmetic on a scale or a cap
 SIZES = (1e-3, 30.0, 1e4)  # where a cap is not seen, is seen, and is all that is seen
+APART = {torch.float32: 1e-4, torch.float64: 1e-4}  # of what a token feels; else 1e-2
 MASKED = ((1, 1, 1, 0, 0, 0, 0, 0), (1, 1, 0, 0, 0, 1, 0, 1))  # 1: no loss
 
 
@@ -72,8 +73,9 @@ def run(model: nn.Module, head: nn.Module) -> Probe:
     """The loss of a small batch with context, and how many rows the head made logits of."""
     rows: list[int] = []
 
-    def count(_: nn.Module, args: tuple[Tensor, ...], __: Any) -> None:
-        rows.append(args[0].numel() // args[0].shape[-1])
+    def count(_: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> None:
+        if logits.shape[-1] > 1:  # no stand-in
+            rows.append(args[0].numel() // args[0].shape[-1])
 
     masked = torch.tensor(MASKED, dtype=torch.bool)
     ids = _ids(model, *masked.shape)
@@ -85,6 +87,30 @@ def run(model: nn.Module, head: nn.Module) -> Probe:
     finally:
         handle.remove()
     return Probe(loss.detach().float(), sum(rows), masked.numel(), int((~masked[:, 1:]).sum()))
+
+
+def keeps_apart(model: nn.Module) -> bool:
+    """Whether position_ids that begin again keep the sequences of one row apart.
+
+    The logits of the second sequence must not feel a change of the first, measured by what they
+    feel of it where the positions go on.
+    """
+    half = 4
+    ids = _ids(model, 1, 2 * half)
+    changed = torch.cat([ids[:, half:], ids[:, half:]], 1)
+    count = torch.arange(2 * half, device=ids.device)[None]
+    felt = []
+    try:
+        for positions in (count % half, count):
+            with quiet(model):
+                a, b = (
+                    model(input_ids=x, position_ids=positions, use_cache=False).logits[:, half:]
+                    for x in (ids, changed)
+                )
+            felt.append(float((a.double() - b.double()).abs().max()))
+    except Exception:  # noqa: BLE001  (whatever a foreign model raises: it cannot be asked)
+        return False
+    return felt[0] <= APART.get(a.dtype, 1e-2) * felt[1]
 
 
 @contextmanager

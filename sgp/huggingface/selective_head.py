@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +47,8 @@ class SelectiveHead:
     def on(head: nn.Module, selective: SelectiveHead) -> None:
         """Put one on a head."""
         vars(head)["sgp_head"] = selective  # no module: a plain attribute
-        head.forward = MethodType(_forward, head)
+        # A bound method that no class has would not unpickle.
+        head.forward = partial(_forward, head)  # type: ignore[arg-type]
 
     @staticmethod
     def off(head: nn.Module) -> None:
