@@ -44,7 +44,9 @@ def main() -> None:
 
     for step, batch in zip(range(steps), loader, strict=False):
         hidden = backbone(
-            input_ids=batch["input_ids"].to(device), position_ids=batch["position_ids"].to(device)
+            input_ids=batch["input_ids"].to(device),
+            position_ids=batch["position_ids"].to(device),
+            use_cache=False,  # with a cache, packed sequences would attend to each other
         ).last_hidden_state
         selection = batch["selection"].to(device, non_blocking=True)
         loss = sgp.parallel.linear_cross_entropy(hidden, head, selection)
