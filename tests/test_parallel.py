@@ -7,6 +7,7 @@ import torch
 from torch import distributed
 
 import sgp
+from bench.interpreter import watch_accesses
 from sgp.tolerance import bound, relative_error
 from tests.ranks import run_ranks
 from tests.split_cases import Case, D, Part, V, cases, even, flat, make, own_part, run, uneven
@@ -256,6 +257,77 @@ def test_bytes_exchanged_are_counted_and_independent_of_the_vocabulary(tmp_path)
         folder.mkdir()
         for found in run_ranks(exchanged, 2, folder, columns):
             assert found == expected
+
+
+def accessed(rank):
+    """Elements that kernels ask for of 4 x 512 local logits, 2 rows kept, and their gradient."""
+    os.environ["SGP_BACKEND"] = "triton"
+    x = torch.randn(4, 512, requires_grad=True)
+    with watch_accesses() as seen:
+        sgp.parallel.cross_entropy(x, torch.tensor([-100, 3, 600, -100])).backward()
+    logits, gradient = seen.of(x), seen.of(x.grad)
+    assert logits.stored == 0, rank
+    return logits.loaded // 4, gradient.stored // 4
+
+
+def test_kept_logits_are_read_twice_and_gradients_written_once(tmp_path):
+    for loaded, stored in run_ranks(accessed, 2, tmp_path):
+        assert loaded == 2 * (2 * 512 + 2), "each kept row, and its target's logit, in two launches"
+        assert stored == 4 * 512 + 2, "each row, and the target's gradient over its column"
+
+
+class Order(torch.utils._python_dispatch.TorchDispatchMode):
+    """The matmuls and collectives in the order in which they begin."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).split(".")[1]
+        if function.namespace == "c10d" or name in ("mm", "addmm", "addmm_"):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def order(_):
+    """What a head with one chunk does."""
+    hidden = torch.randn(6, D, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    head = torch.randn(8, D, requires_grad=True)
+    with Order() as seen:
+        sgp.parallel.linear_cross_entropy(hidden, head, torch.arange(6))
+    return seen.names
+
+
+def test_the_gradient_of_the_hidden_states_is_summed_beside_the_next_matmul(tmp_path):
+    for names in run_ranks(order, 2, tmp_path):
+        header, logits, statistics, of_hidden, summing, of_head = names
+        assert (logits, of_hidden, of_head) == ("mm", "mm", "mm")
+        assert "gather" in header
+        assert "gather" in statistics
+        assert "allreduce" in summing
+
+
+def compiled(rank):
+    """The loss and gradient of a compiled step, and of the same step as it is."""
+
+    def step(x, y):
+        return sgp.parallel.cross_entropy(2 * x, y) * 3
+
+    x = make()["logits"].flatten(0, 1).split([20, 28], 1)[rank]
+    found = []
+    for function in (step, torch.compile(step, backend="aot_eager")):
+        leaf = x.clone().requires_grad_()
+        loss = function(leaf, make()["labels"].flatten())
+        loss.backward()
+        found.append((loss.detach(), leaf.grad))
+    return found
+
+
+def test_compiled_code_breaks_its_graph_and_is_right(tmp_path):
+    for plain, graphs in run_ranks(compiled, 2, tmp_path):
+        for value, truth in zip(graphs, plain, strict=True):
+            torch.testing.assert_close(value, truth)
 
 
 # -- when ranks disagree or die --------------------------------------------------------------------
