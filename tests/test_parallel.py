@@ -151,6 +151,28 @@ def test_no_worse_than_pytorch_where_arithmetic_is_hard(backend, tmp_path):
         assert errors == []
 
 
+def near_one(rank, backend):
+    """(losses, truth) where the target's probability is near 1 and other ranks have the rest."""
+    os.environ["SGP_BACKEND"] = backend
+    x = torch.randn(4, V, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([2, 30, 47, 20])
+    x[torch.arange(4), y] = torch.tensor([16.0, 18.0, 20.0, 30.0])
+    x[3] += 1000.0
+    others = x.double().scatter(1, y[:, None], -torch.inf) - x.gather(1, y[:, None])
+    truth = others.exp().sum(1).log1p()  # what 1 - p loses even in float64
+    part = x.split(uneven(3), 1)[rank]
+    tokens = sgp.parallel.token_log_probs(part, y)
+    loss = sgp.parallel.cross_entropy(part, y, reduction="none")
+    return loss, -tokens.log_prob, truth
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_losses_near_zero_keep_their_digits(backend, tmp_path):
+    for *found, truth in run_ranks(near_one, 3, tmp_path, backend):
+        for loss in found:
+            assert ((loss - truth).abs() / truth).max() <= LIMITS[torch.float32]
+
+
 def poisoned(rank, backend):
     """Gradients and losses beside NaN in ignored rows."""
     os.environ["SGP_BACKEND"] = backend
