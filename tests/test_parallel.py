@@ -10,7 +10,7 @@ import sgp
 from bench.interpreter import watch_accesses
 from sgp.tolerance import bound, relative_error
 from tests.ranks import run_ranks
-from tests.split_cases import Case, D, Part, V, cases, even, flat, make, own_part, run, uneven
+from tests.split_cases import ALL, Case, D, Part, V, cases, even, flat, make, own_part, run, uneven
 
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-13}
 SPLITS = {"even": even, "uneven": uneven}
@@ -149,6 +149,42 @@ def results_of(module, x, y):
 def test_no_worse_than_pytorch_where_arithmetic_is_hard(backend, tmp_path):
     for errors in run_ranks(hard, 3, tmp_path, backend):
         assert errors == []
+
+
+def narrow(rank, backend):
+    """[(case, what, error, bound)] of heads in bf16 and fp16 that are worse than one process's."""
+    os.environ["SGP_BACKEND"] = backend
+    part = Part(uneven(3), rank)
+    wrong = []
+    for dtype in (torch.bfloat16, torch.float16):
+        made = make(dtype=dtype)
+        exact = {k: v.double() if v.is_floating_point() else v for k, v in made.items()}
+        for options in ({"reduction": "none"}, {"chunk_rows": 2, **ALL}):
+            case = Case("linear_cross_entropy", options)
+            defined = Case(case.function, without_chunks(options))
+            loss, truth = run(sgp.reference, defined, exact)
+            loss_plain, plain = run(sgp, case, made)
+            out, ours = run(sgp.parallel, case, made, part)
+            pairs = {"loss": (out[0], loss[0], loss_plain[0])}
+            for name, gradient in ours.items():
+                of_part = (own_part(name, x[name], part) for x in (truth, plain))
+                pairs[name] = (gradient, *of_part)
+            for name, (value, t, p) in pairs.items():
+                limit = bound(relative_error(p, t), value.dtype, interpreted=backend == "triton")
+                error = relative_error(value, t)
+                wrong += [(f"{dtype} {options}", name, error, limit)] if not error <= limit else []
+    return wrong
+
+
+def without_chunks(options):
+    """What the reference takes."""
+    return {k: v for k, v in options.items() if k != "chunk_rows"}
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_narrow_heads_are_no_worse_than_in_one_process(backend, tmp_path):
+    for wrong in run_ranks(narrow, 3, tmp_path, backend):
+        assert wrong == []
 
 
 def near_one(rank, backend):
