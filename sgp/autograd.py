@@ -40,7 +40,7 @@ NOT_FORWARD = (
 
 
 def _message(text: str, name: str) -> str:
-    return text.format(name=name, function=name.removeprefix("sgp"))
+    return text.format(name=name, function=name.removeprefix("sgp.parallel").removeprefix("sgp"))
 
 
 def refuse_forward_mode(name: str, *inputs: Tensor | None) -> None:

@@ -53,16 +53,18 @@ def global_denominator(
     """
     name = "sgp.parallel.global_denominator"
     given = [selections] if isinstance(selections, Selection) else list(selections)
-    device = next((x.device for x in given if isinstance(x, (Selection, Tensor))), None)
+    devices = [x.device for x in (*given, weight) if isinstance(x, (Selection, Tensor))]
+    device = next((x for x in devices if x.type != "cpu"), devices[0] if devices else None)
     ranks, pg = 1, None
     if group is not None or (distributed.is_available() and distributed.is_initialized()):
         pg = process_group(name, group)
         ranks = distributed.get_world_size(pg)
-        if (device is None or device.type == "cpu") and "gloo" not in distributed.get_backend(pg):
+        if "cpu:" not in distributed.get_backend_config(pg):
             device = torch.device("cuda", torch.cuda.current_device())
     total = torch.zeros((), dtype=torch.float64, device=device)
     for value in given:
-        total += _count(name, value, weight)
+        count = _count(name, value, weight)
+        total += count.to(total.device) if isinstance(count, Tensor) else count
     if ranks > 1:
         try:
             distributed.all_reduce(total, group=pg)
@@ -75,9 +77,9 @@ def _count(name: str, value: Any, weight: Tensor | None) -> float | Tensor:
     if isinstance(value, Selection):
         if value.dense_weight is None and weight is None:
             return value.num_kept
-        counts = value.dense_target.new_ones(value.num_kept, dtype=torch.float64)
+        counts = torch.ones(value.num_kept, dtype=torch.float64, device=value.device)
         if weight is not None:
-            counts = counts * weight[value.target]
+            counts = counts * weight.to(value.device)[value.target]
         if value.weight is not None:
             counts = counts * value.weight
         return counts.sum()
@@ -124,8 +126,11 @@ def positions(
         ValueError: a length that does not divide, another layout, a rank that does not exist.
     """
     name = "sgp.parallel.positions"
-    if (rank is None) != (ranks is None):
-        raise ValueError(f"{name}: rank = {rank} and ranks = {ranks}; give both, or a group")
+    if (rank is None) != (ranks is None) or (group is not None and rank is not None):
+        raise ValueError(
+            f"{name}: rank = {rank}, ranks = {ranks}, group = {group}; give rank and ranks, or a "
+            "group"
+        )
     if rank is None or ranks is None:
         pg = process_group(name, group)
         rank, ranks = distributed.get_rank(pg), distributed.get_world_size(pg)

@@ -19,7 +19,7 @@ from sgp.selection import Selection
 Loss = Callable[..., Any]
 
 
-def of_logits(single: Loss, input: DTensor, target: Any, **options: Any) -> Any:  # noqa: A002
+def of_logits(single: Loss, input: Tensor, target: Any, **options: Any) -> Any:  # noqa: A002
     """`single(input, target, **options)` for logits (N, V, ...) or, with a Selection, (..., V).
 
     Raises:
@@ -27,10 +27,12 @@ def of_logits(single: Loss, input: DTensor, target: Any, **options: Any) -> Any:
             be summed.
     """
     name = f"sgp.{single.__name__}"
+    rest = {key: _whole(value) for key, value in options.items()}
+    if not isinstance(input, DTensor):
+        return single(input, _whole(target), **rest)
     dim = input.dim() - 1 if isinstance(target, Selection) or input.dim() == 1 else 1
     at = _mesh_dim(name, "input", input, dim)
     local = input.to_local(grad_placements=input.placements)
-    rest = {key: _whole(value) for key, value in options.items()}
     if at is None:
         result = single(local, _whole(target), **rest)
     else:
@@ -51,45 +53,47 @@ def of_head(
 ) -> Any:
     """`single(input, linear_weight, target, ...)` for a head sharded on its rows.
 
-    Hidden states that are sharded on another dimension of the same mesh (sequence parallelism) are
+    Hidden states that are sharded over the head's dimension of the mesh (sequence parallelism) are
     gathered, and their gradient is reduced and scattered.
 
     Raises:
         ValueError: for a head that is sharded on its columns or waits to be summed; hidden states
-            sharded on their width or on another mesh.
+            sharded on their width, on another mesh, or over another of its dimensions; a bias that
+            is not sharded as the weight is.
     """
     name = f"sgp.{single.__name__}"
     rest = {key: _whole(value) for key, value in options.items()}
     target = _whole(target)
-    if not isinstance(linear_weight, DTensor):
-        local = _gathered(name, input, summed=False)
-        result = single(
-            local, _whole(linear_weight), target, linear_bias=_local(linear_bias), **rest
-        )
+    weight = linear_weight if isinstance(linear_weight, DTensor) else None
+    at = None if weight is None else _mesh_dim(name, "linear_weight", weight, 0)
+    if weight is None or at is None:
+        head = (_local(linear_weight), target)
+        bias = _whole(linear_bias) if linear_bias is not None else None
+        result = single(_gathered(name, input, None), *head, linear_bias=bias, **rest)
         return _replicated(result, input)
-    at = _mesh_dim(name, "linear_weight", linear_weight, 0)
-    weight, bias = _local(linear_weight), _local(linear_bias)
-    if isinstance(input, DTensor) and input.device_mesh != linear_weight.device_mesh:
+    mesh = weight.device_mesh
+    for label, x in (("input", input), ("linear_bias", linear_bias)):
+        if isinstance(x, DTensor) and x.device_mesh != mesh:
+            raise ValueError(
+                f"{name}: {label} is on {x.device_mesh} and linear_weight on {mesh}; expected one "
+                "mesh"
+            )
+    of_bias = None
+    if isinstance(linear_bias, DTensor):
+        of_bias = _mesh_dim(name, "linear_bias", linear_bias, 0)
+    if linear_bias is not None and of_bias != at:
+        shown = getattr(linear_bias, "placements", "a tensor")
         raise ValueError(
-            f"{name}: input is on {input.device_mesh} and linear_weight on "
-            f"{linear_weight.device_mesh}; expected one mesh"
+            f"{name}: linear_weight has placements {weight.placements} and linear_bias is "
+            f"{shown}; shard it alike"
         )
-    if at is None:
-        local = _gathered(name, input, summed=False)
-        return _replicated(single(local, weight, target, linear_bias=bias, **rest), input)
-    if linear_bias is not None and not isinstance(linear_bias, DTensor):
-        raise ValueError(
-            f"{name}: linear_weight is a DTensor {linear_weight.placements} and linear_bias a "
-            "tensor; shard it alike"
-        )
-    split = getattr(parallel, single.__name__)
-    scattered = isinstance(input, DTensor) and any(p.is_shard() for p in input.placements)
-    result = split(
-        _gathered(name, input, summed=scattered),
-        weight,
+    scattered = isinstance(input, DTensor) and not _is_whole(input, at)
+    result = getattr(parallel, single.__name__)(
+        _gathered(name, input, at),
+        _local(linear_weight),
         target,
-        linear_bias=bias,
-        group=linear_weight.device_mesh.get_group(at),
+        linear_bias=_local(linear_bias),
+        group=mesh.get_group(at),
         vocab_size=linear_weight.shape[0],
         sum_input_grad=not scattered,
         **rest,
@@ -97,11 +101,16 @@ def of_head(
     return _replicated(result, input)
 
 
+def _is_whole(x: DTensor, i: int) -> bool:
+    """Whether every rank of mesh dimension i has the same of x."""
+    return x.placements[i].is_replicate() or x.device_mesh.size(i) == 1
+
+
 def _mesh_dim(name: str, label: str, x: DTensor, dim: int) -> int | None:
     """The mesh dimension over which x's dimension `dim` is sharded; None: over none."""
     found = None
     for i, placement in enumerate(x.placements):
-        if placement.is_replicate():
+        if _is_whole(x, i) and not placement.is_partial():
             continue
         if not placement.is_shard(dim % x.dim()) or found is not None:
             raise ValueError(
@@ -114,21 +123,30 @@ def _mesh_dim(name: str, label: str, x: DTensor, dim: int) -> int | None:
     return found
 
 
-def _gathered(name: str, x: Tensor, *, summed: bool) -> Tensor:
-    """Hidden states as this rank's tensor, whole; `summed`: their gradient is a part of a sum."""
+def _gathered(name: str, x: Tensor, at: int | None) -> Tensor:
+    """Hidden states as this rank's tensor, whole.
+
+    Over mesh dimension `at` each rank has a part of the sum that their gradient is, where they are
+    sharded over it; over the others, and without `at`, all ranks have the gradient itself.
+    """
     if not isinstance(x, DTensor):
         return x
-    sharded = [i for i, placement in enumerate(x.placements) if not placement.is_replicate()]
+    sharded = [i for i in range(x.device_mesh.ndim) if not _is_whole(x, i)]
     width = x.dim() - 1
-    if any(not x.placements[i].is_shard() or x.placements[i].is_shard(width) for i in sharded):
+    if any(
+        not x.placements[i].is_shard()
+        or x.placements[i].is_shard(width)
+        or (at is not None and i != at)
+        for i in sharded
+    ):
         raise ValueError(
             f"{name}: input {tuple(x.shape)} has placements {x.placements}; expected Replicate(), "
-            "or Shard of another dimension than the last"
+            "or Shard of another dimension than the last over the ranks that share the vocabulary. "
+            "For a batch sharded over others take .to_local() and a denominator of all ranks "
+            "(sgp.parallel.global_denominator)"
         )
     whole: tuple[Placement, ...] = (Replicate(),) * x.device_mesh.ndim
-    grads = tuple(
-        Partial() if summed and i in sharded else Replicate() for i in range(len(x.placements))
-    )
+    grads = tuple(Partial() if i == at and i in sharded else Replicate() for i in range(len(whole)))
     return x.redistribute(placements=whole).to_local(grad_placements=grads)
 
 

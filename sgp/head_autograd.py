@@ -50,6 +50,10 @@ class HeadOptions(NamedTuple):
         """The same of the backward."""
         return _of(self.shard, head_operators.head_backward, head_operators.backward)
 
+    def named(self, single: str) -> str:
+        """The function that was called, for messages; `single` without a shard."""
+        return single if self.shard is None else self.shard.name
+
     @property
     def is_wide(self) -> bool:
         """Whether gradients wait for the upstream factor in float32: those of float16 matmuls."""
@@ -182,7 +186,7 @@ class HeadScalarLoss(torch.autograd.Function):
         if upstream is None:
             return (None,) * 13
         *gradients, target, of_input, of_weight, of_bias = saved_tensors(
-            ctx, LINEAR_CROSS_ENTROPY, "'mean' or 'sum' loss"
+            ctx, ctx.options.named(LINEAR_CROSS_ENTROPY), "'mean' or 'sum' loss"
         )
         options: HeadOptions = ctx.options
         with torch.no_grad():
@@ -197,7 +201,9 @@ class HeadScalarLoss(torch.autograd.Function):
                 pairs = zip(gradients, ctx.dtypes, strict=True)
                 gradients = [g if dtype is None else g.to(dtype) for g, dtype in pairs]
         anchors = (of_input, of_weight, of_bias, upstream)
-        given = _give(LINEAR_CROSS_ENTROPY, tuple(gradients), options.needs, *anchors)
+        given = _give(
+            options.named(LINEAR_CROSS_ENTROPY), tuple(gradients), options.needs, *anchors
+        )
         return *given, *(None,) * 10
 
 
@@ -261,7 +267,8 @@ class HeadRowLoss(torch.autograd.Function):
                     *o.recipe, o.compute_dtype, o.chunk_rows, *o.needs,
                 )  # fmt: skip
         anchors = (of_input, of_weight, of_bias, upstream)
-        return *_give(LINEAR_CROSS_ENTROPY, gradients, o.needs, *anchors), *(None,) * 9
+        given = _give(o.named(LINEAR_CROSS_ENTROPY), gradients, o.needs, *anchors)
+        return *given, *(None,) * 9
 
 
 class HeadStatistics(torch.autograd.Function):
@@ -309,4 +316,5 @@ class HeadStatistics(torch.autograd.Function):
                 *o.recipe, o.compute_dtype, o.chunk_rows, *o.needs,
             )  # fmt: skip
         anchors = (of_input, of_weight, of_bias, *upstream)
-        return *_give(LINEAR_LOG_PROBS, gradients, o.needs, *anchors), *(None,) * 7
+        given = _give(o.named(LINEAR_LOG_PROBS), gradients, o.needs, *anchors)
+        return *given, *(None,) * 7

@@ -60,6 +60,7 @@ def make_head_problem(
             token_weight=None if dense is None else dense.to(accumulation_dtype(input.dtype)),
             boundaries=target.boundaries,
             num_sequences=target.num_sequences,
+            is_part=target.is_part,
         )
     lead = tuple(input.shape[:-1])
     flat = (torch.Size(lead).numel(),)

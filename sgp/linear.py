@@ -167,7 +167,7 @@ def linear_cross_entropy(
     del options
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
-    if is_dtensor(input, linear_weight, linear_bias):
+    if is_dtensor(input, linear_weight, linear_bias, target):
         return dtensor_module().of_head(  # type: ignore[no-any-return]
             linear_cross_entropy, input, linear_weight, target, linear_bias, weight=weight,
             ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,

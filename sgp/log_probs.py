@@ -64,7 +64,7 @@ def token_log_probs(
 
     Source: the formulas are in `kernels/arithmetic.py`.
     """
-    if is_dtensor(input):
+    if is_dtensor(input, target):
         return dtensor_module().of_logits(  # type: ignore[no-any-return]
             token_log_probs, input, target, ignore_index=ignore_index, temperature=temperature,
             softcap=softcap, logit_scale=logit_scale,
@@ -126,7 +126,7 @@ def linear_token_log_probs(
         ValueError, TypeError, IndexError: as `sgp.linear_cross_entropy`.
         RuntimeError: a second derivative.
     """
-    if is_dtensor(input, linear_weight, linear_bias):
+    if is_dtensor(input, linear_weight, linear_bias, target):
         return dtensor_module().of_head(  # type: ignore[no-any-return]
             linear_token_log_probs, input, linear_weight, target, linear_bias,
             ignore_index=ignore_index, temperature=temperature, softcap=softcap,

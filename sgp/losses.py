@@ -130,7 +130,7 @@ def cross_entropy(
     Source: the formulas and their error are in `kernels/arithmetic.py`; z-loss from Chowdhery et
     al. 2022 (PaLM), softcap from Gemma Team 2024 (Gemma 2), smoothing from Szegedy et al. 2016.
     """
-    if is_dtensor(input):
+    if is_dtensor(input, target):
         return dtensor_module().of_logits(  # type: ignore[no-any-return]
             cross_entropy, input, target, weight=weight, ignore_index=ignore_index,
             reduction=reduction, label_smoothing=label_smoothing, token_weight=token_weight,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from sgp.data_parallel import global_denominator, positions
 from sgp.divisor import scale_of_mean
 from sgp.head_autograd import LinearHead, head_options, linear_head
 from sgp.head_operators import kept_rows
-from sgp.head_problem import check_head, make_head_problem
+from sgp.head_problem import check_head, compute_dtype, make_head_problem
 from sgp.linear import head_loss
 from sgp.log_probs import head_statistics
 from sgp.losses import check_inplace
@@ -56,6 +56,48 @@ def _not_compiled(function: F) -> F:
         return function(*args, **kwargs)
 
     return cast("F", call)
+
+
+@overload
+def cross_entropy(
+    local_logits: Tensor,
+    target: Tensor | Selection,
+    weight: Tensor | None = None,
+    *,
+    group: Group = None,
+    vocab_size: int | None = None,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    token_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    lse_square_scale: float = 0.0,
+    inplace: bool = False,
+    return_stats: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def cross_entropy(
+    local_logits: Tensor,
+    target: Tensor | Selection,
+    weight: Tensor | None = None,
+    *,
+    group: Group = None,
+    vocab_size: int | None = None,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    token_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    lse_square_scale: float = 0.0,
+    inplace: bool = False,
+    return_stats: Literal[True],
+) -> tuple[Tensor, TokenLogProbs]: ...
 
 
 @_not_compiled
@@ -109,7 +151,8 @@ def cross_entropy(
     Raises:
         ValueError, TypeError, IndexError: as `sgp.cross_entropy`; and ValueError on every rank
             where they were not called alike: on a CPU and with SGP_CHECK=1 always, on a GPU in the
-            first call, later the loss is NaN.
+            first call. Later the loss is NaN there, or, where the number of kept rows or an option
+            that changes what is exchanged differs, the exchange fails or times out.
         RuntimeError: no process group; a rank that died or did not answer within the group's
             time-out; `torch.func` transforms. `torch.compile` breaks the graph here.
 
@@ -134,10 +177,62 @@ def cross_entropy(
         problem.input, problem.target, rows, problem.weight, problem.token_weight, call,
         anchor(problem.input),
     )  # fmt: skip
-    loss = reduce_rows(problem, out[0], reduction, scale)
+    loss = shard.checked(reduce_rows(problem, out[0], reduction, scale))
     if not return_stats:
         return loss
     return loss, TokenLogProbs(*(values.view(problem.shape) for values in out[1:5]))
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    local_weight: Tensor,
+    target: Tensor | Selection,
+    *,
+    group: Group = None,
+    vocab_size: int | None = None,
+    sum_input_grad: bool = True,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    token_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    lse_square_scale: float = 0.0,
+    shift: bool = False,
+    chunk_rows: int | None = None,
+    return_stats: Literal[False] = False,
+    options: object = None,
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    local_weight: Tensor,
+    target: Tensor | Selection,
+    *,
+    group: Group = None,
+    vocab_size: int | None = None,
+    sum_input_grad: bool = True,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    token_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    lse_square_scale: float = 0.0,
+    shift: bool = False,
+    chunk_rows: int | None = None,
+    return_stats: Literal[True],
+    options: object = None,
+) -> tuple[Tensor, TokenLogProbs]: ...
 
 
 @_not_compiled
@@ -216,7 +311,10 @@ def linear_cross_entropy(
     )
     _check_weight(name, weight, shard)
     chosen = head_options(problem, head, chunk_rows, need_stats=return_stats, shard=shard)
-    return head_loss(problem, head, scale, chosen, reduction)
+    result = head_loss(problem, head, scale, chosen, reduction)
+    if isinstance(result, Tensor):
+        return shard.checked(result)
+    return shard.checked(result[0]), result[1]
 
 
 @_not_compiled
@@ -403,7 +501,14 @@ def _agree_on_head(
     )
     header = Header(
         call=checksum(
-            name, p.recipe, p.input.dtype, head.weight.dtype, head.bias is None, needs, options
+            name,
+            p.recipe,
+            p.input.dtype,
+            compute_dtype(p.input),
+            head.weight.dtype,
+            head.bias is None,
+            needs,
+            options,
         ),
         columns=head.weight.shape[0],
         vocab_size=_given(name, vocab_size),

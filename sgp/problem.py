@@ -28,6 +28,7 @@ class Problem:
     token_weight: Tensor | None  # (N,)
     boundaries: Tensor | None  # of packed sequences; None: one sequence a row of `shape`
     num_sequences: int
+    is_part: bool = False  # whether sequences were cut, and the rest is elsewhere
 
     @property
     def has_probabilities(self) -> bool:
@@ -160,6 +161,7 @@ def _from_selection(
         token_weight=dense_weight,
         boundaries=selection.boundaries,
         num_sequences=selection.num_sequences,
+        is_part=selection.is_part,
     )
 
 

@@ -54,7 +54,18 @@ def reduce_rows(problem: Problem, rows: Tensor, reduction: str, scale: Tensor | 
     sums = per_sequence(problem, rows)
     if reduction == "sequence_sum":
         return sums
+    check_whole_sequences(problem)
     return sums * reciprocal(per_sequence(problem, _divisors(problem, rows)), rows.dtype)
+
+
+def check_whole_sequences(problem: Problem) -> None:
+    """Raise ValueError for a mean over sequences of which other ranks have a part."""
+    if problem.is_part:
+        raise ValueError(
+            "sgp: reduction='sequence_mean' of a Selection that was cut: this rank does not know "
+            "how many tokens a sequence has elsewhere; add up 'sequence_sum' over the ranks and "
+            "divide by the counts of the whole Selection"
+        )
 
 
 def _divisors(problem: Problem, rows: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from sgp.problem import Problem, check_mean_weights, check_targets, make_problem
 from sgp.recipe import Recipe, accumulation_dtype
-from sgp.reduction import check_reduction
+from sgp.reduction import check_reduction, check_whole_sequences
 from sgp.selection import Selection
 
 
@@ -293,5 +293,6 @@ def _reduce(
     sums = zeros.index_add(0, sequence, rows)
     if reduction == "sequence_sum":
         return sums
+    check_whole_sequences(problem)
     totals = zeros.index_add(0, sequence, divisor)
     return torch.where(totals == 0, 0, sums / torch.where(totals == 0, 1, totals))

@@ -46,6 +46,7 @@ class Selection:
     num_sequences: int
     dense_weight: Tensor | None = None  # (N,) fp32 or fp64
     boundaries: Tensor | None = None  # (S + 1,) or (S + 2,) int64; None: one sequence a row
+    is_part: bool = False  # of sequences that were cut
 
     # -- what users read ------------------------------------------------------------------------
 
@@ -115,8 +116,9 @@ class Selection:
                 `sgp.parallel.positions` makes them. Hidden states are cut alike.
 
         Returns:
-            A Selection of shape (..., n) and as many sequences; those with no token here are empty,
-            and per-sequence losses are the parts that this rank has: add them up over the ranks.
+            A Selection of shape (..., n) and as many sequences; those with no token here are empty.
+            `reduction="sequence_sum"` gives the part that this rank has: add them up over the
+            ranks. "sequence_mean" is refused, for this rank does not know the sequences' lengths.
 
         Raises:
             ValueError: positions that are outside, not ascending, or not (n,).
@@ -139,7 +141,8 @@ class Selection:
             )
 
         def some(values: Tensor) -> Tensor:
-            return values.view(-1, length)[:, places].reshape(-1)
+            rows = values.view(math.prod(self.shape[:-1]), length)
+            return rows[:, places].reshape(-1)
 
         boundaries = self.boundaries
         if boundaries is not None:
@@ -155,6 +158,7 @@ class Selection:
             padded_rows=padded,
             count=torch.tensor(rows.numel(), device="cpu"),
             shape=(*self.shape[:-1], places.numel()),
+            is_part=True,
             dense_weight=None if self.dense_weight is None else some(self.dense_weight),
             boundaries=boundaries,
         )

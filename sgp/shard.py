@@ -4,7 +4,8 @@ Rank order is vocabulary order. Before a loss, every rank sends one `Header` of 
 was called with. On a CPU (and with SGP_CHECK=1) all ranks compare them and raise the same error
 before anything of another size is exchanged, which would end the process or hang. On a GPU they are
 read the first time only, for the sizes of the shards; later ones are compared on the device, and a
-disagreement makes the loss NaN.
+disagreement makes the loss NaN, unless it changes how much is exchanged: then the back end's own
+error or time-out ends it.
 """
 
 from __future__ import annotations
@@ -84,6 +85,10 @@ class Shard(NamedTuple):
     def gather(self, x: Tensor, what: str) -> Tensor:
         """(P, *x.shape): the tensor of every rank, in rank order."""
         return _gather(self.name, self.group, x, what)
+
+    def checked(self, loss: Tensor) -> Tensor:
+        """The loss; NaN where ranks that are compared on the device disagree, also over no row."""
+        return loss if self.agreed is None else torch.where(self.agreed, loss, torch.nan)
 
     def start_sum(self, x: Tensor) -> Any:
         """Begin to sum x over the ranks in place; a handle whose `wait()` ends it, or None."""

@@ -104,6 +104,19 @@ def test_one_process_needs_no_group():
     assert global_denominator([]).item() == 0
 
 
+def without_a_backend(rank, address):
+    """The number, in a group that was made without naming a backend."""
+    distributed.destroy_process_group()
+    distributed.init_process_group(init_method=address, rank=rank, world_size=1)
+    labels = torch.tensor([[-100, 1, 2]])
+    return global_denominator(sgp.Selection.from_labels(labels))
+
+
+def test_a_group_whose_backend_was_not_named(tmp_path):
+    address = (tmp_path / "store").as_uri()
+    assert run_ranks(without_a_backend, 1, tmp_path, address) == [torch.tensor(2.0).double()]
+
+
 def test_labels_are_no_count():
     with pytest.raises(TypeError, match=r"got a Tensor \(1, 3\); expected Selections"):
         global_denominator([torch.tensor([[-100, 1, 2]])])
@@ -155,12 +168,23 @@ def test_a_cut_without_boundaries_keeps_its_sequences():
     assert part.sequence.tolist() == [0, 1]
 
 
+def test_the_mean_of_a_cut_sequence_is_refused():
+    part = sgp.Selection.from_labels(torch.tensor([[1, 2, 3, 4]])).cut(torch.tensor([0, 1]))
+    for loss in (sgp.cross_entropy, sgp.reference.cross_entropy):
+        with pytest.raises(ValueError, match="'sequence_mean' of a Selection that was cut"):
+            loss(torch.randn(1, 2, 5), part, reduction="sequence_mean")
+    with pytest.raises(ValueError, match="'sequence_mean' of a Selection that was cut"):
+        sgp.linear_cross_entropy(
+            torch.randn(1, 2, 3), torch.randn(5, 3), part, reduction="sequence_mean"
+        )
+
+
 def test_positions_are_refused_by_name():
     with pytest.raises(ValueError, match=r"length = 10 is no multiple of 4, the pieces that a zig"):
         positions(10, rank=0, ranks=2, layout="zigzag")
     with pytest.raises(ValueError, match="rank = 2 of 2"):
         positions(4, rank=2, ranks=2)
-    with pytest.raises(ValueError, match="give both, or a group"):
+    with pytest.raises(ValueError, match="give rank and ranks, or a group"):
         positions(4, rank=0)
     with pytest.raises(ValueError, match="layout = 'ring'"):
         positions(4, rank=0, ranks=2, layout="ring")

@@ -145,17 +145,19 @@ def test_forms(tmp_path):
                 assert relative_error(value, exact) <= LIMIT, name
 
 
+def caught(call):
+    """The text of the exception that a call raises."""
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001  (the test looks at it)
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
 def refused(_):
     """The errors of DTensors that are no shard of a vocabulary."""
     hidden, head, labels = make()
     mesh = init_device_mesh("cpu", (2,))
-
-    def caught(call):
-        try:
-            call()
-        except Exception as error:  # noqa: BLE001  (the test looks at it)
-            return f"{type(error).__name__}: {error}"
-        return "nothing was raised"
 
     logits = (hidden @ head.T).flatten(0, 1)
     batch = distribute_tensor(logits, mesh, [Shard(0)])
@@ -185,7 +187,7 @@ def test_other_shards_are_refused(tmp_path):
         assert "expected Shard(1), the vocabulary" in found["batch"]
         assert "placements (Partial(sum),)" in found["waiting"]
         assert "linear_weight (11, 8) has placements (Shard(dim=1),)" in found["narrow"]
-        assert "linear_bias a tensor; shard it alike" in found["bias"]
+        assert "linear_bias is a tensor; shard it alike" in found["bias"]
         assert "or Shard of another dimension than the last" in found["width"]
         assert "disagree on the targets" in found["fsdp"]
         assert "A weight that FSDP shards is no shard of a vocabulary" in found["fsdp"]
@@ -215,6 +217,52 @@ def test_data_and_vocabulary_parallel(tmp_path):
         mine = slice(rank // 2, rank // 2 + 1)
         for value, exact in zip(found, (loss, of_hidden[mine], of_head), strict=True):
             assert relative_error(value, exact) <= LIMIT
+
+
+def other_dimensions(_):
+    """{placements of the hidden states on a 2 x 2 and a 1 x 4 mesh: an error or the gradients}."""
+    hidden, head, labels = make()
+    grid = init_device_mesh("cpu", (2, 2))
+    line = init_device_mesh("cpu", (1, 4))
+    found = {}
+    for name, mesh, placements in (
+        ("sequence", grid, [Replicate(), Shard(1)]),
+        ("whole", grid, [Replicate(), Replicate()]),
+        ("batch", grid, [Shard(0), Replicate()]),
+        ("both", grid, [Shard(0), Shard(1)]),
+        ("of size 1", line, [Shard(0), Shard(1)]),
+    ):
+        x = distribute_tensor(hidden, mesh, placements).requires_grad_()
+        w = distribute_tensor(head, mesh, [Replicate(), Shard(0)]).requires_grad_()
+        text = caught(lambda x=x, w=w: sgp.linear_cross_entropy(x, w, labels).backward())
+        done = x.grad is not None
+        found[name] = (x.grad.full_tensor(), w.grad.full_tensor()) if done else text
+        logits = DTensor.from_local(
+            (hidden @ head.T).flatten(0, 1).tensor_split(4, 1)[distributed.get_rank()],
+            line,
+            [Shard(0), Shard(1)],
+            shape=(B * T, V),
+            stride=(V, 1),
+        )
+    found["logits of size 1"] = sgp.cross_entropy(logits, labels.flatten()).full_tensor()
+    even_head = distribute_tensor(head[:10], grid, [Replicate(), Shard(0)])
+    bias = distribute_tensor(torch.randn(10), grid, [Shard(0), Replicate()])
+    found["bias"] = caught(
+        lambda: sgp.linear_cross_entropy(hidden, even_head, labels.clamp(max=9), linear_bias=bias)
+    )
+    return found
+
+
+def test_other_dimensions_of_a_mesh(tmp_path):
+    loss, *truth = expected()
+    for found in run_ranks(other_dimensions, 4, tmp_path):
+        for name in ("sequence", "whole", "of size 1"):
+            for value, exact in zip(found[name], truth, strict=True):
+                assert relative_error(value, exact) <= LIMIT, name
+        for name in ("batch", "both"):
+            assert "over the ranks that share the vocabulary" in found[name]
+        assert relative_error(found["logits of size 1"], loss) <= LIMIT
+        assert "shard it alike" in found["bias"]
 
 
 def gathering(_):

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgp.shard import is_dtensor
+
 
 @dataclass
 class Request:
@@ -66,6 +68,11 @@ def _forward(self: nn.Linear, hidden: Tensor) -> Tensor:
     request = selective.request if selective is not None else None
     if selective is None or request is None:
         return nn.functional.linear(hidden, self.weight, self.bias)
+    if is_dtensor(self.weight):  # FSDP2's is whole here
+        raise RuntimeError(
+            "sgp.huggingface: the head's weight is a DTensor (tensor parallelism), through whose "
+            "layout only logits go: patch with mode='rows', whose loss takes them"
+        )
     if request.results is not None:
         raise RuntimeError("sgp.huggingface: the head ran twice in one forward pass of the model")
     results = request.compute(
