@@ -24,6 +24,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20)
     steps = parser.parse_args().steps
+    if "RANK" not in os.environ:
+        parser.error("start it with torchrun, as above")
 
     device = torch.device("cpu")
     if torch.cuda.is_available():

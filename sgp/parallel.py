@@ -31,7 +31,7 @@ from sgp.recipe import Recipe
 from sgp.reduction import check_reduction, reduce_rows
 from sgp.reference import TokenLogProbs
 from sgp.selection import Selection
-from sgp.shard import Group, Header, Shard, agree, checksum, process_group
+from sgp.shard import Group, Header, Shard, agree, checksum, is_dtensor, process_group
 from sgp.shard_autograd import Call, ShardLogits
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -143,7 +143,7 @@ def cross_entropy(
         As `sgp.cross_entropy`, the same bits on every rank. The gradient is computed in backward,
         which needs no exchange and reads the kept logits again: `(1 + 2 f) N V_r` elements in all.
 
-    Exchanged: 64 bytes a call, and 16 bytes a kept row (8 more with `return_stats`, 4 more with
+    Exchanged: 88 bytes a call, and 16 bytes a kept row (8 more with `return_stats`, 4 more with
     `label_smoothing`; twice as many for float64), sent by each rank to every other in one
     all-gather. Labels on a GPU cost one wait for the device, which counts them; a Selection costs
     none but that of the first call, which learns the shards' sizes.
@@ -169,7 +169,7 @@ def cross_entropy(
         check_inplace(name, local_logits)
     problem = replace(problem, weight=_any_weight(name, weight, local_logits))
     scale = scale_of_mean(name, problem, denominator) if reduction == "mean" else None
-    options = (reduction, need_grad, inplace, return_stats)
+    options = (reduction, inplace, return_stats)
     shard, rows = _agree_on_logits(name, group, problem, target, vocab_size, scale, options)
     _check_weight(name, weight, shard)
     call = Call(shard, recipe, need_stats=return_stats, of_stats=False, inplace=inplace)
@@ -348,8 +348,7 @@ def token_log_probs(
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
     problem = _logits_problem(name, local_logits, target, None, recipe)
-    need_grad = torch.is_grad_enabled() and local_logits.requires_grad
-    shard, rows = _agree_on_logits(name, group, problem, target, vocab_size, None, (need_grad,))
+    shard, rows = _agree_on_logits(name, group, problem, target, vocab_size, None, ())
     call = Call(shard, recipe, need_stats=True, of_stats=True, inplace=False)
     out: tuple[Tensor, ...] = ShardLogits.apply(  # type: ignore[no-untyped-call]
         problem.input, problem.target, rows, None, None, call, anchor(problem.input)
@@ -417,6 +416,7 @@ def _logits_problem(
     token_weight: Tensor | None,
     recipe: Recipe,
 ) -> Problem:
+    _refuse_dtensors(name, local_logits)
     problem = make_problem(name, local_logits, target, None, token_weight, recipe, part=True)
     if problem.has_probabilities:
         raise TypeError(
@@ -438,6 +438,7 @@ def _head_problem(
     chunk_rows: int | None,
     shift: bool,
 ) -> tuple[Problem, LinearHead]:
+    _refuse_dtensors(name, input, local_weight, linear_bias)
     check_chunk_rows(name, chunk_rows)
     check_head(name, input, local_weight, linear_bias, target, part=True)
     problem = make_head_problem(
@@ -445,6 +446,14 @@ def _head_problem(
     )
     _refuse_transforms(name, input, local_weight, linear_bias)
     return problem, linear_head(local_weight, linear_bias, target, problem)
+
+
+def _refuse_dtensors(name: str, *inputs: Tensor | None) -> None:
+    if is_dtensor(*inputs):
+        raise TypeError(
+            f"{name}: got a DTensor; pass it to {name.replace('.parallel', '')}, which knows its "
+            "group, or pass its .to_local()"
+        )
 
 
 def _refuse_transforms(name: str, *inputs: Tensor | None) -> None:
@@ -470,7 +479,10 @@ def _agree_on_logits(
     else:
         rows, count = kept_rows(p.target, p.recipe.ignore_index)
     header = Header(
-        call=checksum(name, p.recipe, p.input.dtype, options),
+        function=checksum(name),
+        options=checksum(p.recipe, options),
+        dtypes=checksum(p.input.dtype),
+        grads=checksum(torch.is_grad_enabled() and p.input.requires_grad),
         columns=p.input.shape[-1],
         vocab_size=_given(name, vocab_size),
         tokens=p.target.numel(),
@@ -500,16 +512,10 @@ def _agree_on_head(
         grad and x is not None and x.requires_grad for x in (p.input, head.weight, head.bias)
     )
     header = Header(
-        call=checksum(
-            name,
-            p.recipe,
-            p.input.dtype,
-            compute_dtype(p.input),
-            head.weight.dtype,
-            head.bias is None,
-            needs,
-            options,
-        ),
+        function=checksum(name),
+        options=checksum(p.recipe, head.bias is None, options),
+        dtypes=checksum(p.input.dtype, compute_dtype(p.input), head.weight.dtype),
+        grads=checksum(needs),
         columns=head.weight.shape[0],
         vocab_size=_given(name, vocab_size),
         tokens=p.target.numel(),

@@ -80,7 +80,7 @@ class ShardRows:
         targets = self._targets(target, weight, recipe)
         need_stats = out.lse.numel() > 0
         sent = self._record(logits, targets, weight, recipe, need_stats=need_stats)
-        table = self.shard.gather(sent, "row statistics")
+        table = self.shard.gather(sent, "the exchange of row statistics")
         kept = _Targets(*(self._kept(x) for x in targets))
         joined = self._join(table, kept, weight, recipe, need_stats=need_stats)
         r = 1.0 if row_weight is None else self._kept(row_weight)

@@ -1,6 +1,6 @@
 """A vocabulary split over ranks: who holds which columns, and what the ranks tell each other.
 
-Rank order is vocabulary order. Before a loss, every rank sends one `Header` of 64 bytes: what it
+Rank order is vocabulary order. Before a loss, every rank sends one `Header` of 88 bytes: what it
 was called with. On a CPU (and with SGP_CHECK=1) all ranks compare them and raise the same error
 before anything of another size is exchanged, which would end the process or hang. On a GPU they are
 read the first time only, for the sizes of the shards; later ones are compared on the device, and a
@@ -28,7 +28,10 @@ MIX = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, so that every position has another 
 class Header(NamedTuple):
     """What a rank was called with, int64 each; all but `columns` must be the same everywhere."""
 
-    call: int  # checksum of the function and of its options that are no tensors
+    function: int  # checksums
+    options: int
+    dtypes: int
+    grads: int
     columns: int  # of the vocabulary, padding included
     vocab_size: int  # -1: not given
     tokens: int
@@ -37,17 +40,20 @@ class Header(NamedTuple):
 
 
 WHAT = {
-    "call": "the function, its options, the dtypes, or which tensors require grad",
+    "function": "the function",
+    "options": "the options (reduction, smoothing, softcap, shift, chunk_rows and the like)",
+    "dtypes": "the dtypes (autocast's, too)",
+    "grads": "which tensors require grad",
     "vocab_size": "vocab_size",
     "tokens": "the number of tokens",
     "kept": "the number of tokens that carry loss",
     "width": "the width of the hidden states",
-    "targets": "the targets",
+    "targets": "the targets (or on their shift)",
     "weights": "token weights, class weights or the divisor",
 }
-SUMMED = "the gradient of the hidden states"
-HASHED = ("call", "targets", "weights")
-LENGTH = len(Header._fields) + 2  # and the checksums of targets and weights, made on the device
+SUMMED = "the sum of the hidden states' gradient over the ranks"
+NUMBERS = ("vocab_size", "tokens", "kept", "width")
+COLUMNS = Header._fields.index("columns")
 
 _known: WeakKeyDictionary[Any, dict[tuple[int, int], tuple[int, ...]]] = WeakKeyDictionary()
 
@@ -164,7 +170,7 @@ def agree(
     group = process_group(name, group)
     rank = distributed.get_rank(group)
     sent = _on_device(header, targets, weights)
-    table = _gather(name, group, sent, "what the ranks were called with")
+    table = _gather(name, group, sent, "the comparison of the ranks' calls")
     key = (header.columns, header.vocab_size)
     known = _known.setdefault(group, {})
     columns = known.get(key)
@@ -172,18 +178,19 @@ def agree(
     if columns is None or may_wait(targets):
         rows: list[list[int]] = table.tolist()
         _compare(name, rows)
-        columns = tuple(row[1] for row in rows)
+        columns = tuple(row[COLUMNS] for row in rows)
         known[key] = columns
     else:
         expected = torch.stack([sent] * len(columns))
-        expected[:, 1] = torch.stack([torch.full_like(sent[1], c) for c in columns])
+        sizes_known = [torch.full_like(sent[COLUMNS], c) for c in columns]
+        expected[:, COLUMNS] = torch.stack(sizes_known)
         agreed = (table == expected).all()
     sizes = _without_padding(name, columns, header.vocab_size)
     return Shard(name, group, rank, sizes, agreed, sums_input_grad)
 
 
 def _on_device(header: Header, targets: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
-    """The header and the checksums (8,) int64 on the targets' device, without waiting for it."""
+    """The header and two checksums (11,) int64 on the targets' device, without waiting for it."""
     numbers = torch.tensor(header, device="cpu")
     if targets.is_cuda:
         numbers = numbers.pin_memory().to(targets.device, non_blocking=True)
@@ -208,12 +215,15 @@ def _compare(name: str, rows: list[list[int]]) -> None:
         values = [row[i] for row in rows]
         if field == "columns" or len(set(values)) == 1:
             continue
-        shown = "" if field in HASHED else f": by rank {values}"
+        shown = f": by rank {values}" if field in NUMBERS else ""
+        fsdp = (
+            " (A weight that FSDP shards is no shard of a vocabulary: use it in its module's "
+            "forward, as sgp.huggingface.patch does)"
+        )
         raise ValueError(
             f"{name}: the ranks disagree on {WHAT[field]}{shown}; every rank of the group passes "
-            "the same tokens, targets and options, and its own columns of the vocabulary. (A "
-            "weight that FSDP shards is no shard of a vocabulary: use it in its module's forward, "
-            "as sgp.huggingface.patch does)"
+            "the same tokens, targets and options, and its own columns of the vocabulary"
+            + (fsdp if field in ("tokens", "kept", "targets", "weights") else "")
         )
 
 
@@ -230,9 +240,15 @@ def _without_padding(name: str, columns: Sequence[int], vocab_size: int) -> tupl
     if vocab_size < 0:
         return tuple(columns)
     sizes, left = [], vocab_size
-    for count in columns:
+    for rank, count in enumerate(columns):
         sizes.append(min(count, left))
         left -= sizes[-1]
+        if count and not sizes[-1]:
+            raise ValueError(
+                f"{name}: vocab_size = {vocab_size} leaves rank {rank} nothing but padding; the "
+                f"ranks hold {list(columns)} columns. Does every rank pass the whole head, and not "
+                "its own part?"
+            )
     return tuple(sizes)
 
 
@@ -252,6 +268,6 @@ def _gather(name: str, group: Any, x: Tensor, what: str) -> Tensor:
 
 def _failed(name: str, what: str, error: RuntimeError) -> RuntimeError:
     return RuntimeError(
-        f"{name}: the exchange of {what} among the ranks failed; a rank died, was not called, or "
-        f"was called otherwise ({error})"
+        f"{name}: {what} failed: a rank died, did not make this call, or raised an error before it "
+        f"({error})"
     )

@@ -178,6 +178,7 @@ def refused(_):
                 distribute_tensor(hidden, mesh, [Shard(2)]), weight, labels
             )
         ),
+        "by hand": caught(lambda: sgp.parallel.linear_cross_entropy(hidden, weight, labels)),
         "fsdp": caught(lambda: sgp.linear_cross_entropy(hidden, weight, tokens)),
     }
 
@@ -189,6 +190,7 @@ def test_other_shards_are_refused(tmp_path):
         assert "linear_weight (11, 8) has placements (Shard(dim=1),)" in found["narrow"]
         assert "linear_bias is a tensor; shard it alike" in found["bias"]
         assert "or Shard of another dimension than the last" in found["width"]
+        assert "pass it to sgp.linear_cross_entropy" in found["by hand"]
         assert "disagree on the targets" in found["fsdp"]
         assert "A weight that FSDP shards is no shard of a vocabulary" in found["fsdp"]
 

@@ -6,12 +6,15 @@ import socket
 import pytest
 import torch
 from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from sgp.huggingface import patch
 from tests.families import make, make_batch
+from tests.ranks import run_ranks
 
 WORLD = 2
 CASES = [(mode, first) for mode in ("rows", "fused") for first in (True, False)]
@@ -89,3 +92,36 @@ def test_two_processes(way, tmp_path):
             for name, p in model.named_parameters():
                 error = (gradients[name] - p.grad).abs().max() / p.grad.abs().max()
                 assert error <= 2e-5, (mode, first, name)
+
+
+def split_head(_):
+    """A head split by columns that leaves its logits so: the loss by rows, the refusal of fused."""
+    layout = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+    found = {}
+    for mode in ("rows", "fused"):
+        model, batch = make("llama"), make_batch(B=2)
+        patch(model, mode=mode)
+        parallelize_module(model, init_device_mesh("cpu", (2,)), {"lm_head": layout})
+        try:
+            loss = model(**batch).loss
+            loss.backward()
+        except RuntimeError as error:
+            found[mode] = str(error)
+        else:
+            gradient = model.model.layers[0].self_attn.q_proj.weight.grad
+            found[mode] = (whole(loss.detach()), gradient, whole(model.lm_head.weight.grad))
+    return found
+
+
+def test_tensor_parallelism_of_the_head_takes_rows(tmp_path):
+    model, batch = make("llama"), make_batch(B=2)
+    loss = model(**batch).loss
+    loss.backward()
+    q = model.model.layers[0].self_attn.q_proj.weight
+    for found in run_ranks(split_head, 2, tmp_path):
+        for value, exact in zip(
+            found["rows"], (loss, q.grad, model.lm_head.weight.grad), strict=True
+        ):
+            assert (value - exact).abs().max() <= 2e-5 * exact.abs().max()
+        assert "tensor parallelism" in found["fused"]
+        assert "patch with mode='rows'" in found["fused"]

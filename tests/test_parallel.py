@@ -302,7 +302,7 @@ def exchanged(_, columns):
 
 
 def test_bytes_exchanged_are_counted_and_independent_of_the_vocabulary(tmp_path):
-    header, row, width = ("gather", 64), 16, 4 * D
+    header, row, width = ("gather", 88), 16, 4 * D
     expected = {
         "logits": [header, ("gather", 6 * row)],
         "smoothed": [header, ("gather", 6 * (row + 4))],
@@ -428,8 +428,13 @@ def disagree(rank):
         ),
         "length of weight": caught(lambda: parallel.cross_entropy(*same, torch.ones(8))),
         "vocab_size": caught(lambda: parallel.cross_entropy(*same, vocab_size=17)),
+        "the whole head": caught(
+            lambda: parallel.linear_cross_entropy(hidden, head.detach(), same[1], vocab_size=8)
+        ),
         "a target": caught(lambda: parallel.cross_entropy(same[0], same[1] + 12)),
-        "a padded target": caught(lambda: parallel.cross_entropy(*same, vocab_size=5)),
+        "a padded target": caught(
+            lambda: parallel.cross_entropy(same[0], same[1] + 8, vocab_size=13)
+        ),
         "probabilities": caught(lambda: parallel.cross_entropy(same[0], same[0].softmax(1))),
         "autocast": caught(lambda: under_autocast(rank, hidden, head.detach(), same[1])),
         "functions": caught(
@@ -452,19 +457,20 @@ def test_ranks_that_disagree_all_raise_the_same_error(tmp_path):
         "tokens": "ranks disagree on the number of tokens: by rank [6, 7]",
         "kept": "ranks disagree on the number of tokens that carry loss: by rank [5, 6]",
         "targets": "ranks disagree on the targets",
-        "options": "ranks disagree on the function, its options",
-        "dtype": "ranks disagree on the function, its options, the dtypes",
-        "grad": "or which tensors require grad",
+        "options": "ranks disagree on the options (reduction, smoothing",
+        "dtype": "ranks disagree on the dtypes",
+        "grad": "ranks disagree on which tensors require grad",
         "width": "ranks disagree on the width of the hidden states: by rank [4, 3]",
         "denominator": "ranks disagree on token weights, class weights or the divisor",
         "class weights": "ranks disagree on token weights, class weights or the divisor",
         "length of weight": "weight is (8,); expected (16,)",
         "vocab_size": "vocab_size = 17, but the ranks hold 16 columns, by rank [8, 8]",
+        "the whole head": "vocab_size = 8 leaves rank 1 nothing but padding",
         "a target": "target[4] = 16 is outside [0, 16)",
-        "a padded target": "target[5] = 5 is outside [0, 5)",
+        "a padded target": "target[5] = 13 is outside [0, 13)",
         "probabilities": "class probabilities over a split vocabulary are not supported",
-        "autocast": "ranks disagree on the function, its options, the dtypes",
-        "functions": "ranks disagree on the function",
+        "autocast": "ranks disagree on the dtypes (autocast's, too)",
+        "functions": "ranks disagree on the function;",
         "afterwards": "nothing was raised",
     }.items():
         assert text in first[what], what
@@ -483,8 +489,8 @@ def die(rank, how):
 def test_a_rank_that_is_missing_is_an_error_within_the_time_out(how, tmp_path):
     results = run_ranks(die, 3, tmp_path, how, seconds=5)
     for rank in (0, 2):
-        assert "RuntimeError: sgp.parallel.cross_entropy: the exchange of" in results[rank]
-        assert "a rank died, was not called, or was called otherwise" in results[rank]
+        assert "RuntimeError: sgp.parallel.cross_entropy: the comparison of" in results[rank]
+        assert "a rank died, did not make this call, or raised an error" in results[rank]
 
 
 def test_without_a_process_group():

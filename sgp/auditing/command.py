@@ -144,6 +144,8 @@ def _samples(path: Path, tokenizer: Any) -> Iterator[tuple[int, dict[str, Any]]]
                     yield number, _sample(json.loads(line), tokenizer)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: {error}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{number}: no JSON: {error.msg}, column {error.colno}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}:{number}: {error}") from error
 
