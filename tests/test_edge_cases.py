@@ -259,7 +259,7 @@ def test_row_05_bad_target_is_nan_where_a_check_would_wait(
     options, bad, reduction, device, monkeypatch
 ):
     """As on a GPU: memory safe (the bounds check is on), never a silent number or a silent zero."""
-    monkeypatch.setattr(problem, "_may_wait", lambda _: False)
+    monkeypatch.setattr(problem, "may_wait", lambda _: False)
     keywords = {}
     if options == "all":
         keywords = {
@@ -597,7 +597,7 @@ class NoWaiting(TorchDispatchMode):
     ],
 )
 def test_row_17_loss_and_backward_do_not_wait(form, reduction, dtype, inplace, monkeypatch):
-    monkeypatch.setattr(problem, "_may_wait", lambda _: False)  # as for a CUDA tensor
+    monkeypatch.setattr(problem, "may_wait", lambda _: False)  # as for a CUDA tensor
     logits = torch.randn(4, 9).to(dtype).requires_grad_()
     labels = torch.tensor([[0, IGNORE], [8, 3]])
     options = {"reduction": reduction, "label_smoothing": 0.1, "return_stats": True}

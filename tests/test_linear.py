@@ -487,7 +487,7 @@ def test_target_outside_is_nan_where_a_check_would_wait(
     reduction, backend, tensors, target, monkeypatch
 ):
     """As on a GPU: memory safe (the bounds check is on), never a silent number or a silent zero."""
-    monkeypatch.setattr(problem, "_may_wait", lambda _: False)
+    monkeypatch.setattr(problem, "may_wait", lambda _: False)
     target[2] = V
     loss, *gradients = ours_of(tensors, target, reduction=reduction, chunk_rows=2)
     assert loss.flatten()[2 if reduction == "none" else 0].isnan()
@@ -976,7 +976,7 @@ def test_nothing_is_waited_for_but_the_number_of_labels(reduction, dtype, form, 
     """
     monkeypatch.setenv("SGP_BACKEND", "triton")
     monkeypatch.setattr("sgp.row_triton.launch.Call.launch", lambda _: None)
-    monkeypatch.setattr(problem, "_may_wait", lambda _: False)
+    monkeypatch.setattr(problem, "may_wait", lambda _: False)
     hidden = torch.randn(2, 8, D).to(dtype)[:, 1:].requires_grad_()  # rows with gaps
     head = torch.randn(V, D).to(dtype).requires_grad_()
     y = torch.randint(V, (2, 7))

@@ -865,7 +865,7 @@ def test_target_out_of_range_raises(wanted, bad, linear, backend):
 @pytest.mark.parametrize("bad", [-1, 9, 2**32 + 1])
 def test_target_out_of_range_is_nan_where_a_check_would_wait(bad, linear, backend, monkeypatch):
     """As on a GPU: never a silent number; other rows are untouched."""
-    monkeypatch.setattr("sgp.problem._may_wait", lambda _: False)
+    monkeypatch.setattr("sgp.problem.may_wait", lambda _: False)
     tensors, target = problem(linear, 3, 9)
     target[2] = bad
     upstream = {"log_prob": torch.ones(3)}
