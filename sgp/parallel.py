@@ -16,23 +16,27 @@ from typing import Any, Literal, TypeVar, cast, overload
 import torch
 from torch import Tensor
 
-from sgp.autograd import anchor, refuse_forward_mode
-from sgp.chunks import check_chunk_rows
+from sgp.autograd import anchor
 from sgp.data_parallel import global_denominator, positions
 from sgp.divisor import scale_of_mean
-from sgp.head_autograd import LinearHead, head_options, linear_head
-from sgp.head_operators import kept_rows
-from sgp.head_problem import check_head, compute_dtype, make_head_problem
+from sgp.head_autograd import head_options
 from sgp.linear import head_loss
 from sgp.log_probs import head_statistics
 from sgp.losses import check_inplace
-from sgp.problem import Problem, check_targets, class_weight, make_problem
 from sgp.recipe import Recipe
 from sgp.reduction import check_reduction, reduce_rows
 from sgp.reference import TokenLogProbs
 from sgp.selection import Selection
-from sgp.shard import Group, Header, Shard, agree, checksum, is_dtensor, process_group
+from sgp.shard import Group
 from sgp.shard_autograd import Call, ShardLogits
+from sgp.shard_problem import (
+    agree_on_head,
+    agree_on_logits,
+    check_weight_length,
+    head_problem,
+    logits_problem,
+    weight_of_any_length,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -163,15 +167,15 @@ def cross_entropy(
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
     check_reduction(name, reduction, denominator)
-    problem = _logits_problem(name, local_logits, target, token_weight, recipe)
+    problem = logits_problem(name, local_logits, target, token_weight, recipe)
     need_grad = torch.is_grad_enabled() and local_logits.requires_grad
     if inplace and need_grad:
         check_inplace(name, local_logits)
-    problem = replace(problem, weight=_any_weight(name, weight, local_logits))
+    problem = replace(problem, weight=weight_of_any_length(name, weight, local_logits))
     scale = scale_of_mean(name, problem, denominator) if reduction == "mean" else None
     options = (reduction, inplace, return_stats)
-    shard, rows = _agree_on_logits(name, group, problem, target, vocab_size, scale, options)
-    _check_weight(name, weight, shard)
+    shard, rows = agree_on_logits(name, group, problem, target, vocab_size, scale, options)
+    check_weight_length(name, weight, shard)
     call = Call(shard, recipe, need_stats=return_stats, of_stats=False, inplace=inplace)
     out: tuple[Tensor, ...] = ShardLogits.apply(  # type: ignore[no-untyped-call]
         problem.input, problem.target, rows, problem.weight, problem.token_weight, call,
@@ -300,16 +304,16 @@ def linear_cross_entropy(
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
     check_reduction(name, reduction, denominator)
-    problem, head = _head_problem(
+    problem, head = head_problem(
         name, input, local_weight, linear_bias, target, token_weight, recipe, chunk_rows, shift
     )
-    problem = replace(problem, weight=_any_weight(name, weight, input))
+    problem = replace(problem, weight=weight_of_any_length(name, weight, input))
     scale = scale_of_mean(name, problem, denominator) if reduction == "mean" else None
     asked = (reduction, return_stats, chunk_rows, sum_input_grad)
-    shard, head = _agree_on_head(
+    shard, head = agree_on_head(
         name, group, problem, head, vocab_size, scale, asked, sums_input_grad=sum_input_grad
     )
-    _check_weight(name, weight, shard)
+    check_weight_length(name, weight, shard)
     chosen = head_options(problem, head, chunk_rows, need_stats=return_stats, shard=shard)
     result = head_loss(problem, head, scale, chosen, reduction)
     if isinstance(result, Tensor):
@@ -347,8 +351,8 @@ def token_log_probs(
     name = "sgp.parallel.token_log_probs"
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
-    problem = _logits_problem(name, local_logits, target, None, recipe)
-    shard, rows = _agree_on_logits(name, group, problem, target, vocab_size, None, ())
+    problem = logits_problem(name, local_logits, target, None, recipe)
+    shard, rows = agree_on_logits(name, group, problem, target, vocab_size, None, ())
     call = Call(shard, recipe, need_stats=True, of_stats=True, inplace=False)
     out: tuple[Tensor, ...] = ShardLogits.apply(  # type: ignore[no-untyped-call]
         problem.input, problem.target, rows, None, None, call, anchor(problem.input)
@@ -395,161 +399,12 @@ def linear_token_log_probs(
     name = "sgp.parallel.linear_token_log_probs"
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
-    problem, head = _head_problem(
+    problem, head = head_problem(
         name, input, local_weight, linear_bias, target, None, recipe, chunk_rows, shift
     )
     asked = (chunk_rows, sum_input_grad)
-    shard, head = _agree_on_head(
+    shard, head = agree_on_head(
         name, group, problem, head, vocab_size, None, asked, sums_input_grad=sum_input_grad
     )
     chosen = head_options(problem, head, chunk_rows, need_stats=True, shard=shard)
     return head_statistics(problem, head, chosen)
-
-
-# -- from arguments to a problem on which the ranks agree ------------------------------------------
-
-
-def _logits_problem(
-    name: str,
-    local_logits: Tensor,
-    target: Tensor | Selection,
-    token_weight: Tensor | None,
-    recipe: Recipe,
-) -> Problem:
-    _refuse_dtensors(name, local_logits)
-    problem = make_problem(name, local_logits, target, None, token_weight, recipe, part=True)
-    if problem.has_probabilities:
-        raise TypeError(
-            f"{name}: target is {problem.target.dtype}; expected class indices: class "
-            "probabilities over a split vocabulary are not supported"
-        )
-    _refuse_transforms(name, local_logits)
-    return problem
-
-
-def _head_problem(
-    name: str,
-    input: Tensor,  # noqa: A002
-    local_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor | Selection,
-    token_weight: Tensor | None,
-    recipe: Recipe,
-    chunk_rows: int | None,
-    shift: bool,
-) -> tuple[Problem, LinearHead]:
-    _refuse_dtensors(name, input, local_weight, linear_bias)
-    check_chunk_rows(name, chunk_rows)
-    check_head(name, input, local_weight, linear_bias, target, part=True)
-    problem = make_head_problem(
-        name, input, local_weight, target, None, token_weight, recipe, shift=shift
-    )
-    _refuse_transforms(name, input, local_weight, linear_bias)
-    return problem, linear_head(local_weight, linear_bias, target, problem)
-
-
-def _refuse_dtensors(name: str, *inputs: Tensor | None) -> None:
-    if is_dtensor(*inputs):
-        raise TypeError(
-            f"{name}: got a DTensor; pass it to {name.replace('.parallel', '')}, which knows its "
-            "group, or pass its .to_local()"
-        )
-
-
-def _refuse_transforms(name: str, *inputs: Tensor | None) -> None:
-    refuse_forward_mode(name, *inputs)
-    if torch._C._are_functorch_transforms_active():  # noqa: SLF001  (no public name)
-        raise RuntimeError(f"{name}: ranks exchange numbers, which torch.func transforms cannot do")
-
-
-def _agree_on_logits(
-    name: str,
-    group: Group,
-    problem: Problem,
-    target: Tensor | Selection,
-    vocab_size: int | None,
-    scale: Tensor | None,
-    options: tuple[object, ...],
-) -> tuple[Shard, Tensor]:
-    """The shard, and the kept rows (M,)."""
-    p = problem
-    group = process_group(name, group)
-    if isinstance(target, Selection):
-        rows, count = target.padded_rows, target.count
-    else:
-        rows, count = kept_rows(p.target, p.recipe.ignore_index)
-    header = Header(
-        function=checksum(name),
-        options=checksum(p.recipe, options),
-        dtypes=checksum(p.input.dtype),
-        grads=checksum(torch.is_grad_enabled() and p.input.requires_grad),
-        columns=p.input.shape[-1],
-        vocab_size=_given(name, vocab_size),
-        tokens=p.target.numel(),
-        kept=int(count),
-        width=0,
-    )
-    shard = agree(name, group, header, p.target, (p.token_weight, p.weight, scale))
-    check_targets(name, p.target, shard.V, p.recipe.ignore_index)
-    return shard, rows[: int(count)]
-
-
-def _agree_on_head(
-    name: str,
-    group: Group,
-    problem: Problem,
-    head: LinearHead,
-    vocab_size: int | None,
-    scale: Tensor | None,
-    options: tuple[object, ...],
-    *,
-    sums_input_grad: bool,
-) -> tuple[Shard, LinearHead]:
-    """The shard, and the head without rows of padding."""
-    p = problem
-    grad = torch.is_grad_enabled()
-    needs = tuple(
-        grad and x is not None and x.requires_grad for x in (p.input, head.weight, head.bias)
-    )
-    header = Header(
-        function=checksum(name),
-        options=checksum(p.recipe, head.bias is None, options),
-        dtypes=checksum(p.input.dtype, compute_dtype(p.input), head.weight.dtype),
-        grads=checksum(needs),
-        columns=head.weight.shape[0],
-        vocab_size=_given(name, vocab_size),
-        tokens=p.target.numel(),
-        kept=int(head.num_kept),
-        width=head.weight.shape[1],
-    )
-    weights = (p.token_weight, p.weight, scale)
-    shard = agree(name, group, header, p.target, weights, sums_input_grad=sums_input_grad)
-    if shard.size < head.weight.shape[0]:
-        bias = None if head.bias is None else head.bias[: shard.size]
-        head = head._replace(weight=head.weight[: shard.size], bias=bias)
-    return shard, head
-
-
-def _given(name: str, vocab_size: int | None) -> int:
-    if vocab_size is None:
-        return -1
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
-        raise ValueError(f"{name}: vocab_size = {vocab_size!r}; expected a number of at least 1")
-    return vocab_size
-
-
-def _any_weight(name: str, weight: Tensor | None, like: Tensor) -> Tensor | None:
-    """Class weights whose length is not known to be right yet."""
-    if weight is None:
-        return None
-    return class_weight(name, weight, like, weight.numel())
-
-
-def _check_weight(name: str, weight: Tensor | None, shard: Shard) -> None:
-    """Refuse class weights that are not of the whole vocabulary."""
-    if weight is not None and weight.numel() != shard.V:
-        raise ValueError(
-            f"{name}: weight is {tuple(weight.shape)}; expected ({shard.V},), one a class of the "
-            f"whole vocabulary, of which the ranks hold {list(shard.sizes)}; if the last columns "
-            "are padding, pass vocab_size"
-        )
