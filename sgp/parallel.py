@@ -271,7 +271,7 @@ def linear_cross_entropy(
         ...     hidden, local_head, labels, shift=True)
 
     Args:
-        input: hidden states (..., D), the same on every rank.
+        input: hidden states (..., D), the same on every rank (they are not compared).
         local_weight: this rank's rows of the head (V_r, D), in rank order; maybe uneven or none.
         target: class indices in [0, V), or a Selection; the same on every rank.
         group, vocab_size: as in `cross_entropy`; rows of padding get a gradient of zero.

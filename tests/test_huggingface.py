@@ -514,3 +514,12 @@ def test_models_of_another_kind_are_refused():
         patch(AutoModelForCausalLM.from_config(transformers.LlamaConfig(num_hidden_layers=1)))
     with pytest.raises(ValueError, match="mode = 'all'; expected one of"):
         patch(make("llama"), mode="all")
+
+
+@pytest.mark.parametrize("mode", ["rows", "fused"])
+def test_labels_of_another_length_are_refused_by_shape(mode):
+    model, batch = make("llama"), make_batch()
+    patch(model, mode=mode)
+    batch["labels"] = batch["labels"][:, :-1]
+    with pytest.raises(ValueError, match=r"labels are \(\d, \d+\) and input_ids \(\d, \d+\)"):
+        model(**batch)

@@ -387,7 +387,13 @@ def _target(
         return selection
     if kwargs.get("shift_labels") is not None:
         return kwargs["shift_labels"]  # type: ignore[no-any-return]
-    return next_tokens(kwargs["labels"], ignore_index)
+    labels, ids = kwargs["labels"], kwargs.get("input_ids")
+    if ids is not None and labels.numel() != ids.numel():
+        raise ValueError(
+            f"{NAME}: labels are {tuple(labels.shape)} and input_ids {tuple(ids.shape)}; expected "
+            "a label for each token (the loss shifts them)"
+        )
+    return next_tokens(labels, ignore_index)
 
 
 def _kept_rows(target: Tensor | Selection, ignore_index: int) -> dict[str, Tensor | None]:
