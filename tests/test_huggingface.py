@@ -521,5 +521,5 @@ def test_labels_of_another_length_are_refused_by_shape(mode):
     model, batch = make("llama"), make_batch()
     patch(model, mode=mode)
     batch["labels"] = batch["labels"][:, :-1]
-    with pytest.raises(ValueError, match=r"labels are \(\d, \d+\) and input_ids \(\d, \d+\)"):
+    with pytest.raises(ValueError, match=r"labels have the shape \(\d, \d+\) and input_ids \("):
         model(**batch)

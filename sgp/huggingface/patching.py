@@ -390,8 +390,8 @@ def _target(
     labels, ids = kwargs["labels"], kwargs.get("input_ids")
     if ids is not None and labels.numel() != ids.numel():
         raise ValueError(
-            f"{NAME}: labels are {tuple(labels.shape)} and input_ids {tuple(ids.shape)}; expected "
-            "a label for each token (the loss shifts them)"
+            f"{NAME}: labels have the shape {tuple(labels.shape)} and input_ids "
+            f"{tuple(ids.shape)}; expected a label for each token (the loss shifts them)"
         )
     return next_tokens(labels, ignore_index)
 
