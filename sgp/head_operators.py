@@ -17,6 +17,7 @@ from sgp.head import Head, Needs
 from sgp.problem import check_targets
 from sgp.recipe import Recipe
 from sgp.row_torch import Upstream, new_outputs
+from sgp.selection import padded_rows
 from sgp.shard import Shard
 
 RowsAndGradients = tuple[
@@ -35,10 +36,7 @@ def kept_rows(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
 
     On a GPU this waits for the device, once: the number decides how much work there is.
     """
-    rows = (target != ignore_index).nonzero().squeeze(1)
-    padded = target.new_zeros(target.shape)
-    padded[: rows.numel()] = rows
-    return padded, torch.tensor(rows.numel(), device="cpu")
+    return padded_rows(target, ignore_index)
 
 
 @kept_rows.register_fake

@@ -149,14 +149,12 @@ class Selection:
             rest = torch.searchsorted(places, boundaries % length)
             boundaries = boundaries // length * places.numel() + rest
         target = some(self.dense_target)
-        rows = (target != IGNORE).nonzero().squeeze(1)
-        padded = target.new_zeros(target.shape)
-        padded[: rows.numel()] = rows
+        rows, count = padded_rows(target, IGNORE)
         return replace(
             self,
             dense_target=target,
-            padded_rows=padded,
-            count=torch.tensor(rows.numel(), device="cpu"),
+            padded_rows=rows,
+            count=count,
             shape=(*self.shape[:-1], places.numel()),
             is_part=True,
             dense_weight=None if self.dense_weight is None else some(self.dense_weight),
@@ -259,13 +257,11 @@ class Selection:
                 ends = boundaries[1:] - 1
                 target[ends[ends >= 0]] = IGNORE
             weight = None if weight is None else weight.roll(-1)
-        rows = (target != IGNORE).nonzero().squeeze(1)
-        padded = target.new_zeros(target.shape)
-        padded[: rows.numel()] = rows
+        rows, count = padded_rows(target, IGNORE)
         return cls(
             dense_target=target,
-            padded_rows=padded,
-            count=torch.tensor(rows.numel(), device="cpu"),
+            padded_rows=rows,
+            count=count,
             shape=tuple(labels.shape),
             num_sequences=num_sequences,
             dense_weight=weight,
@@ -375,6 +371,19 @@ class Selection:
         return cls._make(
             name, "input_ids", input_ids, shift=shift, cu_seqlens=cu_seqlens, mask=mask.bool()
         )
+
+
+def padded_rows(target: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
+    """(rows of the target (N,) that are not ignored, padded to N; their number () on the CPU).
+
+    Example:
+        >>> padded_rows(torch.tensor([-100, 7, 8]), -100)
+        (tensor([1, 2, 0]), tensor(2))
+    """
+    rows = (target != ignore).nonzero().squeeze(1)
+    padded = target.new_zeros(target.shape)
+    padded[: rows.numel()] = rows
+    return padded, torch.tensor(rows.numel(), device="cpu")
 
 
 def shifted(target: Tensor, length: int, ignore: int) -> Tensor:

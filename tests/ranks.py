@@ -45,3 +45,12 @@ def _start(rank, address, world, folder, seconds, function, arguments):
     torch.save(found, folder / f"{rank}.pt")
     # A worker that leaves takes its connections along: the others get an error, not a time-out.
     os._exit(0)
+
+
+def caught(call):
+    """The text of the exception that a call raises."""
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001  (the test looks at it)
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"

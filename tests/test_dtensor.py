@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import sgp
 from sgp.tolerance import relative_error
-from tests.ranks import run_ranks
+from tests.ranks import caught, run_ranks
 
 B, T, D, V = 2, 6, 8, 11  # 11 classes on 2 ranks: 6 and 5; on 4 with chunks of 3: 3, 3, 3, 2
 LIMIT = 1e-5
@@ -143,15 +143,6 @@ def test_forms(tmp_path):
         for name, values in found.items():
             for value, exact in zip(values, truth, strict=True):
                 assert relative_error(value, exact) <= LIMIT, name
-
-
-def caught(call):
-    """The text of the exception that a call raises."""
-    try:
-        call()
-    except Exception as error:  # noqa: BLE001  (the test looks at it)
-        return f"{type(error).__name__}: {error}"
-    return "nothing was raised"
 
 
 def refused(_):

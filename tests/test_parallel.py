@@ -10,7 +10,7 @@ from torch import distributed
 import sgp
 from bench.interpreter import watch_accesses
 from sgp.tolerance import bound, relative_error
-from tests.ranks import run_ranks
+from tests.ranks import caught, run_ranks
 from tests.split_cases import ALL, Case, D, Part, V, cases, even, flat, make, own_part, run, uneven
 
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-13}
@@ -390,15 +390,6 @@ def test_compiled_code_breaks_its_graph_and_is_right(tmp_path):
 
 
 # -- when ranks disagree or die --------------------------------------------------------------------
-
-
-def caught(call):
-    """The text of the exception that a call raises."""
-    try:
-        call()
-    except Exception as error:  # noqa: BLE001  (the test looks at it)
-        return f"{type(error).__name__}: {error}"
-    return "nothing was raised"
 
 
 def disagree(rank):
