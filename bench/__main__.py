@@ -14,7 +14,7 @@ COMMANDS = {
     "context": "time and memory of the gradient through the context, three modes",
     "recall": "what is lost when the context is held constant: a toy task, trained twice",
     "sft": "TRL's SFTTrainer and sgp's: the same steps, losses and time",
-    "forms": "resident rows against streaming and a copy, timed on a GPU",
+    "gpu": "seven minutes of a GPU: checks, row kernels, whole calls, a model, beside others",
     "predict": "milliseconds on paper, from bytes, FLOPs and a data sheet",
     "report": "the README's tables and the pictures, from the results files",
 }
