@@ -73,10 +73,9 @@ def continued(path: Path, head: dict[str, Any]) -> list[str]:
 
 
 def forget(path: Path, phase: str) -> None:
-    """Take the records of an earlier attempt out of the file."""
-    kept = [
-        line for line in path.read_text().splitlines() if json.loads(line).get("phase") != phase
-    ]
+    """Take the records of an earlier attempt out of the file, and a line that was cut off."""
+    whole = gpu_tables.whole_lines(path)
+    kept = [line for line in whole if json.loads(line).get("phase") != phase]
     files.replace(path, "".join(f"{line}\n" for line in kept))
 
 

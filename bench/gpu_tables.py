@@ -27,13 +27,17 @@ class Table(NamedTuple):
 
 
 def load(path: Path) -> tuple[Record, list[Record]]:
-    """The header and the records of a file; a last line that was cut off is left out."""
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1].splitlines()
-    head, *records = (json.loads(line) for line in whole)
+    """The header and the records of a file."""
+    head, *records = map(json.loads, whole_lines(path))
     if "phase" in head or any("phase" not in r for r in records):
         raise ValueError("its first line is no header, or another line no record")
     return head, records
+
+
+def whole_lines(path: Path) -> list[str]:
+    """Without a last one that was cut off."""
+    text = path.read_text()
+    return text[: text.rfind("\n") + 1].splitlines()
 
 
 def newest(folder: Path = RESULTS) -> list[tuple[Path, Record, list[Record]]]:

@@ -60,7 +60,9 @@ def unwritten_is_nan() -> Iterator[None]:
         ...     torch.empty(1)
         tensor([nan])
     """
-    mode, fills = torch.get_deterministic_debug_mode(), deterministic.fill_uninitialized_memory
+    mode = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = deterministic.fill_uninitialized_memory
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of operators that have no deterministic form
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -68,7 +70,7 @@ def unwritten_is_nan() -> Iterator[None]:
         try:
             yield
         finally:
-            torch.set_deterministic_debug_mode(mode)
+            torch.use_deterministic_algorithms(mode, warn_only=warns)
             deterministic.fill_uninitialized_memory = fills
 
 
