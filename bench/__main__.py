@@ -26,17 +26,16 @@ def everything() -> int:
     """Run what this machine can, each in a process of its own; 1 if any of them fails."""
     parser = argparse.ArgumentParser(prog="python -m bench all", description=EVERYTHING)
     parser.add_argument(
-        "--time-budget", default="480", metavar="SECONDS", help="of `compare` (480)"
+        "--time-budget", default="480", metavar="SECONDS", help="of `compare`, without a GPU (480)"
     )
     budget = parser.parse_args().time_budget
     import torch  # noqa: PLC0415  (the list of commands needs no PyTorch)
 
     on_gpu = torch.cuda.is_available()
     traffic, resources = ["bench", "traffic"], ["bench", "resources", "--longest", "--no-output"]
-    compare = ["bench", "compare", "--time-budget", budget]
-    plan = [compare, traffic, resources]
-    if on_gpu:
-        plan = [["sgp", "verify"], compare, ["bench", "forms"]]
+    plan = [["bench", "compare", "--time-budget", budget], traffic, resources]
+    if on_gpu:  # ten minutes in all; `compare`, and all of `sgp verify`, are for longer ones
+        plan = [["bench", "gpu"]]
     plan += [["bench", "predict"], ["bench", "report"]]
     failed = []
     for module, *arguments in plan:

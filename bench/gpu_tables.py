@@ -83,6 +83,11 @@ def _us(x: float | None) -> str:
 # -- tables ----------------------------------------------------------------------------------------
 
 
+def who(r: Record) -> str:
+    """The name, and which run where there were several."""
+    return r["name"] if r.get("run", 1) == 1 else f"{r['name']} (run {r['run']})"
+
+
 def of_rows(records: list[Record]) -> Table:
     """The row kernels."""
     return Table(
@@ -90,7 +95,7 @@ def of_rows(records: list[Record]) -> Table:
         ("V", "data", "kept", "kernel"),
         ("ms", "of copy"),
         [
-            (spaced(r["V"]), r["data"], f"{r['kept']:g}", r["name"], _ms(r["ms"]),
+            (spaced(r["V"]), r["data"], f"{r['kept']:g}", who(r), _ms(r["ms"]),
              percent(r["of_copy"]))
             for r in _by_size(r for r in records if r["phase"] == "rows" and "ms" in r)
         ],
@@ -146,7 +151,7 @@ def _of_cases(title: str, phase: str, records: list[Record]) -> Table:
             r["form"],
             spaced(r["V"]),
             f"{r['kept']:g}{' scattered' if r['pattern'] == 'scattered' else ''}",
-            r["name"],
+            who(r),
             _ms(r.get("forward_ms")),
             _ms(r["both_ms"]),
             _gib(r.get("memory_bytes")),
@@ -159,7 +164,7 @@ def _of_cases(title: str, phase: str, records: list[Record]) -> Table:
 def of_host(records: list[Record]) -> Table:
     """Python's own time."""
     found = [r for r in records if r["phase"] == "host" and "both_us" in r]
-    rows = [(r["form"], r["name"], _us(r.get("forward_us")), _us(r["both_us"])) for r in found]
+    rows = [(r["form"], who(r), _us(r.get("forward_us")), _us(r["both_us"])) for r in found]
     title = "What a call costs the host, in microseconds"
     return Table(title, ("form", "who"), ("forward", "with backward"), rows)
 
@@ -167,16 +172,49 @@ def of_host(records: list[Record]) -> Table:
 def of_loops(records: list[Record]) -> Table:
     """Calls that nothing waits for."""
     found = [r for r in records if r["phase"] == "host" and "loop_ms" in r]
-    rows = [(spaced(r["V"]), r["name"], _ms(r["loop_ms"])) for r in found]
+    rows = [(spaced(r["V"]), who(r), _ms(r["loop_ms"])) for r in found]
     return Table("Calls in a loop, forward and backward", ("V", "who"), ("ms a call",), rows)
 
 
 def of_train(records: list[Record]) -> Table:
     """A model's training step."""
     found = [r for r in records if r["phase"] == "train" and "ms" in r]
-    rows = [(f"{r['kept']:g}", r["name"], _ms(r["ms"]), _gib(r.get("memory_bytes"))) for r in found]
+    rows = [(f"{r['kept']:g}", who(r), _ms(r["ms"]), _gib(r.get("memory_bytes"))) for r in found]
     title = "A training step of a small Qwen2, forward and backward"
     return Table(title, ("kept", "who"), ("ms", "GiB"), rows)
+
+
+def of_matmuls(records: list[Record]) -> Table:
+    """The head's matmuls alone."""
+    found = [r for r in records if r["phase"] == "matmul"]
+    rows = [
+        (
+            r["name"],
+            f"{spaced(r['rows'])} rows" if "rows" in r else f"{spaced(r['columns'])} columns",
+            _ms(r["ms"]),
+            f"{r['TFLOP_per_s']:.0f}",
+        )
+        for r in found
+    ]
+    title = "The head's matmuls, by rows of a chunk or columns of a slice"
+    return Table(title, ("product", "size"), ("ms", "TFLOP/s"), rows)
+
+
+def of_traffic(records: list[Record]) -> Table:
+    """What a profiler read from the memory's counters."""
+    found = [r for r in records if r["phase"] == "nsight"]
+    rows = [
+        (
+            r["name"],
+            r["data"],
+            f"{r['dram_read_bytes'] / 1e9:.2f}",
+            f"{r['dram_write_bytes'] / 1e9:.2f}",
+            str(r["registers"]),
+        )
+        for r in found
+    ]
+    title = "Memory traffic at V = 151 936 by Nsight Compute"
+    return Table(title, ("kernel", "data"), ("GB read", "GB written", "registers"), rows)
 
 
 def of_checks(records: list[Record]) -> Table:
@@ -200,8 +238,8 @@ def others(records: list[Record]) -> Table:
 
 
 OF: tuple[Callable[[list[Record]], Table], ...] = (
-    of_rows, of_sweep, of_calls, of_head, of_log_probs, of_host, of_loops, of_train, others,
-    of_checks,
+    of_rows, of_sweep, of_traffic, of_calls, of_head, of_matmuls, of_log_probs, of_host, of_loops,
+    of_train, others, of_checks,
 )  # fmt: skip
 
 
@@ -241,3 +279,86 @@ def fastest(head: Record, records: list[Record]) -> list[str]:
         f"V = {spaced(V)}, {data}, {where}, {head['date']}"
         for (V, data), r in best.items()
     ]
+
+
+# -- pages -----------------------------------------------------------------------------------------
+
+COLUMNS = {  # of the summary: who is in them, by names of records
+    "sgp": ("sgp", "sgp, fused"),
+    "prototype": (),  # the fastest whose name says so
+    "Liger": ("Liger",),
+    "quack": ("quack",),
+    "CCE": ("cut-cross-entropy",),
+    "torch.compile": ("torch.compile",),
+    "PyTorch": ("PyTorch, all rows", "PyTorch"),
+}
+
+
+def origin(head: Record, path: str) -> str:
+    """What was measured, where and when."""
+    versions = head["versions"]
+    return (
+        f"{head['machine']['name']}, {head['date']}, commit {head['commit']}, torch "
+        f"{versions['torch']}, Triton {versions['triton']}; [every record]({path})"
+    )
+
+
+def summary(records: list[Record]) -> str:
+    """The main figures, as Markdown; what several runs had is given as a range."""
+    rows = []
+    for V in (32_000, 128_256, 151_936):
+        name = f"row kernel, V = {spaced(V)}: of a copy"
+        size = {"V": V, "data": "bf16", "kept": 1.0}
+        rows.append((name, _cells(records, ("rows", "sweep"), "of_copy", percent, size)))
+    for V in (32_000, 128_256, 151_936):
+        name = f"forward and backward, V = {spaced(V)}: ms"
+        rows.append((name, _cells(records, ("calls",), "both_ms", _ms, {"V": V, "kept": 1.0})))
+    size = {"form": "logits"}
+    rows.append(("host, the same: microseconds", _cells(records, ("host",), "both_us", _us, size)))
+    for kept in (1.0, 0.25):
+        size = {"V": 128_256, "kept": kept}
+        for what, key, cell in (("ms", "both_ms", _ms), ("extra GiB", "memory_bytes", _gib)):
+            name = f"head, V = 128 256, f = {kept:g}: {what}"
+            rows.append((name, _cells(records, ("head",), key, cell, size)))
+    for what, key, cell in (("ms", "ms", _ms), ("GiB", "memory_bytes", _gib)):
+        cells = _cells(records, ("train",), key, cell, {"kept": 1.0})
+        rows.append((f"training step, Qwen2: {what}", cells))
+    used = [i for i in range(len(COLUMNS)) if any(cells[i] for _, cells in rows)]
+    headings = [name for i, name in enumerate(COLUMNS) if i in used]
+    body = [(name, *(cells[i] for i in used)) for name, cells in rows if any(cells)]
+    return for_page(Table("", ("",), tuple(headings), body))
+
+
+def _cells(
+    records: list[Record],
+    phases: tuple[str, ...],
+    key: str,
+    cell: Callable[[float], str],
+    size: Record,
+) -> list[str]:
+    found = [
+        r
+        for r in records
+        if r["phase"] in phases and key in r and all(r.get(k) == v for k, v in size.items())
+    ]
+    cells = []
+    for column, names in COLUMNS.items():
+        mine = [r for r in found if r["name"] in names and r["phase"] == phases[0]]
+        if column == "prototype":
+            ideas = [r for r in found if r["name"].endswith("(prototype)")]
+            mine = sorted(ideas, key=lambda r: float(r.get("both_ms") or r["ms"]))[:1]
+        values = sorted(r[key] for r in mine)
+        ends = list(dict.fromkeys(cell(x) for x in (values[:1] + values[-1:])))
+        cells.append(" to ".join(ends))
+    return cells
+
+
+def page(found: list[tuple[Path, Record, list[Record]]]) -> str:
+    """Every table of every card, for docs."""
+    parts = []
+    for path, head, records in found:
+        parts.append(f"## {head['machine']['name']}")
+        parts.append(f"{origin(head, f'../bench/results/{path.name}')}. {head.get('note', '')}")
+        for table in tables_of(records):
+            parts += [f"### {table.title}", for_page(table)]
+    return "\n\n".join(part.strip() for part in parts)

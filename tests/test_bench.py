@@ -17,6 +17,7 @@ from bench import (
     cases,
     compare,
     files,
+    gpu_tables,
     machine,
     measure,
     plots,
@@ -400,7 +401,8 @@ def test_compare_fails_if_sgp_is_wrong(tiny_cases, tmp_path, capsys, monkeypatch
 def test_the_report_of_the_readme_is_the_results_files():
     readme = (ROOT / "README.md").read_text()
     found = files.newest()
-    assert report.block_of(readme) == report.render(found), "run `python -m bench report`"
+    block = report.render(found, gpus=gpu_tables.newest())
+    assert report.block_of(readme) == block, "run `python -m bench report`"
     for path, content in found:
         for name in ("linear", "logits", "roofline"):
             assert (path.parent / f"{path.stem}-{name}.png").is_file()
@@ -483,5 +485,25 @@ def test_the_command_lists_what_there_is():
         [sys.executable, "-m", "bench", "--help"], cwd=ROOT, capture_output=True, text=True,
         check=True,
     )  # fmt: skip
-    for command in ("all", "compare", "traffic", "resources", "predict", "report", "forms"):
+    for command in ("all", "compare", "traffic", "resources", "predict", "report", "gpu"):
         assert f"  {command} " in run.stdout
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_all_fits_ten_minutes(on_gpu, monkeypatch):
+    """A GPU gets its own command, whose limits are seven minutes together."""
+    begun = []
+
+    def record(command, **_):
+        begun.append(command[2:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr(subprocess, "run", record)
+    monkeypatch.setattr(sys, "argv", ["all"])
+    assert bench_main.everything() == 0
+    names = [words[1] for words in begun]
+    assert names == (["gpu"] if on_gpu else ["compare", "traffic", "resources"]) + [
+        "predict",
+        "report",
+    ]
