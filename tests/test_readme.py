@@ -156,7 +156,7 @@ def test_the_summary_of_a_gpu_is_the_results_file():
         return lines[row].split("|")[2:-1][names.index(name)].strip()
 
     def one(phase, name, key, **size):
-        found = [r[key] for r in records if r["phase"] == phase and r["name"] == name
+        found = [r[key] for r in records if key in r and r["phase"] == phase and r["name"] == name
                  and all(r.get(k) == v for k, v in size.items())]  # fmt: skip
         return sorted(found)
 
