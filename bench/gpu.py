@@ -89,7 +89,11 @@ def command(name: str, path: Path, *, dry: bool, seconds: float, cubins: Path | 
 
 def run(name: str, path: Path, *, dry: bool, seconds: float, cubins: Path | None) -> None:
     """One phase in a process of its own; its end is recorded, whatever it is."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
+    outside = os.environ.get("PYTHONPATH")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [outside])]),
+    }
     if dry:
         environment["CUDA_VISIBLE_DEVICES"] = ""
         environment.setdefault("OMP_NUM_THREADS", "1")  # nothing there is large enough for more
@@ -101,7 +105,6 @@ def run(name: str, path: Path, *, dry: bool, seconds: float, cubins: Path | None
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             command(name, path, dry=dry, seconds=seconds, cubins=cubins),
-            cwd=ROOT,
             env=environment,
             stderr=errors,
             start_new_session=True,

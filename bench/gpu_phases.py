@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import multiprocessing
@@ -27,6 +28,7 @@ from bench.rivals import Rival
 from sgp import tolerance, verify
 from sgp.kernels import launch, table
 from sgp.kernels.layout import matrix
+from sgp.kernels.table import Line
 
 TINY = Model("tiny", 512, 32)
 TRIALS = (  # the row kernel: V, data
@@ -39,6 +41,11 @@ LOGITS = ("sgp", "sgp, in place", "PyTorch, all rows", "torch.compile", "Liger",
 LINEAR = ("sgp", "PyTorch, all rows", "torch.compile", "Liger", "cut-cross-entropy", "quack")
 LOG_PROBS = ("sgp", rivals.BASELINE, "torch.compile", "TRL")
 SLOW_TO_START = ("torch.compile", "TRL")  # a dry run is without them
+HOSTED = {  # whose own time counts
+    "logits": LOGITS,
+    "linear": ("sgp", "PyTorch, all rows", "Liger", "cut-cross-entropy"),
+    "log-probs": ("sgp", rivals.BASELINE),
+}
 LOOPED = ("sgp", "Liger", "quack", "torch.compile", "PyTorch, all rows")
 
 
@@ -116,11 +123,12 @@ class Phase:
             status = "not run: the phase's time was spent"
             self.record(case.name, ok=None, status=status, **described(case))
             return
-        chosen = [name for name in names if not (self.dry and name in SLOW_TO_START)]
+        only = [rival.name for rival in _field(self, case.form, names)]
+        seconds = 0.0 if self.dry else seconds
+        if not self.dry:
+            torch.cuda.empty_cache()
         try:
-            bound, found = measure.measure(
-                case, self.device, seconds=0.0 if self.dry else seconds, only=chosen
-            )
+            bound, found = measure.measure(case, self.device, seconds=seconds, only=only)
         except Exception as error:  # noqa: BLE001  (of the case itself)
             self.record(case.name, ok=None, status=measure.failure(error), **described(case))
         else:
@@ -129,6 +137,15 @@ class Phase:
                 ok = verdict(m.status, ours=m.rival.startswith("sgp"))
                 self.record(rival[1], ok=ok, **described(case), bound_ms=bound, **dict(rest))
         self.must_answer(case.name)
+
+
+def _field(phase: Phase, form: str, names: tuple[str, ...]) -> list[Rival]:
+    """Those of the rivals who are named; in a dry run without the slow ones."""
+    return [
+        rival
+        for rival in rivals.rivals_of(form)
+        if rival.name in names and not (phase.dry and rival.name in SLOW_TO_START)
+    ]
 
 
 def append(path: Path, found: dict[str, Any]) -> None:
@@ -330,11 +347,10 @@ def rows(phase: Phase) -> None:
     for V, data in _trials(phase):
         line = table.choose(lines.row_of(V, data), on, "auto")
         for kept in (1.0,) if data == "head" else (1.0, 0.25):
-            for _ in _launches(phase, V, data, kept, [line], speed):
-                pass
-        if data == "bf16":
-            for rival, kernel in rivals.KERNELS:
-                _kernel_of(phase, rival, kernel, V, speed)
+            _launches(phase, V, data, kept, [line], speed)
+    for V, data in _trials(phase):
+        for rival, kernel in rivals.KERNELS if data == "bf16" else ():
+            _kernel_of(phase, rival, kernel, V, speed)
 
 
 def _target(phase: Phase) -> table.Target:
@@ -348,30 +364,35 @@ def _trials(phase: Phase) -> tuple[tuple[int, str], ...]:
 
 
 def _launches(
-    phase: Phase, V: int, data: str, kept: float, field: list[Any], speed: float
-) -> Iterator[None]:
+    phase: Phase, V: int, data: str, kept: float, field: list[Line], speed: float
+) -> None:
     """Check, then time each line on one problem."""
     N = 4 if phase.dry else 4_096 if data == "head" else 8_192
+    size = {"V": V, "N": N, "data": data, "kept": kept}
+    if phase.is_late:
+        phase.attempt(f"{len(field)} lines", dict, **size)
+        return
     on = _target(phase)
     p = lines.problem(N, V, data, kept, phase.device)
     trial = lines.Trial(p, interpreted=launch.runs_interpreted())
     scored = float((p.target != lines.IGNORE).double().mean())
     floor = N * V * (p.logits.itemsize * scored + p.gradient.itemsize)
-    size = {"V": V, "N": N, "data": data, "kept": kept}
+
+    def step(line: Line) -> dict[str, Any]:
+        run = lines.runner(line, p, on, data, phase.cubins)
+        outcome = trial.check(run)
+        found = outcome._asdict() | {"ok": outcome.ok}
+        if outcome.ok:
+            found |= phase.timed(run)
+            found["of_copy"] = floor / speed / found["ms"]
+        return found
+
+    chosen = table.choose(lines.row_of(V, data), on, "auto")
     for line in field:
-
-        def step(line: Any = line) -> dict[str, Any]:
-            run = lines.runner(line, p, on, data, phase.cubins)
-            outcome = trial.check(run)
-            found = outcome._asdict() | {"ok": outcome.ok}
-            if outcome.ok:
-                found |= phase.timed(run)
-                found["of_copy"] = floor / speed / found["ms"]
-            return found
-
         values = size | {"source": lines.source(line), "line": line._asdict()}
-        phase.attempt("sgp" if phase.name == "rows" else line.form, step, **values)
-        yield
+        name = "sgp" if phase.name == "rows" else line.form
+        # Another line than the table's may be one that cannot be compiled; wrong it must not be.
+        phase.attempt(name, functools.partial(step, line), ours=line == chosen, **values)
 
 
 def _kernel_of(phase: Phase, rival: Rival, kernel: str, V: int, speed: float) -> None:
@@ -411,8 +432,7 @@ def sweep(phase: Phase) -> None:
     on = _target(phase)
     for V, data in _trials(phase):
         field = lines.candidates(lines.row_of(V, data), on)
-        for _ in _launches(phase, V, data, 1.0, field[: 3 if phase.dry else None], speed):
-            pass
+        _launches(phase, V, data, 1.0, field[: 3 if phase.dry else None], speed)
 
 
 def calls(phase: Phase) -> None:
@@ -481,9 +501,9 @@ LEAST = Rival(
 
 def host(phase: Phase) -> None:
     """Python's own time of a call, on tensors too small to matter; then calls in a loop."""
-    for form in ("logits", "linear", "log-probs"):
+    for form, names in HOSTED.items():
         case = Case(form, TINY if phase.dry else Model("small", 1_024, 64), 64, 0.5)
-        field = [r for r in rivals.rivals_of(form) if not (phase.dry and r.name in SLOW_TO_START)]
+        field = _field(phase, form, names)
         field += [LEAST] if form == "logits" else []
         found = measure.check(case, field, phase.device)
         p = cases.make(case, phase.device)
@@ -491,8 +511,7 @@ def host(phase: Phase) -> None:
             _host_time(phase, rival, p, found[rival.name].status)
     for V in (512,) if phase.dry else (32_000, 151_936):
         case = Case("logits", Model(f"V = {V}", V, 1), 32 if phase.dry else 8_192, 1.0)
-        field = [r for r in rivals.rivals_of("logits") if r.name in LOOPED]
-        field = [r for r in field if not (phase.dry and r.name in SLOW_TO_START)]
+        field = _field(phase, "logits", LOOPED)
         found = measure.check(case, field, phase.device)
         p = cases.make(case, phase.device)
         for rival in field:
@@ -701,14 +720,14 @@ class Plan(NamedTuple):
 
 
 PHASES = {
-    "env": Plan(env, 25, "the card, copy bandwidth, matmul rate"),
+    "env": Plan(env, 20, "the card, copy bandwidth, matmul rate"),
     "smoke": Plan(smoke, 50, "first calls: dtypes, in place, strided, graphs, offsets above 2^31"),
-    "rows": Plan(rows, 50, "the row kernel alone, beside others' kernels and a copy", True),
-    "calls": Plan(calls, 65, "whole calls from logits, forward and backward, beside others"),
+    "rows": Plan(rows, 45, "the row kernel alone, beside others' kernels and a copy", True),
+    "calls": Plan(calls, 60, "whole calls from logits, forward and backward, beside others"),
     "head": Plan(head, 50, "the linear head: time and extra memory, beside others"),
     "host": Plan(host, 35, "microseconds of Python a call, and calls in a loop"),
-    "train": Plan(train, 40, "a training step of a small Qwen2"),
-    "logprobs": Plan(logprobs, 35, "log-probabilities, from logits and through the head"),
-    "sweep": Plan(sweep, 40, "lines that could take the place of the launch table's", True),
-    "verify": Plan(verified, 30, "a part of sgp verify", True),
+    "train": Plan(train, 45, "a training step of a small Qwen2"),
+    "logprobs": Plan(logprobs, 40, "log-probabilities, from logits and through the head"),
+    "sweep": Plan(sweep, 50, "lines that could take the place of the launch table's", True),
+    "verify": Plan(verified, 25, "a part of sgp verify", True),
 }

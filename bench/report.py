@@ -50,7 +50,7 @@ def _gpu(path: Path, head: dict[str, Any], records: list[dict[str, Any]], root: 
     origin = gpu_tables.origin(head, str(path.relative_to(root)))
     note = head.get("note", "").partition(". ")[0]
     what = (
-        f"**On a GPU** (`python -m bench gpu`: {origin}; [all tables, every card](docs/gpu.md)). "
+        f"**On a GPU** ({origin}; [all tables, all cards, how to measure again](docs/gpu.md)). "
         f"{note}{'.' if note else ''} bf16, 8192 rows or tokens; f is the kept fraction, 1 where "
         "none is given; a range is that of several runs."
     )
