@@ -106,6 +106,17 @@ def test_torch_compile_is_a_rival():
     assert measure.check(case, [compiled], CPU)[compiled.name].status == "ok"
 
 
+@pytest.mark.parametrize("form", ["logits", "linear", "log-probs"])
+def test_what_torch_compile_is_given_is_right(form, monkeypatch):
+    """Without compiling it."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    rivals._compiled.cache_clear()
+    (compiled,) = (r for r in rivals.rivals_of(form) if "compile" in r.name)
+    found = measure.check(Case(form, TINY, 64, 0.5, "float32"), [compiled], CPU)
+    rivals._compiled.cache_clear()
+    assert found[compiled.name].status == "ok"
+
+
 def test_every_rival_is_named_once_a_form():
     for form in FORMS:
         names = [rival.name for rival in rivals.rivals_of(form)]
