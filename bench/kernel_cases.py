@@ -68,7 +68,7 @@ def target_of(name: str) -> Target:
     found = TARGETS[name]
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     capability = 0 if found.backend == "hip" else int(found.arch)
-    return Target(found.backend, capability, table.CLUSTER_OF_16, version)
+    return Target(found.backend, capability, table.MULTIPROCESSORS, version)
 
 
 def cases(name: str, *, longest: bool = False) -> list[Case]:
