@@ -293,7 +293,7 @@ def finish_ignored(i_row, p_loss, p_saved, stats):
 
 @triton.jit
 def fma(x, y, z):
-    """x y + z, rounded once. Triton's interpreter rounds twice before 3.9; float64 holds x y."""
+    """X y + z, rounded once. Triton's interpreter rounds twice before 3.9; float64 holds x y."""
     if INTERPRETED:
         return (x.to(tl.float64) * y.to(tl.float64) + z.to(tl.float64)).to(tl.float32)
     else:

@@ -40,7 +40,7 @@ def multiply_rows(
         if kept:
             p_g, before, columns = body(dlogits, i_row, V, ALIGN, VECTOR, EDGES)
             o_lane = tl.arange(0, BV)
-            for k in range(0, tl.cdiv(columns, BV)):
+            for k in range(tl.cdiv(columns, BV)):
                 p_block = p_g + column_offset(dlogits, k * BV) + column_offset(dlogits, o_lane)
                 multiply_block(p_block, o_lane < columns - k * BV, f)
             if EDGES:

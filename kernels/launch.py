@@ -147,14 +147,16 @@ def _row(
     begins = all(m.ptr.data_ptr() % 16 == 0 for m in matrices)
     # A row of logits and its gradient begin alike between two accesses.
     alike = all(
-        (m.outer_stride - logits.outer_stride) % 8 == (m.inner_stride - logits.inner_stride) % 8 == 0
+        (m.outer_stride - logits.outer_stride) % 8
+        == (m.inner_stride - logits.inner_stride) % 8
+        == 0
         for m in matrices
     )
     edges = begins and align < 8 and contiguous and alike and not halving
     return Row(
         V=V,
         light=light,
-        plain=light and quiet,
+        quiet=quiet,
         wide=begins and (align >= 8 or edges),
         edges=edges,
         contiguous=contiguous,
@@ -177,6 +179,8 @@ def _constants(line: Line, row: Row, on: Target) -> dict[str, Any]:
 def _lanes(line: Line, row: Row, on: Target) -> dict[str, int]:
     """How a block of a row is shared out: as many lanes as threads, of one access each."""
     vector = 16 // row.itemsize if row.wide and row.contiguous else 1
+    if row.halving and vector > 1 and line.BV_2 in (0, line.BV):
+        vector = 8  # the compiler lays both loops out for the gradient's accesses
     threads = line.threads if on.backend == "cuda" else 64 * min(16, line.threads // 32)
     if INTERPRETED.value:  # no threads, and a joining of lanes takes its time
         threads = 64

@@ -27,7 +27,7 @@ def zero_row(
     p_body, before, columns = body(dlogits, i_row, V, ALIGN, VECTOR, EDGES)
     o_lane = tl.arange(0, BV)
     b_zero = tl.zeros([BV], dtype=p_row.dtype.element_ty)
-    for k in range(0, tl.cdiv(columns, BV)):
+    for k in range(tl.cdiv(columns, BV)):
         p_block = p_body + column_offset(dlogits, k * BV)
         tl.store(
             p_block + column_offset(dlogits, o_lane),
@@ -73,7 +73,7 @@ def write_gradient(
         i_row, top, inv_d, so_d, m_y, r, w_y, w_mean, V, opt
     )
     o_lane = tl.arange(0, BV)
-    for k in range(0, tl.cdiv(columns, BV)):
+    for k in range(tl.cdiv(columns, BV)):
         start = k * BV
         m_col = o_lane < columns - start
         b_x = tl.load(

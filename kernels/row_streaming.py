@@ -40,7 +40,7 @@ from sgp.kernels.row_pieces import load_class_weight, write_gradient, zero_row
 def start_of(i_block, blocks, BV: tl.constexpr, DESCENDS: tl.constexpr):
     """The first column of the block that comes i_block-th."""
     if DESCENDS:  # what is read last is read again first
-        return (blocks - 1 - i_block) * BV
+        return (tl.maximum(blocks, 1) - 1 - i_block) * BV
     else:
         return i_block * BV
 
@@ -165,7 +165,7 @@ def row_sums(
     return row_of_lanes(carry, opt, ENTROPY, LANES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def row_streaming(
     logits,  # Matrix (N, V) bf16 | fp16 | fp32
     dlogits,  # Matrix (N, V), may be `logits`; None: loss and statistics only
@@ -175,7 +175,7 @@ def row_streaming(
     stats,  # Statistics, written; None: not wanted
     opt,  # Options
     ignore_index,
-    N,
+    N,  # rows; not compiled in, so that one binary serves every batch
     V,
     BV: tl.constexpr,  # columns of a block of the first loop
     BV_2: tl.constexpr,  # of the second
@@ -197,7 +197,7 @@ def row_streaming(
         )
     else:
         b_ahead = None
-    for i in range(0, rows):
+    for i in range(rows):
         i_row = (i_first + i * tl.num_programs(0)).to(tl.int64)
         if STAYS:
             i_next = i_row + tl.num_programs(0)
@@ -206,9 +206,7 @@ def row_streaming(
         if y == ignore_index:
             finish_ignored(i_row, loss, saved, stats)
             if STAYS:
-                b_ahead = first_block(
-                    logits, i_next, m_next, V, BV, VECTOR, EDGES, DESCENDS, ALIGN
-                )
+                b_ahead = first_block(logits, i_next, m_next, V, BV, VECTOR, EDGES, DESCENDS, ALIGN)
             if dlogits is not None:
                 zero_row(dlogits, i_row, V, BV_2, LANES, VECTOR, EDGES, ALIGN)
         else:
@@ -227,9 +225,7 @@ def row_streaming(
                 carry, s_y, reference, r, w_y, w_mean, i_row, loss, saved, stats, V, opt
             )
             if STAYS:
-                b_ahead = first_block(
-                    logits, i_next, m_next, V, BV, VECTOR, EDGES, DESCENDS, ALIGN
-                )
+                b_ahead = first_block(logits, i_next, m_next, V, BV, VECTOR, EDGES, DESCENDS, ALIGN)
             if dlogits is not None:
                 write_gradient(
                     logits, dlogits, i_row, i_y, x_y, m_y, top, inv_d, so_d, r, w_y, w_mean, opt, V,

@@ -41,11 +41,7 @@ class Target(NamedTuple):
 
         Older ones abort on `num_ctas`.
         """
-        return (
-            self.backend == "cuda"
-            and self.capability // 10 in (9, 10)
-            and self.triton >= (3, 8)
-        )
+        return self.backend == "cuda" and self.capability // 10 in (9, 10) and self.triton >= (3, 8)
 
     @property
     def is_h200(self) -> bool:
@@ -58,7 +54,7 @@ class Row(NamedTuple):
 
     V: int
     light: bool = True  # no softcap, no class weight
-    plain: bool = True  # light, and no smoothing, statistics or upstream entropy
+    quiet: bool = True  # no smoothing, statistics or upstream entropy
     wide: bool = True  # 16-byte accesses: 8 divides V and every stride between rows
     edges: bool = False  # wide, but for the columns before the first and after the last access
     contiguous: bool = True  # the vocabulary, in logits and gradient
@@ -66,6 +62,11 @@ class Row(NamedTuple):
     halving: bool = False  # a bf16 or fp16 gradient of float32 logits
     gradient: bool = True  # False: loss and statistics only
     align: int = 8  # the largest power of two up to 16 that divides V and every stride
+
+    @property
+    def plain(self) -> bool:
+        """Whether the kernel needs few registers."""
+        return self.light and self.quiet
 
 
 class Line(NamedTuple):
@@ -127,12 +128,27 @@ STREAMING_32 = (
     (None, Line("streaming", 16_384, 1_024, BV_2=8_192, descends=True)),
 )
 STREAMING_32_H200 = (
-    (100_000, Line("streaming", 8_192, 512, 1, 1, 2, 4_096, descends=True)),  # timed: 82 % at 32 000
+    (
+        100_000,
+        Line("streaming", 8_192, 512, 1, 1, 2, 4_096, descends=True),
+    ),  # timed: 82 % at 32 000
     (None, Line("streaming", 16_384, 1_024)),  # timed: 66 % at V = 151 936
 )
-# Options that need more registers. Not timed.
-STREAMING_HEAVY_16 = Line("streaming", 16_384, 512, BV_2=8_192)
-STREAMING_HEAVY_32 = Line("streaming", 8_192, 512, BV_2=4_096)
+# Without a gradient there is no second reading, and so nothing to keep in L2. Not timed.
+LOSS_16 = Line("streaming", 16_384, 512, 1, 1, 2)
+LOSS_32 = Line("streaming", 8_192, 512, 1, 1, 2)
+# Some options: 32 bytes of a row a thread and block leave them registers. Not timed.
+OPTIONS_16 = (
+    (100_000, Line("streaming", 8_192, 512, 1, 1, 2)),
+    (None, Line("streaming", 16_384, 1_024)),
+)
+OPTIONS_32 = (
+    (100_000, Line("streaming", 4_096, 512, 1, 1, 2)),
+    (None, Line("streaming", 8_192, 1_024)),
+)
+# Softcap or class weights, and smoothing or statistics. Not timed.
+EVERYTHING_16 = Line("streaming", 8_192, 512)
+EVERYTHING_32 = Line("streaming", 4_096, 512)
 STREAMING_NARROW = Line("streaming", 4_096, 512)  # accesses of one element. Not timed.
 
 # One pass over a row that is read and written once. Not timed in these kernels; a plain copy of a
@@ -154,7 +170,7 @@ def choose(row: Row, target: Target, form: str | None = None) -> Line:
     Args:
         row: what is known of the row.
         target: what it is compiled for.
-        form: "auto", "resident" or "streaming"; None asks SGP_ROW_FORM.
+        form: one of FORMS; None asks SGP_ROW_FORM.
 
     Raises:
         ValueError: if the form is unknown, or resident for a row that cannot be.
@@ -173,7 +189,9 @@ def choose(row: Row, target: Target, form: str | None = None) -> Line:
         raise ValueError(f"sgp: SGP_ROW_FORM = 'resident' cannot hold {_words(row, target)}")
     if form == "blockwise":
         return blockwise(row, target)
-    return streaming(row, target)._replace(stays=form == "staying")
+    if form == "staying":
+        return staying(row, target)
+    return streaming(row, target)
 
 
 def resident_lines(row: Row, target: Target) -> Iterator[Line]:
@@ -197,15 +215,30 @@ def streaming(row: Row, target: Target) -> Line:
         return small
     if not row.wide or not row.contiguous:
         return STREAMING_NARROW
-    if not row.plain or target.backend == "hip":
-        return STREAMING_HEAVY_16 if row.itemsize == 2 else STREAMING_HEAVY_32
-    lines = {
-        (2, False): STREAMING_16,
-        (2, True): STREAMING_16_H200,
-        (4, False): STREAMING_32,
-        (4, True): STREAMING_32_H200,
-    }[row.itemsize, target.is_h200]
-    return next(line for longest, line in lines if longest is None or row.V < longest)
+    is_16 = row.itemsize == 2
+    if not row.light and not row.quiet:
+        return EVERYTHING_16 if is_16 else EVERYTHING_32
+    if not row.plain:
+        lines = OPTIONS_16 if is_16 else OPTIONS_32
+        return lines[0][1] if not row.gradient else _by_length(lines, row.V)
+    if not row.gradient:
+        return LOSS_16 if is_16 else LOSS_32
+    if target.is_h200:
+        return _by_length(STREAMING_16_H200 if is_16 else STREAMING_32_H200, row.V)
+    return _by_length(STREAMING_16 if is_16 else STREAMING_32, row.V)
+
+
+def staying(row: Row, target: Target) -> Line:
+    """The line of a row's loss by programs that take row after row. Not timed.
+
+    The next row's first block takes registers beside the options'.
+    """
+    roomy = row if row.plain else row._replace(light=False, quiet=False)
+    return streaming(roomy, target)._replace(stays=True)
+
+
+def _by_length(lines: tuple[tuple[int | None, Line], ...], V: int) -> Line:
+    return next(line for longest, line in lines if longest is None or longest > V)
 
 
 def one_pass(row: Row, target: Target) -> Line:
@@ -234,10 +267,13 @@ def blockwise(row: Row, target: Target) -> Line:
 
 @functools.cache
 def target_of(device: torch.device) -> Target:
-    """The target of a device; of a CPU, under the interpreter, an H100, whose forms it runs."""
+    """The target of a device; of a CPU, under the interpreter, an H100, whose forms it runs.
+
+    One with a single multiprocessor, so that a program that stays has more than one row to take.
+    """
     major, minor = (int(part) for part in triton.__version__.split(".")[:2])
     if device.type == "cpu":
-        return Target("cuda", 90, MULTIPROCESSORS, (max(major, 3), 9))
+        return Target("cuda", 90, 1, (max(major, 3), 9))
     properties = torch.cuda.get_device_properties(device)
     capability = 0 if torch.version.hip else 10 * properties.major + properties.minor
     return Target(
