@@ -43,6 +43,10 @@ def read_nvidia(kernel: Any, *, wide: bool) -> dict[str, Any]:
     # `STACK` counts spills and frames, `LOCAL` local arrays; LDL and STL are accesses to them.
     # Disassembling takes half of the time: only where access widths are promised.
     numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    reading, writing = [], []
+    for body in innermost_loops(sass):
+        if any("LDG" in line for line in body):
+            (writing if any("STG" in line for line in body) else reading).append(body)
     return {
         "registers": numbers["REG"],
         "stack": numbers["STACK"] + numbers["LOCAL"],
@@ -51,7 +55,27 @@ def read_nvidia(kernel: Any, *, wide: bool) -> dict[str, Any]:
         "loads_16": len(re.findall(r"\bLDG\.[\w.]*128", sass)),
         "stores_16": len(re.findall(r"\bSTG\.[\w.]*128", sass)),
         "narrow": len(re.findall(r"\b(?:LDG|STG)\.(?![\w.]*128)", sass)),
+        # Of a streamed row: the loop that only reads, and the one that reads and writes.
+        "first_loop": max(map(len, reading), default=0),
+        "second_loop": max(map(len, writing), default=0),
+        "meetings": sum(bool(re.search(r"\b(?:BAR|SHFL)\b", x)) for body in reading for x in body),
     }
+
+
+def innermost_loops(sass: str) -> list[list[str]]:
+    """The instructions of each loop of a disassembly that has no loop inside."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)
+    instructions = [(int(address, 16), text.strip()) for address, text in found]
+    loops = []
+    for end, text in instructions:
+        target = re.search(r"\bBRA\b[^`]*?0x([0-9a-f]+)", text)
+        if target and (start := int(target[1], 16)) < end:
+            loops.append((start, end))
+    return [
+        [text for address, text in instructions if start <= address <= end]
+        for start, end in loops
+        if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in loops)
+    ]
 
 
 def read_amd(kernel: Any) -> dict[str, Any]:

@@ -35,12 +35,16 @@ class Case(NamedTuple):
     layout: str = "rows"  # rows | slice | strided | in place (strided, so is the gradient) | head
     # slice: logits[:, :-1], two strides between rows
     # head: a bf16 gradient in the first half of float32 rows, as the linear head has it
-    form: str = "auto"  # or "streaming", forced
+    form: str = "auto"  # or another, forced
+    gpu: str = ""  # "H200": with that one's lines
 
     @property
     def is_wide(self) -> bool:
         """Whether 16-byte accesses are promised."""
-        return self.V % 8 == 0 and self.layout in ("rows", "slice", "head")
+        edges = table.ONE_BLOCK[-1].columns < self.V and self.form != "blockwise"
+        return (self.V % 8 == 0 and self.layout in ("rows", "slice", "head")) or (
+            edges and self.layout == "rows"
+        )
 
     @property
     def gradient_dtype(self) -> torch.dtype:
@@ -56,11 +60,9 @@ EVERY_KERNEL = (  # each kernel with nothing on and with everything on
     ("factor", "plain"),
 )
 DATA = (("bf16", "rows"), ("fp32", "rows"), ("fp32", "head"))
-LIGHT_OPTIONS = ("plain", "logged")
-HEAVY_OPTIONS = ("softcap", "class weight", "all")
-
-
-ENDS = (1, 8, 16)  # clusters of 2 and 4 run the same code a thread
+# Rows of a multiple of 16, of 8 alone, and of neither, by each line of the table.
+LENGTHS = (32_000, 50_264, 50_257, 151_936, 151_944, 151_937, 262_144)
+OPTIONS = ("weighted", "softcap", "smoothing", "class weight", "reported", "logged", "all")
 
 
 def target_of(name: str) -> Target:
@@ -68,12 +70,12 @@ def target_of(name: str) -> Target:
     found = TARGETS[name]
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     capability = 0 if found.backend == "hip" else int(found.arch)
-    return Target(found.backend, capability, table.CLUSTER_OF_16, version)
+    return Target(found.backend, capability, table.MULTIPROCESSORS, version)
 
 
 def cases(name: str, *, longest: bool = False) -> list[Case]:
     """Every line of the table with every kernel that uses it, options off, on and one by one."""
-    found = dict.fromkeys((*resident_cases(name, longest=longest), *streaming_cases()))
+    found = dict.fromkeys((*one_block_cases(), *cluster_cases(name), *streaming_cases()))
     if not longest:
         return list(found)
     return [case for case in found if _is_telling(case)]
@@ -81,94 +83,77 @@ def cases(name: str, *, longest: bool = False) -> list[Case]:
 
 def _is_telling(case: Case) -> bool:
     """Whether a case is one of those that are likely to spill, or to be the first to break."""
-    if case.V in (256, 1_024, 2_048, 50_264) or case.layout == "slice":
+    if case.V in (256, 1_024, 2_048, 50_264, 151_944) or case.gpu or case.form == "blockwise":
         return False
     return case.options in ("logged", "all") or (case.options, case.dtype) == ("plain", "bf16")
 
 
-def resident_cases(name: str, *, longest: bool) -> Iterator[Case]:  # noqa: C901, PLR0912  (a list)
-    """Every line and count of pieces of the resident form, at the longest row that it takes."""
-    for (dtype, layout), (light, wide) in itertools.product(
-        DATA, ((True, True), (False, True), (True, False))
-    ):
-        itemsize, halving = DTYPES[dtype].itemsize, layout == "head"
-        row = Row(V=0, light=light, plain=False, wide=wide, itemsize=itemsize, halving=halving)
-        for V, is_longest in _longest_rows(row, target_of(name), longest=longest):
-            if is_longest or not longest:
-                for options in LIGHT_OPTIONS if light else HEAVY_OPTIONS:
-                    yield Case("forward", V, dtype, options, layout)
-            if is_longest and light:
-                yield Case("forward", V, dtype, "weighted", layout)
-                yield Case("forward", V, dtype, "smoothing", layout)
-                yield Case("forward", V, dtype, "reported", layout)
-            if is_longest and wide:
-                most = "logged" if light else "all"
-                yield Case("forward", V - 8, dtype, most, layout)  # no multiple of 16
-                if not halving:
-                    yield Case("forward", V, dtype, most, "slice")
-                if not light:
-                    yield Case("forward", V, dtype, "softcap reported", layout)
-        if not halving:
-            for V, is_longest in _longest_rows(
-                row._replace(gradient=False), target_of(name), longest=longest
-            ):
-                if is_longest or not longest:
-                    yield Case("statistics", V, dtype, "logged" if light else "all")
-                if is_longest and dtype == "bf16":
-                    yield Case("statistics", V, "fp16", "logged" if light else "all")
-                    yield Case("loss", V, dtype, "plain" if light else "softcap")
+def one_block_cases() -> Iterator[Case]:
+    """Rows that one block holds; streaming is forced too, where a GPU would choose resident."""
     for line, dtype in itertools.product(table.ONE_BLOCK, ("bf16", "fp32")):
+        for kernel, options in EVERY_KERNEL:
+            yield Case(kernel, line.BV, dtype, options)
         yield Case("forward", line.BV - 1, dtype, "all")  # accesses of one element
+        yield Case("forward", line.BV, dtype, "all", form="streaming")
+    for line, options in itertools.product(table.ONE_BLOCK, ("plain", "logged", "all")):
+        yield Case("forward", line.BV, "fp32", options, "head")
+        yield Case("backward", line.BV, "fp32", options, "head")
     for dtype, layout in itertools.product(("bf16", "fp32"), ("strided", "in place")):
         yield Case("forward", 4_096, dtype, "all", layout)
 
 
-def _longest_rows(row: Row, target: Target, *, longest: bool) -> Iterator[tuple[int, bool]]:
-    """(the longest row of a choice, whether it is the longest of its line)."""
+def cluster_cases(name: str) -> Iterator[Case]:
+    """Every count of pieces of the lines whose programs share a row, at the longest row."""
     shorter = 0
-    for line in table.resident_lines(row, target):
-        for pieces in table.PIECES:
+    row = Row(V=table.CLUSTERS_FROM, itemsize=4, halving=True)
+    for line in table.resident_lines(row, target_of(name)):
+        for pieces in table.PIECES if line.programs > 1 else ():
             V = line.BV * pieces
             if line.columns >= V > shorter:
-                telling = not longest or line.programs in ENDS
-                yield V - (not row.wide), line.columns == V and telling
+                for options in ("plain", "weighted", "smoothing", "reported", "logged"):
+                    yield Case("forward", V, "fp32", options, "head")
+                yield Case("forward", V - 8, "fp32", "logged", "head")  # no multiple of 16
         shorter = max(shorter, line.columns)
 
 
-def streaming_cases() -> Iterator[Case]:  # noqa: C901  (a list)
-    """The kernels that go block by block; forward is forced, where a GPU might choose resident.
-
-    fp16 has bf16's width and another conversion: it is compiled at the two ends. 262 144 is not
-    here because Triton compiles the same kernel for it as for 151 936, both multiples of 16.
-    """
+def streaming_cases() -> Iterator[Case]:
+    """The kernels that go block by block; fp16 has bf16's width and another conversion."""
     wide = ("bf16", "fp32")
-    for line, dtype in itertools.product(table.ONE_BLOCK, wide):
-        for kernel, options in EVERY_KERNEL:
-            yield Case(kernel, line.BV, dtype, options)
-    # 151 936 is a multiple of 16, 50 264 of 8 only, 50 257 (GPT-2) of nothing.
-    for V, dtype in itertools.product((151_936, 50_264, 50_257), wide):
-        for kernel, options in EVERY_KERNEL:
-            yield Case(kernel, V, dtype, options, form="streaming")
-        for options in ("weighted", "softcap", "smoothing", "class weight", "reported"):
+    for V, dtype in itertools.product(LENGTHS, wide):
+        yield Case("forward", V, dtype, "plain", form="streaming")
+        yield Case("forward", V, dtype, "plain", form="staying")
+    for V, dtype in itertools.product((50_264, 50_257, 151_936), wide):
+        for options in OPTIONS:
             yield Case("forward", V, dtype, options, form="streaming")
-        yield Case("statistics", V, dtype, "plain", form="streaming")
-        yield Case("loss", V, dtype, "plain", form="streaming")
-        yield Case("backward", V, dtype, "plain")
-        yield Case("backward", V, dtype, "log-probs")
-    for V, kernel, options in itertools.product(
-        (151_936, 50_264, 50_257), ("forward", "backward"), ("plain", "all")
+        for options in ("logged", "all"):
+            yield Case("forward", V, dtype, options, form="staying")
+        for kernel in ("statistics", "loss"):
+            for options in ("plain", "logged", "all"):
+                yield Case(kernel, V, dtype, options, form="streaming")
+        for options in ("plain", "log-probs", "all"):
+            yield Case("backward", V, dtype, options)
+        yield Case("factor", V, dtype, "plain")
+        for options in ("plain", "all"):
+            yield Case("forward", V, dtype, options, form="blockwise")
+    yield Case("forward", 50_264, "bf16", "logged", "slice", form="streaming")
+    for V, form, options in itertools.product(
+        (32_000, 50_264, 50_257, 151_936), ("streaming", "staying"), ("plain", "logged", "all")
     ):
-        yield Case(kernel, V, "fp32", options, "head", form="streaming")
-    for line, options in itertools.product(table.ONE_BLOCK, ("plain", "all")):
-        yield Case("forward", line.BV, "fp32", options, "head")
-        yield Case("backward", line.BV, "fp32", options, "head")
+        yield Case("forward", V, "fp32", options, "head", form=form)
+    for V, options in itertools.product((50_264, 50_257), ("plain", "all")):
+        yield Case("backward", V, "fp32", options, "head")
+    for V, dtype in itertools.product((32_000, 151_936), wide):
+        yield Case("forward", V, dtype, "plain", form="streaming", gpu="H200")
+        yield Case("forward", V, dtype, "plain", form="staying", gpu="H200")
+        if dtype == "fp32":
+            yield Case("forward", V, dtype, "plain", "head", form="streaming", gpu="H200")
     for V, dtype, layout in itertools.product((50_264, 50_257), wide, ("strided", "in place")):
         for kernel, options in EVERY_KERNEL:
             yield Case(kernel, V, dtype, options, layout)
         yield Case("forward", V, dtype, "weighted", layout)
     for kernel, options in itertools.product(("forward", "backward"), ("plain", "all")):
         yield Case(kernel, 50_264, "fp16", options, form="streaming")
-    yield Case("forward", 131_072, "fp16", "plain")
+    yield Case("forward", 151_936, "fp16", "plain")
 
 
 def call_of(case: Case, on: Target) -> launch.Call:
@@ -178,6 +163,8 @@ def call_of(case: Case, on: Target) -> launch.Call:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     V, dtype = case.V, DTYPES[case.dtype]
+    if case.gpu == "H200":
+        on = on._replace(memory=table.LARGE_MEMORY + 1)
     logits = _matrix(case, dtype, strided=case.layout in ("strided", "in place"))
     dlogits = _matrix(case, dtype, strided=case.layout == "in place")
     if case.layout == "head":
@@ -193,7 +180,6 @@ def call_of(case: Case, on: Target) -> launch.Call:
         "logged": light,
         "weighted": light._replace(label_smoothing=None),
         "softcap": Options(scale=empty(), softcap=30.0, inverse_softcap=1 / 30.0),
-        "softcap reported": Options(scale=empty(), softcap=30.0, inverse_softcap=1 / 30.0),
         "smoothing": Options(scale=empty(), label_smoothing=0.1),
         "class weight": Options(weight=empty(V), weight_mean=empty(), scale=empty()),
         "log-probs": Options(
@@ -206,7 +192,7 @@ def call_of(case: Case, on: Target) -> launch.Call:
         return launch.row_gradient(logits, dlogits, target, empty(N, 3), options, **shared)
     if case.kernel == "factor":
         return launch.multiply(dlogits, target, empty(), N=N, **shared)
-    with_stats = case.options in ("all", "logged", "reported", "softcap reported")
+    with_stats = case.options in ("all", "logged", "reported")
     stats = Statistics(row, row, row, empty(N, dtype=torch.bool)) if with_stats else None
     sink = dlogits if case.kernel == "forward" else None
     saved = empty(N, 3) if case.kernel == "statistics" else None

@@ -9,9 +9,10 @@
 No GPU is needed: Triton's own launcher is asked for the kernel it would launch, for a target that
 is named instead of found. Registers and stack come from `cuobjdump -res-usage`, access widths from
 the disassembly, both from Triton's package; for AMD they are in the assembly itself. The budget:
-no spills and no stack anywhere; on NVIDIA, where V is a multiple of 8, every access to logits and
-their gradient is 16 bytes wide, and a resident row has exactly as many loads as it takes to read
-it once. The file names the sources that it was made from (`fingerprint`).
+no spills and no stack anywhere; on NVIDIA, where rows are wide, every access to logits and their
+gradient is 16 bytes wide; a resident row has exactly as many loads as it takes to read it once; a
+streamed row's first loop has no barrier and no shuffle, and a plain bf16 one takes at most 11
+instructions an element there and 7 in the second loop (sm_90). The file names the sources that it was made from (`fingerprint`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from rich.console import Console
 from bench import files, tables
 from bench.binary import NamedTarget, read_amd, read_nvidia
 from bench.kernel_cases import DTYPES, TARGETS, Case, call_of, cases, target_of
-from sgp.kernels import launch
+from sgp.kernels import launch, table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "resources.json"
@@ -63,8 +64,9 @@ def compile_case(case: Case, target_name: str) -> dict[str, Any]:
     record: dict[str, Any] = {
         "target": target_name,
         **case._asdict(),
-        "form": "resident" if call.kernel is launch.row_resident else "streaming",
+        "form": form_of(call),
         "BV": call.constants["BV"],
+        "BV_2": call.constants.get("BV_2", call.constants["BV"]),
         "pieces": call.constants.get("PIECES", 1),
         "num_ctas": call.constants.get("num_ctas", 1),
         "num_warps": call.constants["num_warps"],
@@ -74,32 +76,52 @@ def compile_case(case: Case, target_name: str) -> dict[str, Any]:
     return record
 
 
+def form_of(call: launch.Call) -> str:
+    """The form of the row kernel; of other kernels, that they go block by block."""
+    if call.constants.get("STAYS"):
+        return "staying"
+    forms = {launch.row_resident: "resident", launch.row_blockwise: "blockwise"}
+    return forms.get(call.kernel, "streaming")
+
+
 def _broken_budgets(
     case: Case, call: launch.Call, record: dict[str, Any], *, nvidia: bool
 ) -> list[str]:
     broken = []
     if record["spills"] or record["stack"]:
         broken.append(f"{record['spills']} spills, {record['stack']} bytes of stack")
-    if nvidia and case.is_wide:
-        # 16-byte accesses that one pass of a thread over its block, or over its row, takes.
-        threads = 32 * record["num_warps"] * record["num_ctas"]
-        columns = call.constants["BV"] // threads
-        in_row = columns * record["pieces"]
-        one = in_row * DTYPES[case.dtype].itemsize // 16
-        store = in_row * case.gradient_dtype.itemsize // 16
-        passes = 2 if (case.kernel, record["form"]) == ("forward", "streaming") else 1
-        stores = 1 if case.kernel in ("forward", "backward", "factor") else 0
-        for kind, expected in (("loads", passes * one), ("stores", stores * store)):
-            if record[f"{kind}_16"] < expected:
-                broken.append(f"{record[f'{kind}_16']} {kind} of 16 bytes, expected {expected}")
-        has_weights = case.options in ("class weight", "all")
-        if record["form"] == "resident" and not has_weights and record["loads_16"] != one:
-            broken.append(f"{record['loads_16']} loads of 16 bytes, once is {one}")
-        # The target's gradient is a store of one element, in every lane, that is masked off.
-        if record["narrow"] > SCALARS + columns:
-            broken.append(
-                f"{record['narrow']} narrow accesses, at most {SCALARS + columns} are due"
-            )
+    if not (nvidia and case.is_wide):
+        return broken
+    # 16-byte accesses that one pass of a thread over its block, or over its row, takes.
+    threads = 32 * record["num_warps"] * record["num_ctas"]
+    logit, gradient = DTYPES[case.dtype].itemsize, case.gradient_dtype.itemsize
+    columns, columns_2 = record["BV"] // threads, record["BV_2"] // threads
+    once = columns * record["pieces"] * logit // 16
+    streams = case.kernel == "forward" and record["form"] != "resident"
+    loads = once + columns_2 * logit // 16 if streams else once
+    stores = columns_2 * record["pieces"] * gradient // 16
+    if case.kernel not in ("forward", "backward", "factor"):
+        stores = 0
+    for kind, expected in (("loads", loads), ("stores", stores)):
+        if record[f"{kind}_16"] < expected:
+            broken.append(f"{record[f'{kind}_16']} {kind} of 16 bytes, expected {expected}")
+    has_weights = case.options in ("class weight", "all")
+    if record["form"] == "resident" and not has_weights and record["loads_16"] != once:
+        broken.append(f"{record['loads_16']} loads of 16 bytes, once is {once}")
+    # The target's gradient of a resident row is a store of one element in every lane, masked off.
+    due = SCALARS + (columns if record["form"] == "resident" else 0)
+    if has_weights and record["V"] % 8:  # class weights do not begin at 16 bytes in such a row
+        due += 2 * columns + 2 * columns_2
+    if record["narrow"] > due:
+        broken.append(f"{record['narrow']} narrow accesses, at most {due} are due")
+    if record["form"] in ("streaming", "staying") and case.kernel != "factor":
+        if record["meetings"]:
+            broken.append(f"{record['meetings']} barriers and shuffles in the first loop")
+        if case.options == "plain" and case.dtype == "bf16" and record["target"] == "sm_90":
+            for loop, n, most in (("first", columns, 11.0), ("second", columns_2, 7.0)):
+                each = record[f"{loop}_loop"] / n
+                if each > most and table.ONE_BLOCK[-1].columns < case.V:
+                    broken.append(f"{each:.2f} instructions an element in the {loop} loop")
     return broken
 
 

@@ -31,7 +31,10 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 MINUS_2_LOG2E = tl.constexpr(-2.8853900817779268)
+# From here on, float32 numbers that differ do so by more than 2^15.
+COARSE = tl.constexpr(2.0**40)
 
 
 class Options(NamedTuple):
@@ -63,9 +66,11 @@ class Statistics(NamedTuple):
 
 @triton.jit
 def exp(x):
-    # One instruction. The difference s - max is taken first: folding log2(e) into s would cost
-    # an absolute error that grows with |s|.
     return tl.exp2(x * LOG2E)
+
+
+# Whether the kernels were defined under TRITON_INTERPRET=1.
+INTERPRETED = tl.constexpr(not isinstance(exp, triton.runtime.JITFunction))
 
 
 @triton.jit
@@ -176,43 +181,50 @@ def score(b_x, m_col, opt):
 
 
 @triton.jit
-def terms(b_s, o_col, m_col, y, origin, reference, b_w, opt, ENTROPY: tl.constexpr):
-    """What a column adds to s_o, to t_o and to k; the latter two are 0 where nobody asks.
-
-    t_o = sum_{j != y} (s_j - max) e_j, for the entropy; k = sum_j w_j (s_j - reference), for
-    label smoothing, where `reference` is any finite number near the target's logit.
-    """
-    b_e = exp(b_s - origin)
-    b_e = tl.where(o_col == y, 0.0, b_e)
-    b_t = 0.0
-    if ENTROPY:
-        b_t = finite(b_s - origin) * b_e
-    b_k = 0.0
-    if opt.label_smoothing is not None:
-        b_k = b_s - reference
-        if opt.weight is not None:
-            b_k = tl.where(b_w == 0.0, 0.0, b_w * b_k)
-        b_k = tl.where(m_col, b_k, 0.0)
-    return b_e, b_t, b_k
+def entropy_term(b_z, b_e):
+    """What a column adds to t_o = sum_{j != y} (s_j - max) e_j: z = s - max, e = exp(z)."""
+    return finite(b_z) * b_e
 
 
 @triton.jit
-def accumulate(carry, b_x, o_col, m_col, y, reference, b_w, opt, ENTROPY: tl.constexpr):
-    """One block more into (max, s_o, t_o, k), the running statistics of a row."""
-    top, s_o, t_o, k = carry
-    b_s = score(b_x, m_col, opt)
-    top_new = tl.maximum(top, tl.max(b_s, 0))
-    origin = finite_or_zero(top_new)
+def smoothing_term(b_s, m_col, reference, b_w, opt):
+    """What a column adds to k = sum_j w_j (s_j - reference).
+
+    The reference is any finite number near the target's logit.
+    """
+    b_k = b_s - reference
+    if opt.weight is not None:
+        b_k = tl.where(b_w == 0.0, 0.0, b_w * b_k)
+    return tl.where(m_col, b_k, 0.0)
+
+
+@triton.jit
+def rescaled(top, s_o, t_o, origin, ENTROPY: tl.constexpr):
+    """(s_o, t_o) that were taken from the maximum `top`, as taken from `origin`, no smaller."""
     shrink = exp(top - origin)  # 0 as long as nothing was seen
-    b_e, b_t, b_k = terms(b_s, o_col, m_col, y, origin, reference, b_w, opt, ENTROPY)
     if ENTROPY:
         # Where all that was seen vanishes, so does its term: 0 x (a difference of 1e38) is 0.
         moved = shrink * (t_o + (finite_or_zero(top) - origin) * s_o)
-        t_o = tl.where(shrink > 0.0, moved, 0.0) + tl.sum(b_t, 0)
-    s_o = shrink * s_o + tl.sum(b_e, 0)
-    if opt.label_smoothing is not None:
-        k += tl.sum(b_k, 0)
-    return top_new, s_o, t_o, k
+        t_o = tl.where(shrink > 0.0, moved, 0.0)
+    return shrink * s_o, t_o
+
+
+@triton.jit
+def joined(top_a, s_a, t_a, k_a, top_b, s_b, t_b, k_b):
+    """(max, s_o, t_o, k) of two parts of a row; t_o and k are 0 where nobody asks."""
+    top = tl.maximum(top_a, top_b)
+    origin = finite_or_zero(top)
+    s_a, t_a = rescaled(top_a, s_a, t_a, origin, True)
+    s_b, t_b = rescaled(top_b, s_b, t_b, origin, True)
+    return top, s_a + s_b, t_a + t_b, k_a + k_b
+
+
+@triton.jit
+def joined_plain(top_a, s_a, top_b, s_b):
+    """(max, s_o) of two parts of a row."""
+    top = tl.maximum(top_a, top_b)
+    origin = finite_or_zero(top)
+    return top, s_a * exp(top_a - origin) + s_b * exp(top_b - origin)
 
 
 @triton.jit
@@ -280,6 +292,28 @@ def finish_ignored(i_row, p_loss, p_saved, stats):
 
 
 @triton.jit
+def fma(x, y, z):
+    """X y + z, rounded once. Triton's interpreter rounds twice before 3.9; float64 holds x y."""
+    if INTERPRETED:
+        return (x.to(tl.float64) * y.to(tl.float64) + z.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.fma(x, y, z)
+
+
+@triton.jit
+def exponent_of(top):
+    """(l, c, rest) with log2(exp(s - max)) = (l s - c) - rest, and l s - c one instruction.
+
+    c is max log2(e), rounded, and rest what the rounding left, 4e-5 for maxima near 1000. From
+    COARSE on, where c might overflow, it is the difference s - max: there e is 1 at the maximum
+    and 0 elsewhere, in base 2 as in base e.
+    """
+    l = tl.where(tl.abs(top) < COARSE, LOG2E, 1.0)  # noqa: E741
+    c = top * l
+    return l, c, fma(top, l, -c)
+
+
+@triton.jit
 def log_of_sum(inv_d, so_d):
     """log(d) from what is saved: as log1p(s_o) where the target has most of the mass."""
     return tl.where(so_d < 0.5, log1p(so_d / inv_d), -tl.log(inv_d))
@@ -287,9 +321,10 @@ def log_of_sum(inv_d, so_d):
 
 @triton.jit
 def coefficients(i_row, top, inv_d, so_d, m_y, r, w_y, w_mean, V, opt):
-    """(a, a - b, b s_o / d, c / V, h, H - log d): where every option of the loss meets.
+    """(a, a - b, b s_o / d, c / V, h, H - log d, l, l max): where every option of the loss meets.
 
-    NaN for a bad target.
+    a, a - b and h multiply 2^(l s - l max) and have taken 1 / d and what `exponent_of` left with
+    them, and so has H - log d; NaN for a bad target.
     """
     if opt.scale is not None:
         r = r * tl.load(opt.scale)
@@ -313,23 +348,26 @@ def coefficients(i_row, top, inv_d, so_d, m_y, r, w_y, w_mean, V, opt):
         h = tl.load(opt.entropy_weight + i_row)
         h_origin = tl.load(opt.entropy + i_row) - log_of_sum(inv_d, so_d)
     a = b + a_minus_b
-    return a, a_minus_b, b * so_d, c_over_v, h, h_origin
+    l, c, rest = exponent_of(top)  # noqa: E741
+    inv_d = inv_d * tl.exp2(-rest)
+    h_origin = h_origin - rest * LN2
+    return a * inv_d, a_minus_b * inv_d, b * so_d, c_over_v, h * inv_d, h_origin, l, c
 
 
 @triton.jit
-def gradient(b_x, top, inv_d, factor, offset, c_w_over_v, h, h_origin, opt):
-    """The gradient, float32: factor p - offset, and what the options add.
+def gradient(b_x, l, c, factor, offset, c_w_over_v, h, h_origin, opt):  # noqa: E741
+    """The gradient, float32: factor p - offset, and what the options add, from `coefficients`.
 
     With factor a and offset 0 it is every column's but the target's; with (a - b, b s_o / d) the
     target's. Scale, softcap and temperature multiply last.
     """
-    b_z = transform(b_x, opt) - top
-    b_e = exp(b_z)
-    b_g = (factor * inv_d) * b_e - offset
+    b_z = fma(transform(b_x, opt), l, -c)
+    b_e = tl.exp2(b_z)
+    b_g = factor * b_e - offset
     if opt.label_smoothing is not None:
         b_g -= c_w_over_v
     if opt.entropy_weight is not None:
-        b_g -= (h * inv_d) * (b_e * (finite(b_z) + h_origin))
+        b_g -= h * (b_e * (finite(b_z) * LN2 + h_origin))
     if opt.softcap is not None:
         b_g = b_g * transform_slope(b_x, opt)
     if opt.logit_scale is not None:

@@ -8,7 +8,13 @@ whose target is `ignore_index` are zero already and are not read, whatever the f
 import triton
 import triton.language as tl
 
-from sgp.kernels.layout import aligned, column_offset, row_pointer
+from sgp.kernels.layout import aligned, body, column_offset, edge_columns, row_pointer
+
+
+@triton.jit
+def multiply_block(p_block, m_col, f):
+    b_g = tl.load(p_block, mask=m_col).to(tl.float32) * f
+    tl.store(p_block, b_g.to(p_block.dtype.element_ty), mask=m_col)
 
 
 @triton.jit
@@ -19,6 +25,9 @@ def multiply_rows(
     ignore_index,
     V,
     BV: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    EDGES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
@@ -29,10 +38,11 @@ def multiply_rows(
         if target is not None:
             kept = tl.load(target + i_row) != ignore_index
         if kept:
-            p_g = row_pointer(dlogits, i_row, ALIGN)
-            for start in range(0, V, BV):
-                o_col = start + tl.arange(0, BV)
-                m_col = o_col < V
-                p_block = p_g + column_offset(dlogits, o_col)
-                b_g = tl.load(p_block, mask=m_col, other=0.0).to(tl.float32) * f
-                tl.store(p_block, b_g.to(p_g.dtype.element_ty), mask=m_col)
+            p_g, before, columns = body(dlogits, i_row, V, ALIGN, VECTOR, EDGES)
+            o_lane = tl.arange(0, BV)
+            for k in range(tl.cdiv(columns, BV)):
+                p_block = p_g + column_offset(dlogits, k * BV) + column_offset(dlogits, o_lane)
+                multiply_block(p_block, o_lane < columns - k * BV, f)
+            if EDGES:
+                o_col, m_col = edge_columns(before, columns, V, VECTOR, LANES)
+                multiply_block(row_pointer(dlogits, i_row, 1) + o_col, m_col, f)

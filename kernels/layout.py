@@ -64,15 +64,46 @@ def aligned(x, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def row_offset(m, i_row):
+    """The first element of row i_row (int64), counted from m.ptr."""
+    if m.inner == 1:
+        return i_row * m.outer_stride
+    else:
+        return (i_row // m.inner) * m.outer_stride + (i_row % m.inner) * m.inner_stride
+
+
+@triton.jit
 def row_pointer(m, i_row, ALIGN: tl.constexpr):
     """The first element of row i_row (int64)."""
-    if m.inner == 1:
-        o_row = i_row * m.outer_stride
-    else:
-        o_row = (i_row // m.inner) * m.outer_stride + (i_row % m.inner) * m.inner_stride
-    return m.ptr + aligned(o_row, ALIGN)
+    return m.ptr + aligned(row_offset(m, i_row), ALIGN)
 
 
 @triton.jit
 def column_offset(m, o_col):
-    return o_col.to(tl.int64) * m.col_stride
+    return tl.cast(o_col, tl.int64) * m.col_stride
+
+
+@triton.jit
+def body(m, i_row, V, ALIGN: tl.constexpr, VECTOR: tl.constexpr, EDGES: tl.constexpr):
+    """(pointer, columns before it, columns) of the part of a row that goes block by block.
+
+    With EDGES it is what accesses of VECTOR elements reach, 16 bytes each, in a row that begins
+    and ends between two of them (V = 50 257); at most VECTOR - 1 columns are left at either end.
+    Otherwise it is the whole row.
+    """
+    o_row = row_offset(m, i_row)
+    if EDGES:
+        before = tl.minimum((VECTOR - o_row % VECTOR) % VECTOR, V).to(tl.int32)
+        columns = aligned(V - before, VECTOR)
+        return m.ptr + aligned(o_row + before, VECTOR), before, columns
+    else:
+        return m.ptr + aligned(o_row, ALIGN), 0, V
+
+
+@triton.jit
+def edge_columns(before, columns, V, VECTOR: tl.constexpr, LANES: tl.constexpr):
+    """(column numbers, mask) of what `body` leaves at both ends, one a lane."""
+    o_lane = tl.arange(0, LANES)
+    o_col = tl.where(o_lane < VECTOR, o_lane, before + columns + o_lane - VECTOR)
+    m_col = tl.where(o_lane < VECTOR, o_lane < before, o_col < V) & (o_lane < 2 * VECTOR)
+    return o_col, m_col

@@ -25,17 +25,20 @@ def row_backward(
     ignore_index,
     V,
     BV: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    EDGES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
     V = aligned(V, ALIGN)
     y = tl.load(target + i_row)
     if y == ignore_index:
-        zero_row(dlogits, i_row, V, BV, ALIGN)
+        zero_row(dlogits, i_row, V, BV, LANES, VECTOR, EDGES, ALIGN)
     else:
         m_y = (y >= 0) & (y < V)
         i_y = tl.where(m_y, y, 0).to(tl.int32)
-        p_x = row_pointer(logits, i_row, ALIGN)
+        p_x = row_pointer(logits, i_row, 1)
         x_y = tl.load(p_x + column_offset(logits, i_y), mask=m_y, other=float("nan"))
         tl.debug_barrier()  # in place, the block that holds the target is stored later
         top = tl.load(saved + 3 * i_row)
@@ -43,20 +46,6 @@ def row_backward(
         so_d = tl.load(saved + 3 * i_row + 2)
         r, w_y, w_mean = load_row_scalars(i_row, i_y, m_y, opt)
         write_gradient(
-            logits,
-            dlogits,
-            i_row,
-            i_y,
-            x_y,
-            m_y,
-            top,
-            inv_d,
-            so_d,
-            r,
-            w_y,
-            w_mean,
-            opt,
-            V,
-            BV,
-            ALIGN,
-        )
+            logits, dlogits, i_row, i_y, x_y, m_y, top, inv_d, so_d, r, w_y, w_mean, opt, V,
+            BV, LANES, VECTOR, EDGES, ALIGN,
+        )  # fmt: skip

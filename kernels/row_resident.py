@@ -24,6 +24,8 @@ import triton.language as tl
 
 from sgp.kernels.arithmetic import (
     coefficients,
+    entropy_term,
+    exp,
     finish,
     finish_ignored,
     finite_or_zero,
@@ -32,11 +34,11 @@ from sgp.kernels.arithmetic import (
     ordered,
     score,
     score_of_largest,
-    terms,
+    smoothing_term,
     transform,
 )
 from sgp.kernels.layout import aligned, column_offset, row_pointer
-from sgp.kernels.row_pieces import load_class_weight, store_target_gradient, zero_row
+from sgp.kernels.row_pieces import load_class_weight, zero_row
 
 
 @triton.jit
@@ -88,7 +90,7 @@ def row_resident(
     if y == ignore_index:
         finish_ignored(i_row, loss, saved, stats)
         if dlogits is not None:
-            zero_row(dlogits, i_row, V, BV, ALIGN)
+            zero_row(dlogits, i_row, V, BV, 32, 1, False, ALIGN)
     else:
         m_y = (y >= 0) & (y < V)
         i_y = tl.where(m_y, y, 0).to(tl.int32)
@@ -117,15 +119,14 @@ def row_resident(
             m_col = k * BV + o_lane < V
             b_w = load_class_weight(k * BV + o_lane, m_col, opt)
             b_s = score(row[k], m_col, opt)
+            b_z = b_s - origin
             # The target's column counts from the piece, so that the lane numbers serve them all.
-            b_e, b_t, b_k = terms(
-                b_s, o_lane, m_col, i_y - k * BV, origin, reference, b_w, opt, stats is not None
-            )
+            b_e = tl.where(o_lane == i_y - k * BV, 0.0, exp(b_z))
             b_so += b_e
             if stats is not None:
-                b_to += b_t
+                b_to += entropy_term(b_z, b_e)
             if opt.label_smoothing is not None:
-                b_ks += b_k
+                b_ks += smoothing_term(b_s, m_col, reference, b_w, opt)
         s_o, t_o, k_all = sums(
             b_so, b_to, b_ks, BV, stats is not None, opt.label_smoothing is not None
         )
@@ -135,7 +136,7 @@ def row_resident(
             carry, s_y, reference, r, w_y, w_mean, i_row, loss, saved, stats, V, opt
         )
         if dlogits is not None:
-            a, a_minus_b, b_so_d, c_over_v, h, h_origin = coefficients(
+            a, a_minus_b, b_so_d, c_over_v, h, h_origin, l, c = coefficients(  # noqa: E741
                 i_row, top, inv_d, so_d, m_y, r, w_y, w_mean, V, opt
             )
             p_g = row_pointer(dlogits, i_row, ALIGN)
@@ -143,9 +144,15 @@ def row_resident(
                 o_col = k * BV + o_lane
                 m_col = o_col < V
                 b_w = load_class_weight(o_col, m_col, late)
-                b_g = gradient(row[k], top, inv_d, a, 0.0, c_over_v * b_w, h, h_origin, late)
+                b_g = gradient(row[k], l, c, a, 0.0, c_over_v * b_w, h, h_origin, late)
                 tl.store(
                     p_g + column_offset(dlogits, o_col), b_g.to(p_g.dtype.element_ty), mask=m_col
                 )
-            g_y = gradient(x_y, top, inv_d, a_minus_b, b_so_d, c_over_v * w_y, h, h_origin, late)
-            store_target_gradient(dlogits, p_g, i_y, g_y, BV)
+            g_y = gradient(x_y, l, c, a_minus_b, b_so_d, c_over_v * w_y, h, h_origin, late)
+            # The target's gradient, over what has been stored for its column, by the same thread, as
+            # all stores of BV columns are laid out alike; the barrier is for a compiler that gives
+            # them two layouts. (It is one of the program, not of a cluster.)
+            tl.debug_barrier()
+            o_col = i_y // BV * BV + o_lane
+            b_g = tl.full([BV], g_y, tl.float32).to(p_g.dtype.element_ty)
+            tl.store(p_g + column_offset(dlogits, o_col), b_g, mask=o_col == i_y)

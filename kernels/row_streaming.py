@@ -1,29 +1,171 @@
 """Loss, statistics and gradient of a row in one launch, the row streamed in blocks, read twice.
 
 The first loop takes maximum and sums, the second writes the gradient while the row is still in L2;
-the formulas are in arithmetic.py. The maximum is kept running (Milakov and Gimelshein 2018, Online
-normalizer calculation for softmax). The choice: any vocabulary, any GPU, any option, no cluster.
-The price: each kept logit is asked for twice, `(1 + 2 f) N V` elements with kept fraction f, of
-which `(1 + f) N V` are distinct.
+the formulas are in arithmetic.py. Maximum and sums are kept running (Milakov and Gimelshein 2018,
+Online normalizer calculation for softmax), each thread for the columns that it loads: a block is
+seen as (repeats, LANES, VECTOR), of which a thread holds one lane, so that the first loop has no
+barrier and no shuffle, and the lanes meet once, at the end. The target is compared with in the one
+block that holds it.
+
+The choice: any vocabulary, any GPU, any option, no cluster. The price: each kept logit is asked for
+twice, `(1 + 2 f) N V` elements with kept fraction f, of which `(1 + f) N V` are distinct.
 Rows whose target is `ignore_index` are not read; their gradient is written as zero.
+
+With STAYS a program takes row after row, and asks for the next row's target and first block before
+it writes the gradient, so that something is on its way from memory between two rows too.
 """
 
 import triton
 import triton.language as tl
 
 from sgp.kernels.arithmetic import (
-    accumulate,
+    entropy_term,
+    exp,
     finish,
     finish_ignored,
     finite_or_zero,
+    joined,
+    joined_plain,
     load_row_scalars,
+    rescaled,
+    score,
+    smoothing_term,
     transform,
 )
-from sgp.kernels.layout import aligned, column_offset, row_pointer
+from sgp.kernels.layout import aligned, body, column_offset, edge_columns, row_pointer
 from sgp.kernels.row_pieces import load_class_weight, write_gradient, zero_row
 
 
 @triton.jit
+def start_of(i_block, blocks, BV: tl.constexpr, DESCENDS: tl.constexpr):
+    """The first column of the block that comes i_block-th."""
+    if DESCENDS:  # what is read last is read again first
+        return (tl.maximum(blocks, 1) - 1 - i_block) * BV
+    else:
+        return i_block * BV
+
+
+@triton.jit
+def load_block(logits, p_body, start, columns, BV: tl.constexpr):
+    o_lane = tl.arange(0, BV)
+    return tl.load(
+        p_body + column_offset(logits, start) + column_offset(logits, o_lane),
+        mask=o_lane < columns - start,
+        other=float("-inf"),
+        eviction_policy="evict_last",
+    )
+
+
+@triton.jit
+def accumulate(
+    carry, b_x, m_col, y, reference, b_w, opt,
+    ENTROPY: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """One block more into the (max, s_o, t_o, k) of each lane; the target is the block's y-th."""
+    BV: tl.constexpr = b_x.shape[0]
+    REPEATS: tl.constexpr = BV // (LANES * VECTOR)
+    top, s_o, t_o, k = carry
+    b_s = score(b_x, m_col, opt)
+    b_lanes = tl.reshape(b_s, [REPEATS, LANES, VECTOR])
+    top_new = tl.maximum(top, tl.max(tl.max(b_lanes, 2), 0))
+    origin = finite_or_zero(top_new)
+    b_z = b_lanes - origin[None, :, None]
+    b_e = exp(b_z)
+    if (y >= 0) & (y < BV):
+        o_vector = tl.reshape(tl.arange(0, REPEATS * LANES), [REPEATS, LANES])
+        b_y = tl.where(o_vector == y // VECTOR, y % VECTOR, -1)
+        b_e = tl.where(tl.arange(0, VECTOR)[None, None, :] == b_y[:, :, None], 0.0, b_e)
+    s_o, t_o = rescaled(top, s_o, t_o, origin, ENTROPY)
+    s_o += tl.sum(tl.sum(b_e, 2), 0)
+    if ENTROPY:
+        t_o += tl.sum(tl.sum(entropy_term(b_z, b_e), 2), 0)
+    if opt.label_smoothing is not None:
+        b_k = smoothing_term(b_s, m_col, reference, b_w, opt)
+        k += tl.sum(tl.sum(tl.reshape(b_k, [REPEATS, LANES, VECTOR]), 2), 0)
+    return top_new, s_o, t_o, k
+
+
+@triton.jit
+def row_of_lanes(carry, opt, ENTROPY: tl.constexpr, LANES: tl.constexpr):
+    """(max, s_o, t_o, k) of the row: by shuffles to one a warp, then in one exchange."""
+    SMOOTHING: tl.constexpr = opt.label_smoothing is not None
+    top, s_o, t_o, k = carry
+    b_top = tl.max(tl.reshape(top, [LANES // 32, 32]), 1)
+    b_origin = tl.broadcast_to(finite_or_zero(b_top)[:, None], [LANES // 32, 32])
+    s_o, t_o = rescaled(top, s_o, t_o, tl.reshape(b_origin, [LANES]), ENTROPY)
+    b_so = tl.sum(tl.reshape(s_o, [LANES // 32, 32]), 1)
+    if ENTROPY or SMOOTHING:
+        b_to = tl.zeros([LANES // 32], tl.float32)
+        b_k = tl.zeros([LANES // 32], tl.float32)
+        if ENTROPY:
+            b_to = tl.sum(tl.reshape(t_o, [LANES // 32, 32]), 1)
+        if SMOOTHING:
+            b_k = tl.sum(tl.reshape(k, [LANES // 32, 32]), 1)
+        top, s_o, t_o, k = tl.reduce((b_top, b_so, b_to, b_k), 0, joined)
+        return top, s_o, t_o, k
+    else:
+        top, s_o = tl.reduce((b_top, b_so), 0, joined_plain)
+        return top, s_o, 0.0, 0.0
+
+
+@triton.jit
+def first_block(
+    logits, i_row, m_row, V,
+    BV: tl.constexpr, VECTOR: tl.constexpr, EDGES: tl.constexpr, DESCENDS: tl.constexpr,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
+    """What `row_sums` begins with; nothing is read where m_row is false."""
+    p_body, _, columns = body(logits, i_row, V, ALIGN, VECTOR, EDGES)
+    start = start_of(0, tl.cdiv(columns, BV), BV, DESCENDS)
+    return load_block(logits, p_body, start, tl.where(m_row, columns, 0), BV)
+
+
+@triton.jit
+def row_sums(
+    logits, i_row, y, b_ahead, reference, opt, V, ENTROPY: tl.constexpr,
+    BV: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, EDGES: tl.constexpr,
+    DESCENDS: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """(max, s_o, t_o, k) of a row; `b_ahead` is its first block where that was loaded before."""
+    p_body, before, columns = body(logits, i_row, V, ALIGN, VECTOR, EDGES)
+    blocks = tl.cdiv(columns, BV)
+    o_lane = tl.arange(0, BV)
+    t_o = 0.0
+    k = 0.0
+    if ENTROPY:
+        t_o = tl.zeros([LANES], tl.float32)
+    if opt.label_smoothing is not None:
+        k = tl.zeros([LANES], tl.float32)
+    carry = (tl.full([LANES], float("-inf"), tl.float32), tl.zeros([LANES], tl.float32), t_o, k)
+    i_begin = 0
+    if b_ahead is not None:
+        i_begin = 1
+        start = start_of(0, blocks, BV, DESCENDS)
+        m_col = o_lane < columns - start
+        b_w = load_class_weight(before + start + o_lane, m_col, opt)
+        carry = accumulate(
+            carry, b_ahead, m_col, y - before - start, reference, b_w, opt, ENTROPY, LANES, VECTOR
+        )
+    for i in range(i_begin, blocks):
+        start = start_of(i, blocks, BV, DESCENDS)
+        m_col = o_lane < columns - start
+        b_x = load_block(logits, p_body, start, columns, BV)
+        b_w = load_class_weight(before + start + o_lane, m_col, opt)
+        carry = accumulate(
+            carry, b_x, m_col, y - before - start, reference, b_w, opt, ENTROPY, LANES, VECTOR
+        )
+    if EDGES:
+        o_col, m_col = edge_columns(before, columns, V, VECTOR, LANES)
+        p_row = row_pointer(logits, i_row, 1)
+        b_x = tl.load(p_row + o_col, mask=m_col, other=float("-inf"))
+        b_w = load_class_weight(o_col, m_col, opt)
+        i_y = tl.where(y < before, y, y - before - columns + VECTOR)
+        i_y = tl.where((y < before) | (i_y >= VECTOR), i_y, -1)
+        carry = accumulate(carry, b_x, m_col, i_y, reference, b_w, opt, ENTROPY, LANES, 1)
+    return row_of_lanes(carry, opt, ENTROPY, LANES)
+
+
+@triton.jit(do_not_specialize=["N"])
 def row_streaming(
     logits,  # Matrix (N, V) bf16 | fp16 | fp32
     dlogits,  # Matrix (N, V), may be `logits`; None: loss and statistics only
@@ -33,58 +175,61 @@ def row_streaming(
     stats,  # Statistics, written; None: not wanted
     opt,  # Options
     ignore_index,
+    N,  # rows; not compiled in, so that one binary serves every batch
     V,
-    BV: tl.constexpr,
+    BV: tl.constexpr,  # columns of a block of the first loop
+    BV_2: tl.constexpr,  # of the second
+    LANES: tl.constexpr,  # threads
+    VECTOR: tl.constexpr,  # elements of one access to the logits
+    EDGES: tl.constexpr,  # rows begin and end between two accesses
+    DESCENDS: tl.constexpr,  # the first loop
+    STAYS: tl.constexpr,  # a program takes row after row
     ALIGN: tl.constexpr,
 ):
-    i_row = tl.program_id(0).to(tl.int64)
     V = aligned(V, ALIGN)
-    y = tl.load(target + i_row)
-    if y == ignore_index:
-        finish_ignored(i_row, loss, saved, stats)
-        if dlogits is not None:
-            zero_row(dlogits, i_row, V, BV, ALIGN)
-    else:
-        m_y = (y >= 0) & (y < V)
-        i_y = tl.where(m_y, y, 0).to(tl.int32)
-        p_x = row_pointer(logits, i_row, ALIGN)
-        x_y = tl.load(p_x + column_offset(logits, i_y), mask=m_y, other=float("nan"))
-        s_y = transform(x_y, opt)
-        reference = finite_or_zero(s_y)
-        r, w_y, w_mean = load_row_scalars(i_row, i_y, m_y, opt)
-        carry = (float("-inf"), 0.0, 0.0, 0.0)
-        for start in range(0, V, BV):
-            o_col = start + tl.arange(0, BV)
-            m_col = o_col < V
-            b_x = tl.load(
-                p_x + column_offset(logits, o_col),
-                mask=m_col,
-                other=float("-inf"),
-                eviction_policy="evict_last",
-            )
-            b_w = load_class_weight(o_col, m_col, opt)
-            carry = accumulate(
-                carry, b_x, o_col, m_col, i_y, reference, b_w, opt, stats is not None
-            )
-        top, inv_d, so_d = finish(
-            carry, s_y, reference, r, w_y, w_mean, i_row, loss, saved, stats, V, opt
+    i_first = tl.program_id(0)
+    y = tl.load(target + i_first)
+    rows = 1
+    if STAYS:
+        rows = tl.cdiv(N - i_first, tl.num_programs(0))
+        b_ahead = first_block(
+            logits, i_first.to(tl.int64), y != ignore_index, V, BV, VECTOR, EDGES, DESCENDS, ALIGN
         )
-        if dlogits is not None:
-            write_gradient(
-                logits,
-                dlogits,
-                i_row,
-                i_y,
-                x_y,
-                m_y,
-                top,
-                inv_d,
-                so_d,
-                r,
-                w_y,
-                w_mean,
-                opt,
-                V,
-                BV,
-                ALIGN,
+    else:
+        b_ahead = None
+    for i in range(rows):
+        i_row = (i_first + i * tl.num_programs(0)).to(tl.int64)
+        if STAYS:
+            i_next = i_row + tl.num_programs(0)
+            y_next = tl.load(target + i_next, mask=i_next < N, other=ignore_index)
+            m_next = y_next != ignore_index
+        if y == ignore_index:
+            finish_ignored(i_row, loss, saved, stats)
+            if STAYS:
+                b_ahead = first_block(logits, i_next, m_next, V, BV, VECTOR, EDGES, DESCENDS, ALIGN)
+            if dlogits is not None:
+                zero_row(dlogits, i_row, V, BV_2, LANES, VECTOR, EDGES, ALIGN)
+        else:
+            m_y = (y >= 0) & (y < V)
+            i_y = tl.where(m_y, y, 0).to(tl.int32)
+            p_row = row_pointer(logits, i_row, 1)
+            x_y = tl.load(p_row + column_offset(logits, i_y), mask=m_y, other=float("nan"))
+            s_y = transform(x_y, opt)
+            reference = finite_or_zero(s_y)
+            r, w_y, w_mean = load_row_scalars(i_row, i_y, m_y, opt)
+            carry = row_sums(
+                logits, i_row, i_y, b_ahead, reference, opt, V, stats is not None,
+                BV, LANES, VECTOR, EDGES, DESCENDS, ALIGN,
+            )  # fmt: skip
+            top, inv_d, so_d = finish(
+                carry, s_y, reference, r, w_y, w_mean, i_row, loss, saved, stats, V, opt
             )
+            if STAYS:
+                b_ahead = first_block(logits, i_next, m_next, V, BV, VECTOR, EDGES, DESCENDS, ALIGN)
+            if dlogits is not None:
+                write_gradient(
+                    logits, dlogits, i_row, i_y, x_y, m_y, top, inv_d, so_d, r, w_y, w_mean, opt, V,
+                    BV_2, LANES, VECTOR, EDGES, ALIGN,
+                )  # fmt: skip
+        if STAYS:
+            y = y_next

@@ -1,12 +1,16 @@
-"""The launch table: which form of the row kernel a row gets, in which pieces, on how many programs.
+"""The launch table: which form of the row kernel a row gets, in which blocks, on how many programs.
 
 Every choice is made from shapes, dtypes, the options that are on and the GPU's kind; nothing here
 waits for a device. `python -m bench resources` compiles every line ahead of time, without a GPU,
-into bench/results/resources.json: registers, stack, access widths. No line spills there, on sm_80,
-sm_90, sm_100 and gfx942 with Triton 3.9, and where rows are wide, accesses are 16 bytes. The
-figures beside the lines are from that file: the most registers of any of the line's kernels on
-sm_90 | sm_100. No line has been timed on a GPU yet: `python -m bench forms` does that, and prints
-lines to paste.
+into bench/results/resources.json: registers, stack, access widths, instructions an element. No line
+spills there, on sm_80, sm_90, sm_100 and gfx942 with Triton 3.9, and where rows are wide, accesses
+are 16 bytes. The figures beside the lines are from that file: the most registers of any of the
+line's kernels on sm_90 | sm_100.
+
+"timed" beside a line is its share of a copy's bandwidth with 8192 rows (float32: 4096), all kept,
+on 2026-11-27 with Triton 3.6, for the kernel that `row_streaming` was designed after
+(bench/results/gpu-*.jsonl); `row_streaming` itself has not been on a GPU yet. `python -m bench gpu`
+times the lines and others beside them, and prints lines to paste.
 """
 
 import functools
@@ -17,8 +21,9 @@ from typing import NamedTuple
 import torch
 import triton
 
-FORMS = ("auto", "resident", "streaming")
-CLUSTER_OF_16 = 132  # multiprocessors of a GPU whose clusters may have 16 programs (H100 SXM)
+FORMS = ("auto", "resident", "streaming", "staying", "blockwise")
+MULTIPROCESSORS = 132  # of an H100 SXM and an H200
+LARGE_MEMORY = 120 << 30  # bytes; an H200 has more, an H100 less
 
 
 class Target(NamedTuple):
@@ -28,19 +33,20 @@ class Target(NamedTuple):
     capability: int  # 90 for an H100; 0 for AMD
     multiprocessors: int
     triton: tuple[int, int]
+    memory: int = 80 << 30  # bytes
 
     @property
-    def largest_cluster(self) -> int:
-        """The most programs that may share a row; 1 where there are no clusters.
+    def has_clusters(self) -> bool:
+        """Whether programs may share a row: on sm_90 and sm_100, from Triton 3.8 on.
 
-        Triton 3.7 and older abort on `num_ctas`. Clusters above 8 need a GPU whose processing
-        clusters have 16 multiprocessors: the small versions of a chip (H20, PCIe, MIG) may not, so
-        it takes those of a whole one. A driver that refuses all the same says so at launch;
-        SGP_ROW_FORM=streaming needs no clusters.
+        Older ones abort on `num_ctas`.
         """
-        if self.backend != "cuda" or self.capability // 10 not in (9, 10) or self.triton < (3, 8):
-            return 1
-        return 16 if self.multiprocessors >= CLUSTER_OF_16 else 8
+        return self.backend == "cuda" and self.capability // 10 in (9, 10) and self.triton >= (3, 8)
+
+    @property
+    def is_h200(self) -> bool:
+        """Whether its memory is that much faster than an H100's that other lines win."""
+        return self.capability == 90 and self.memory > LARGE_MEMORY
 
 
 class Row(NamedTuple):
@@ -48,27 +54,37 @@ class Row(NamedTuple):
 
     V: int
     light: bool = True  # no softcap, no class weight
-    plain: bool = True  # light, and no smoothing, statistics or upstream entropy
+    quiet: bool = True  # no smoothing, statistics or upstream entropy
     wide: bool = True  # 16-byte accesses: 8 divides V and every stride between rows
+    edges: bool = False  # wide, but for the columns before the first and after the last access
     contiguous: bool = True  # the vocabulary, in logits and gradient
     itemsize: int = 2  # bytes of a logit
     halving: bool = False  # a bf16 or fp16 gradient of float32 logits
     gradient: bool = True  # False: loss and statistics only
+    align: int = 8  # the largest power of two up to 16 that divides V and every stride
+
+    @property
+    def plain(self) -> bool:
+        """Whether the kernel needs few registers."""
+        return self.light and self.quiet
 
 
 class Line(NamedTuple):
     """One line of the table, and what `choose` makes of it for a row."""
 
-    form: str  # "resident" | "streaming"
-    BV: int  # columns in a block, or in a piece of a resident row
+    form: str  # "resident" | "streaming" | "blockwise"
+    BV: int  # columns in a block of the first loop, or in a piece of a resident row
     threads: int  # of one program
     pieces: int = 1  # of a resident row, at most
     programs: int = 1  # that share a resident row: the size of a cluster
     per_multiprocessor: int = 1  # programs whose registers a multiprocessor is to hold
+    BV_2: int = 0  # columns in a block of the second loop; 0: as in the first
+    descends: bool = False  # the first loop, so that the second begins with what was read last
+    stays: bool = False  # a program takes row after row
 
     @property
     def columns(self) -> int:
-        """The longest row."""
+        """The longest resident row."""
         return self.BV * self.pieces
 
     @property
@@ -77,54 +93,75 @@ class Line(NamedTuple):
         return min(255, 65_536 // (self.threads * self.per_multiprocessor))
 
 
-PIECES = (1, 2, 3, 4, 5, 6, 8, 10)  # counts that are compiled; rows between two take the larger
-
-# Rows of one block: 8 or 16 columns a thread, room for every option.
+# Rows of one block: 8 or 16 columns a thread, room for every option. Not timed.
 ONE_BLOCK = (
     Line("resident", 256, 32),  # 76 | 77
     Line("resident", 1_024, 64),  # 163 | 139
     Line("resident", 2_048, 128),  # 144 | 140
     Line("resident", 4_096, 256),  # 145 | 138
 )
-# Up to 64 columns a thread in 128 registers, so that a multiprocessor holds two programs: one
-# loads while the other stores. Pieces of 8 columns a thread: one access of 16 bytes in bf16. (In
-# one program or two, 40 columns a thread spilled 2 registers on sm_100, 64 spilled 4.)
-LIGHT = (
-    Line("resident", 2_048, 256, 4, 1, 2),  # 128 | 128
-    Line("resident", 4_096, 256, 4, 2, 2),  # 128 | 128
-    Line("resident", 8_192, 256, 8, 4, 2),  # 128 | 128
-    Line("resident", 16_384, 256, 8, 8, 2),  # 128 | 128
-    Line("resident", 32_768, 512, 8, 8),  # 128 | 128
+# The head's float32 rows with a 16-bit gradient, in a cluster: up to 64 columns a thread in 128
+# registers, in pieces of 8. Anything else lost to streaming: bf16 at V = 32 000 has 45 % in a
+# cluster, at 128 256 64 %.
+PIECES = (5, 6, 8, 10)  # counts that are compiled; rows between two take the larger
+CLUSTERS = (
+    Line("resident", 16_384, 256, 8, 8, 2),  # timed: H100 79 % at V = 128 256
+    Line("resident", 16_384, 256, 10, 8, 2),  # timed: H100 83 % at V = 151 936
+    Line("resident", 32_768, 512, 8, 8),  # timed: H100 68 % at V = 262 144
 )
-# Without a gradient 64 columns a thread spill 2 to 8 registers with smoothing and statistics on.
-LIGHT_LOSS = tuple(line._replace(pieces=min(6, line.pieces)) for line in LIGHT)
-# 80 columns a thread: bf16 spills 8 registers on sm_100, a float32 gradient 2 on sm_90.
-LIGHT_90 = Line("resident", 16_384, 256, 10, 8, 2)  # 128 | 128
-# Softcap or class weights: up to 40 columns a thread in 255 registers. (48 spilled 4 on sm_100 with
-# softcap and statistics.)
-HEAVY = (
-    Line("resident", 2_048, 256, 5),  # 247 | 235
-    Line("resident", 4_096, 256, 5, 2),  # 248 | 238
-    Line("resident", 8_192, 256, 5, 4),  # 251 | 245
-    Line("resident", 16_384, 256, 5, 8),  # 255 | 241
-    Line("resident", 32_768, 256, 5, 16),  # 255 | 241
+CLUSTERS_FROM = 65_536  # columns; at 50 264 72 %, at 32 000 60 %, where streaming has more
+
+# What is streamed, by the longest row. 64 bytes of a row a thread and block: fewer were slower.
+STREAMING_16 = (
+    (100_000, Line("streaming", 16_384, 512, 1, 1, 2, 8_192)),  # timed: H100 98 % at 32 000
+    (200_000, Line("streaming", 32_768, 1_024)),  # timed: H100 96 % at 128 256, 87 % at 151 936
+    # The second reading misses L2: timed: H100 78 % at V = 262 144.
+    (None, Line("streaming", 32_768, 1_024, BV_2=16_384, descends=True)),
 )
-# 32 columns a thread in 128 registers: a float32 gradient spills 2, everything on 2 on sm_100.
-HEAVY_LONG_90 = Line("resident", 65_536, 512, 4, 16)  # 128 | 0
-# Accesses of one element: up to 32 columns a thread (48 spilled with smoothing), and not in one
-# program, where 24 did with statistics.
-NARROW = (
-    Line("resident", 4_096, 256, 4, 2, 2),  # 128 | 128
-    Line("resident", 8_192, 256, 4, 4, 2),  # 128 | 128
-    Line("resident", 16_384, 256, 4, 8, 2),  # 128 | 128
+STREAMING_16_H200 = (
+    (100_000, Line("streaming", 8_192, 256, 1, 1, 4, 4_096)),  # timed: 86 % at V = 32 000
+    (None, Line("streaming", 32_768, 1_024)),  # timed: 77, 78, 73 % at 128 256, 151 936, 262 144
 )
-# Blocks of what is streamed, in forward or in backward. A row gets 1024 threads where the options
-# leave room for that, so that few rows share a multiprocessor and the second loop finds the row in
-# L2; with smoothing, statistics, softcap or class weights it gets 512, with twice the registers.
-STREAMING_PLAIN = Line("streaming", 16_384, 1_024)  # 56 | 53
-STREAMING_HALVING = Line("streaming", 8_192, 1_024)  # 39 | 39; 16 384 spilled 2 registers on sm_90
-STREAMING = Line("streaming", 8_192, 512)  # 77 | 92
-STREAMING_NARROW = Line("streaming", 4_096, 512)  # 72 | 78
+STREAMING_32 = (
+    (100_000, Line("streaming", 16_384, 1_024, BV_2=8_192)),  # timed: H100 92 % at V = 32 000
+    # timed: H100 74 % at 128 256, 71 % at 151 936
+    (None, Line("streaming", 16_384, 1_024, BV_2=8_192, descends=True)),
+)
+STREAMING_32_H200 = (
+    (
+        100_000,
+        Line("streaming", 8_192, 512, 1, 1, 2, 4_096, descends=True),
+    ),  # timed: 82 % at 32 000
+    (None, Line("streaming", 16_384, 1_024)),  # timed: 66 % at V = 151 936
+)
+# Without a gradient there is no second reading, and so nothing to keep in L2. Not timed.
+LOSS_16 = Line("streaming", 16_384, 512, 1, 1, 2)
+LOSS_32 = Line("streaming", 8_192, 512, 1, 1, 2)
+# Some options: 32 bytes of a row a thread and block leave them registers. Not timed.
+OPTIONS_16 = (
+    (100_000, Line("streaming", 8_192, 512, 1, 1, 2)),
+    (None, Line("streaming", 16_384, 1_024)),
+)
+OPTIONS_32 = (
+    (100_000, Line("streaming", 4_096, 512, 1, 1, 2)),
+    (None, Line("streaming", 8_192, 1_024)),
+)
+# Softcap or class weights, and smoothing or statistics. Not timed.
+EVERYTHING_16 = Line("streaming", 8_192, 512)
+EVERYTHING_32 = Line("streaming", 4_096, 512)
+STREAMING_NARROW = Line("streaming", 4_096, 512)  # accesses of one element. Not timed.
+
+# One pass over a row that is read and written once. Not timed in these kernels; a plain copy of a
+# row in this geometry has 94 to 96 % on an H100.
+ONE_PASS = Line("streaming", 16_384, 1_024)
+ONE_PASS_HALVING = Line("streaming", 8_192, 1_024)
+ONE_PASS_HEAVY = Line("streaming", 8_192, 512)
+
+# The lines of the form of before.
+BLOCKWISE = Line("blockwise", 16_384, 1_024)  # timed: H100 66, 74, 67 % at 32 000, 128 256, 151 936
+BLOCKWISE_HALVING = Line("blockwise", 8_192, 1_024)
+BLOCKWISE_HEAVY = Line("blockwise", 8_192, 512)
+BLOCKWISE_NARROW = Line("blockwise", 4_096, 512)
 
 
 def choose(row: Row, target: Target, form: str | None = None) -> Line:
@@ -133,7 +170,7 @@ def choose(row: Row, target: Target, form: str | None = None) -> Line:
     Args:
         row: what is known of the row.
         target: what it is compiled for.
-        form: "auto", "resident" or "streaming"; None asks SGP_ROW_FORM.
+        form: one of FORMS; None asks SGP_ROW_FORM.
 
     Raises:
         ValueError: if the form is unknown, or resident for a row that cannot be.
@@ -141,86 +178,132 @@ def choose(row: Row, target: Target, form: str | None = None) -> Line:
     form = form or os.environ.get("SGP_ROW_FORM", "auto")
     if form not in FORMS:
         raise ValueError(
-            f"sgp: SGP_ROW_FORM = {form!r}; expected 'auto', 'resident' or 'streaming'"
+            f"sgp: SGP_ROW_FORM = {form!r}; expected one of {', '.join(map(repr, FORMS))}"
         )
-    if form == "streaming":
-        return blocks(row, target)
-    for line in resident_lines(row, target):
-        if line.columns >= row.V:
-            return line._replace(pieces=next(k for k in PIECES if line.BV * k >= row.V))
+    if form in ("auto", "resident"):
+        for line in resident_lines(row, target):
+            if line.columns >= row.V:
+                pieces = (1, *PIECES) if line.programs == 1 else PIECES
+                return line._replace(pieces=next(k for k in pieces if line.BV * k >= row.V))
     if form == "resident":
         raise ValueError(f"sgp: SGP_ROW_FORM = 'resident' cannot hold {_words(row, target)}")
-    return blocks(row, target)
+    if form == "blockwise":
+        return blockwise(row, target)
+    if form == "staying":
+        return staying(row, target)
+    return streaming(row, target)
 
 
 def resident_lines(row: Row, target: Target) -> Iterator[Line]:
     """The lines that such a row may have, whatever its length, in the order of preference."""
     yield from ONE_BLOCK
-    if not row.contiguous:
-        return
-    lines = LIGHT if row.light else HEAVY
-    float32_gradient = row.itemsize == 4 and not row.halving
-    if not row.wide:
-        lines = NARROW if row.light else ()
-    elif row.light and not row.gradient:
-        lines = LIGHT_LOSS
-    elif target.capability // 10 == 9 and not float32_gradient:
-        lines = (*LIGHT[:-1], LIGHT_90, LIGHT[-1]) if row.light else (*HEAVY, HEAVY_LONG_90)
-    old = target.triton < (3, 9)  # 3.8 fails on clusters ("PlanCTA") where a kernel has more steps
-    for line in lines:
-        if line.programs > target.largest_cluster:
-            continue
-        if line.programs > 1 and old:
-            if row.plain:
-                yield line._replace(pieces=min(6, line.pieces))
-        else:
-            yield line
+    is_head = row.halving and row.light and row.wide and row.contiguous and not row.edges
+    if is_head and target.has_clusters and row.V >= CLUSTERS_FROM:
+        yield from CLUSTERS
 
 
-def blocks(row: Row, target: Target) -> Line:
-    """The line of a kernel that goes through a row block by block."""
+def _small(row: Row, form: str) -> Line | None:
+    """The line of a row that is no longer than a block."""
+    found = next((line for line in ONE_BLOCK if line.columns >= row.V), None)
+    return None if found is None else found._replace(form=form)
+
+
+def streaming(row: Row, target: Target) -> Line:
+    """The line of a row's loss that is streamed."""
+    small = _small(row, "streaming")
+    if small is not None:
+        return small
     if not row.wide or not row.contiguous:
-        line = STREAMING_NARROW
-    elif not row.plain:  # masks of 16 columns a thread spilled 6 scalar registers on gfx942
-        line = STREAMING_NARROW if target.backend == "hip" else STREAMING
-    else:
-        line = STREAMING_HALVING if row.halving else STREAMING_PLAIN
-    return next((small for small in ONE_BLOCK if small.columns >= row.V), line)._replace(
-        form="streaming"
-    )
+        return STREAMING_NARROW
+    is_16 = row.itemsize == 2
+    if not row.light and not row.quiet:
+        return EVERYTHING_16 if is_16 else EVERYTHING_32
+    if not row.plain:
+        lines = OPTIONS_16 if is_16 else OPTIONS_32
+        return lines[0][1] if not row.gradient else _by_length(lines, row.V)
+    if not row.gradient:
+        return LOSS_16 if is_16 else LOSS_32
+    if target.is_h200:
+        return _by_length(STREAMING_16_H200 if is_16 else STREAMING_32_H200, row.V)
+    return _by_length(STREAMING_16 if is_16 else STREAMING_32, row.V)
+
+
+def staying(row: Row, target: Target) -> Line:
+    """The line of a row's loss by programs that take row after row. Not timed.
+
+    The next row's first block takes registers beside the options'.
+    """
+    roomy = row if row.plain else row._replace(light=False, quiet=False)
+    return streaming(roomy, target)._replace(stays=True)
+
+
+def _by_length(lines: tuple[tuple[int | None, Line], ...], V: int) -> Line:
+    return next(line for longest, line in lines if longest is None or longest > V)
+
+
+def one_pass(row: Row, target: Target) -> Line:
+    """The line of a kernel that goes through a row once, block by block."""
+    small = _small(row, "streaming")
+    if small is not None:
+        return small
+    if not row.wide or not row.contiguous:
+        return STREAMING_NARROW
+    if not row.plain:  # masks of 16 columns a thread spilled 6 scalar registers on gfx942
+        return STREAMING_NARROW if target.backend == "hip" else ONE_PASS_HEAVY
+    return ONE_PASS_HALVING if row.halving else ONE_PASS
+
+
+def blockwise(row: Row, target: Target) -> Line:
+    """The line of a row's loss in the form of before."""
+    small = _small(row, "blockwise")
+    if small is not None:
+        return small
+    if not row.wide or not row.contiguous or row.edges:
+        return BLOCKWISE_NARROW
+    if not row.plain:
+        return BLOCKWISE_NARROW if target.backend == "hip" else BLOCKWISE_HEAVY
+    return BLOCKWISE_HALVING if row.halving else BLOCKWISE
 
 
 @functools.cache
 def target_of(device: torch.device) -> Target:
-    """The target of a device; of a CPU, under the interpreter, an H100, whose forms it runs."""
+    """The target of a device; of a CPU, under the interpreter, an H100, whose forms it runs.
+
+    One with a single multiprocessor, so that a program that stays has more than one row to take.
+    """
     major, minor = (int(part) for part in triton.__version__.split(".")[:2])
     if device.type == "cpu":
-        return Target("cuda", 90, CLUSTER_OF_16, (max(major, 3), 9))
+        return Target("cuda", 90, 1, (max(major, 3), 9))
     properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return Target("hip", 0, properties.multi_processor_count, (major, minor))
-    capability = 10 * properties.major + properties.minor
-    return Target("cuda", capability, properties.multi_processor_count, (major, minor))
+    capability = 0 if torch.version.hip else 10 * properties.major + properties.minor
+    return Target(
+        "hip" if torch.version.hip else "cuda",
+        capability,
+        properties.multi_processor_count,
+        (major, minor),
+        properties.total_memory,
+    )
 
 
 def _words(row: Row, target: Target) -> str:
     """Why a row cannot be resident."""
     longest = max(line.columns for line in resident_lines(row, target))
     why = []
+    if not row.halving:
+        why.append("no 16-bit gradient of float32 logits")
     if not row.contiguous:
         why.append("a vocabulary with a stride")
-    elif not row.wide:
+    elif not row.wide or row.edges:
         why.append("8 does not divide V, a stride between rows or the start in memory")
     if not row.light:
         why.append("softcap or class weights")
-    if not row.gradient:
-        why.append("no gradient")
-    if target.largest_cluster < 16:
-        why.append(f"clusters of {target.largest_cluster} at most")
-    reasons = f" ({'; '.join(why)})" if why else ""
+    if not target.has_clusters:
+        why.append("no clusters")
+    if row.V < CLUSTERS_FROM:
+        why.append(f"clusters from {CLUSTERS_FROM} columns on")
     gpu = f"{target.backend} {target.capability or ''}".strip()
     version = ".".join(map(str, target.triton))
     return (
-        f"rows of {row.V} columns: {longest} is the most{reasons} on {gpu} with Triton {version}; "
-        "use 'auto' or 'streaming'"
+        f"rows of {row.V} columns: {longest} is the most ({'; '.join(why)}) on {gpu} with Triton "
+        f"{version}; use 'auto' or 'streaming'"
     )

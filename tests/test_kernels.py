@@ -21,7 +21,10 @@ ALL = Recipe(-100, 0.1, 5.0, 0.7, 1e-3)
 LONG = 8_193  # more than one block, more than one piece
 FORMS = pytest.mark.parametrize(
     ("form", "V"),
-    [("resident", 5), ("resident", LONG + 7), ("streaming", 5), ("streaming", LONG)],
+    [
+        *(("resident", 5), ("streaming", 5), ("streaming", LONG + 7), ("staying", LONG)),
+        ("blockwise", LONG),
+    ],
     indirect=["form"],
 )
 
@@ -104,15 +107,19 @@ VIEWS = {
 @pytest.mark.parametrize("view", VIEWS)
 @FORMS
 def test_any_strides_give_the_bits_of_a_contiguous_copy(view, V, form):
-    V = 4_000 if form == "resident" and V > 5 else V  # strided columns: rows of one block
+    """To a rounding where accesses of one element take the place of wide ones: another order."""
     logits = VIEWS[view](V)
     target = torch.arange(logits.numel() // V) % V
     target[1] = -100
     with watch_accesses():
         here = launch_forward(logits, target)
         copy = launch_forward(logits.contiguous(), target)
-    for name in here._fields:
-        assert torch.equal(getattr(here, name), getattr(copy, name)), name
+    for name, values, others in zip(here._fields, here, copy, strict=True):
+        others = others.view(values.shape)
+        if form in ("resident", "blockwise") or values.dtype == torch.bool:
+            assert torch.equal(values, others), name
+        else:
+            torch.testing.assert_close(values, others, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("view", [view for view in VIEWS if view != "one row for all"])
@@ -145,8 +152,8 @@ def test_alignment_is_never_claimed_beyond_the_truth():
 BYTES_AT = {
     1: "the smallest vocabulary",
     1_000: "one block, with padding",
-    8_200: "three pieces, shared by two programs",
-    20_011: "a prime: accesses of one element, a cluster",
+    8_200: "one block, with padding",
+    20_011: "a prime: rows that begin and end between two accesses",
     32_896: "a little more than a power of two",
     131_072: "a power of two",
     151_936: "Qwen 3",
@@ -155,7 +162,7 @@ BYTES_AT = {
 }
 
 
-@pytest.mark.parametrize("form", ["auto", "streaming"], indirect=True)
+@pytest.mark.parametrize("form", ["auto", "staying"], indirect=True)
 @pytest.mark.parametrize("V", BYTES_AT)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kept", [0, 1, 4], ids=["f=0", "f=1/4", "f=1"])
@@ -172,7 +179,7 @@ def test_bytes_of_loss_and_backward_with_upstream_factor_1(V, dtype, kept, form,
     asked = (x.loaded + x.stored + g.loaded + g.stored) / element
     touched = (sum(seen.distinct(logits)) + sum(seen.distinct(logits.grad))) / element
     assert touched <= 1.02 * (1 + f) * N * V, "each kept logit and each gradient once"
-    reads = 1 if form == "auto" else 2
+    reads = 1 if form == "auto" and V <= 4_096 else 2
     targets = 2 * kept  # the target's logit is asked for beside its row, and so is its gradient
     assert asked == (1 + reads * f) * N * V + targets
     assert seen.rows_loaded(logits) == list(range(kept)), "context rows are not read"
