@@ -11,8 +11,8 @@ Clusters need Triton 3.9: for a machine with an older one `build` compiles them 
 
 from __future__ import annotations
 
-import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,21 +35,20 @@ DATA = {  # logits, gradient
     "head": (torch.float32, torch.bfloat16),  # in place, as in a chunk of the linear head
 }
 IGNORE = -100
-# Threads of a program, 16-bit columns a thread in the first loop, programs a multiprocessor, and
-# the options that a table may not have yet: columns a thread in the second loop, the order of the
-# first, programs that take row after row. What won on an H100 and an H200 in prototypes comes
-# first; bench/results/gpu-*.jsonl has them all.
-STREAMED = (
-    (1_024, 32, 1, {"BV_2": 32}),
-    (1_024, 32, 1, {"BV_2": 16}),
-    (512, 32, 2, {"BV_2": 16}),
-    (1_024, 32, 1, {"BV_2": 16, "stays": True}),
-    (512, 32, 2, {"BV_2": 16, "stays": True}),
-    (1_024, 32, 1, {"BV_2": 16, "descends": True}),
-    (256, 32, 4, {"BV_2": 16}),
-    (1_024, 16, 1, {"BV_2": 16}),
-    (512, 16, 2, {"BV_2": 16}),
-    (512, 32, 1, {"BV_2": 16}),
+# Threads of a program, 16-bit columns a thread in the first loop, programs a multiprocessor, 16-bit
+# columns a thread in the second loop, and what else. What won on an H100 and an H200 in prototypes
+# comes first; bench/results/gpu-*.jsonl has them all.
+STREAMED: tuple[tuple[int, int, int, int, dict[str, bool]], ...] = (
+    (1_024, 32, 1, 32, {}),
+    (512, 32, 2, 16, {}),
+    (1_024, 32, 1, 32, {"stays": True}),
+    (512, 32, 2, 16, {"stays": True}),
+    (1_024, 32, 1, 16, {}),
+    (1_024, 32, 1, 16, {"descends": True}),
+    (256, 32, 4, 16, {}),
+    (1_024, 16, 1, 16, {}),
+    (512, 16, 2, 16, {}),
+    (512, 32, 1, 16, {}),
 )
 CLUSTERS = ((256, 2), (512, 1), (256, 1))  # threads, programs a multiprocessor
 
@@ -58,28 +57,33 @@ CLUSTERS = ((256, 2), (512, 1), (256, 1))  # threads, programs a multiprocessor
 
 
 def row_of(V: int, data: str) -> Row:
-    """What the table is asked about a plain loss."""
+    """What the table is asked about a plain loss of contiguous rows."""
     logits, gradient = DATA[data]
-    halving = gradient != logits
-    return Row(V, wide=V % 8 == 0, itemsize=logits.itemsize, halving=halving)
+    halving, align = gradient != logits, math.gcd(V, 16)
+    edges = align < 8 and not halving
+    return Row(
+        V,
+        wide=align >= 8 or edges,
+        edges=edges,
+        itemsize=logits.itemsize,
+        halving=halving,
+        align=align,
+    )
 
 
 def candidates(row: Row, target: Target) -> list[Line]:
     """The table's line, then others that could take its place, the likeliest first."""
-    found = [table.choose(row, target, "auto"), table.choose(row, target, "streaming")]
-    for threads, columns, held, more in STREAMED:
-        each = threads * 2 // row.itemsize  # the same bytes a thread, whatever the dtype
-        if columns * each >= 2 * row.V:
-            continue
-        known = {k: v for k, v in more.items() if k in Line._fields}
-        if "BV_2" in known:
-            known["BV_2"] *= each
-        found.append(Line("streaming", columns * each, threads, per_multiprocessor=held, **known))
-    for programs, (threads, held) in itertools.product((2, 4, 8, 16), CLUSTERS):
+    found = [table.choose(row, target, form) for form in ("auto", "streaming", "staying")]
+    for threads, first, held, second, more in STREAMED:
+        BV, BV_2 = (2 * columns * threads // row.itemsize for columns in (first, second))
+        if BV < 2 * row.V:
+            found.append(Line("streaming", BV, threads, per_multiprocessor=held, BV_2=BV_2, **more))
+    found.append(table.choose(row, target, "blockwise"))
+    in_clusters = target.has_clusters and row.halving and row.align >= 8
+    for programs, (threads, held) in itertools.product((2, 4, 8) if in_clusters else (), CLUSTERS):
         BV = 8 * threads * programs
         pieces = next((k for k in table.PIECES if BV * k >= row.V), None)
-        fits = pieces and BV * (pieces // 2) < row.V and BV < 2 * row.V
-        if fits and programs <= target.largest_cluster:
+        if pieces and BV * (pieces // 2) < row.V:
             found.append(Line("resident", BV, threads, pieces, programs, held))
     return list(dict.fromkeys(found))
 
@@ -129,18 +133,10 @@ def call_of(line: Line, p: Problem, on: Target) -> Any:
     """The launch of a line, whether or not the table would choose it."""
     logits, gradient = matrix(p.logits), matrix(p.gradient)
     assert logits is not None, "one stride between rows"  # noqa: S101
-    takes_line = "line" in inspect.signature(launch.row_forward).parameters
-    call = launch.row_forward(
+    return launch.row_forward(
         logits, gradient, p.target, p.loss, None, None, launch.Options(scale=p.scale),
-        V=p.logits.shape[1], ignore_index=IGNORE, on=on,
-        **{"line": line} if takes_line else {"form": line.form},
+        V=p.logits.shape[1], ignore_index=IGNORE, on=on, line=line,
     )  # fmt: skip
-    if takes_line:
-        return call
-    constants = {"BV": line.BV, "num_warps": line.threads // 32, "maxnreg": line.registers}
-    if line.form == "resident":
-        constants |= {"PIECES": line.pieces, "num_ctas": line.programs}
-    return call._replace(constants=call.constants | constants)
 
 
 def runner(
