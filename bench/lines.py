@@ -38,7 +38,7 @@ IGNORE = -100
 # Threads of a program, 16-bit columns a thread in the first loop, programs a multiprocessor, 16-bit
 # columns a thread in the second loop, and what else. What won on an H100 and an H200 in prototypes
 # comes first; bench/results/gpu-*.jsonl has them all.
-STREAMED: tuple[tuple[int, int, int, int, dict[str, bool]], ...] = (
+STREAMED: tuple[tuple[int, int, int, int, dict[str, Any]], ...] = (
     (1_024, 32, 1, 32, {}),
     (512, 32, 2, 16, {}),
     (1_024, 32, 1, 32, {"stays": True}),
@@ -77,7 +77,8 @@ def candidates(row: Row, target: Target) -> list[Line]:
     for threads, first, held, second, more in STREAMED:
         BV, BV_2 = (2 * columns * threads // row.itemsize for columns in (first, second))
         if BV < 2 * row.V:
-            found.append(Line("streaming", BV, threads, per_multiprocessor=held, BV_2=BV_2, **more))
+            options = more if BV_2 == BV else more | {"BV_2": BV_2}
+            found.append(Line("streaming", BV, threads, per_multiprocessor=held, **options))
     found.append(table.choose(row, target, "blockwise"))
     in_clusters = target.has_clusters and row.halving and row.align >= 8
     for programs, (threads, held) in itertools.product((2, 4, 8) if in_clusters else (), CLUSTERS):

@@ -334,6 +334,7 @@ def test_candidates_begin_with_the_table_and_vary_streaming(data):
         assert len(streamed) >= 6, "blocks, threads and programs a multiprocessor"
         assert len({line.threads for line in streamed}) >= 3
         assert len({line.per_multiprocessor for line in streamed}) >= 2
+        assert all(line.BV_2 != line.BV for line in field), "or a line is there twice"
         resident = [line for line in field if line.form == "resident"]
         assert all(line.columns >= V for line in resident)
         assert len({lines.file_of(line, V, data) for line in field}) == len(field)
