@@ -102,14 +102,20 @@ class Roofs(NamedTuple):
 def roofs(device: torch.device) -> Roofs:
     """Of a copy far above any cache and of a large square matmul."""
     on_gpu = device.type == "cuda"
-    source = torch.ones((1 << 30) if on_gpu else (1 << 28), dtype=torch.int8, device=device)
-    sink = torch.empty_like(source)
-    copy = median_ms(lambda: sink.copy_(source), device)
+    copy = copy_bytes_per_s(device)
     size, dtype = (8_192, torch.bfloat16) if on_gpu else (2_048, torch.float32)
     a = torch.randn(size, size, device=device, dtype=dtype)
     product = median_ms(lambda: a @ a, device)
     name = str(dtype).removeprefix("torch.")
-    return Roofs(2e3 * source.nbytes / copy, 2e3 * size**3 / product, name)
+    return Roofs(copy, 2e3 * size**3 / product, name)
+
+
+def copy_bytes_per_s(device: torch.device) -> float:
+    """Read and written, far above any cache."""
+    large = (1 << 30) if device.type == "cuda" else (1 << 28)
+    source = torch.ones(large, dtype=torch.int8, device=device)
+    sink = torch.empty_like(source)
+    return 2e3 * source.nbytes / median_ms(lambda: sink.copy_(source), device)
 
 
 def median_ms(run: Callable[[], Any], device: torch.device, *, turns: int = 7) -> float:

@@ -1,4 +1,4 @@
-"""The tables of the pages in docs, from the newest results of `recall`, `context` and `sft`."""
+"""The tables of the pages in docs, from the newest results of the commands that have a page."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from bench import tables
+from bench import gpu_tables, tables
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "selective-gradients.md"
 TOOLS = ROOT / "docs" / "hugging-face.md"
-PAGES = (PAGE, TOOLS)
+GPU = ROOT / "docs" / "gpu.md"
+PAGES = (PAGE, TOOLS, GPU)
 RESULTS = Path(__file__).parent / "results"
 MIB = 1 << 20
 
@@ -82,9 +83,14 @@ def sft() -> str:
     return "\n".join([*lines, "", source])
 
 
+def gpu() -> str:
+    """What was measured on GPUs."""
+    return gpu_tables.page(gpu_tables.newest())
+
+
 def filled(text: str) -> str:
     """A page with its tables and its picture's name."""
-    for name, block in (("recall", recall), ("context", context), ("sft", sft)):
+    for name, block in (("recall", recall), ("context", context), ("sft", sft), ("gpu", gpu)):
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         before, found, rest = text.partition(begin)
         if found:

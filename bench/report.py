@@ -3,18 +3,19 @@
     python -m bench report            # rewrite the README's block, the pictures, and docs' tables
     python -m bench report --check    # exit code 1 if the README's block is not what it would write
 
-For each machine the newest results file of `python -m bench compare` counts. What nobody measured
-is said to be not measured.
+For each machine the newest results file of `python -m bench compare` counts, and for each card that
+of `python -m bench gpu`. What nobody measured is said to be not measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import files, page, tables
+from bench import files, gpu_tables, page, tables
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -30,14 +31,30 @@ BOUNDS = {
 }
 
 
-def render(found: list[tuple[Path, dict[str, Any]]], root: Path = ROOT) -> str:
-    """The README's block."""
-    parts = []
-    if all(content["machine"]["device"] == "cpu" for _, content in found):
+def render(
+    found: list[tuple[Path, dict[str, Any]]],
+    root: Path = ROOT,
+    *,
+    gpus: Sequence[tuple[Path, dict[str, Any], list[dict[str, Any]]]] = (),
+) -> str:
+    """The README's block, from files of `compare` and of `gpu`."""
+    parts = [_gpu(*each, root) for each in gpus[:1]]
+    if not gpus and all(content["machine"]["device"] == "cpu" for _, content in found):
         parts.append("**On a GPU: not measured yet.** No GPU was at hand; no speed is claimed.")
     for path, content in found:
         parts.append(_machine(path.relative_to(root), content))
     return "\n\n".join(parts)
+
+
+def _gpu(path: Path, head: dict[str, Any], records: list[dict[str, Any]], root: Path) -> str:
+    origin = gpu_tables.origin(head, str(path.relative_to(root)))
+    note = head.get("note", "").partition(". ")[0]
+    what = (
+        f"**On a GPU** ({origin}; [all tables, all cards, how to measure again](docs/gpu.md)). "
+        f"{note}{'.' if note else ''} bf16, 8192 rows or tokens; f is the kept fraction, 1 where "
+        "none is given; a range is that of several runs."
+    )
+    return f"{what}\n\n{gpu_tables.summary(records)}"
 
 
 def _machine(path: Path, content: dict[str, Any]) -> str:
@@ -126,7 +143,7 @@ def main() -> int:
     arguments = parser.parse_args()
     found = files.newest()
     text = README.read_text()
-    block = render(found)
+    block = render(found, gpus=gpu_tables.newest())
     if arguments.check:
         docs = [path.read_text() for path in page.PAGES]
         same = block_of(text) == block and [page.filled(doc) for doc in docs] == docs

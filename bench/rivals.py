@@ -12,7 +12,7 @@ import functools
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,11 @@ class Rival(NamedTuple):
     loss: Callable[[Problem], Tensor]
     package: Package = TORCH
     overwrites: bool = False  # the logits hold something else afterwards
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is held to PyTorch's own errors."""
+        return self.package == SGP
 
     def missing(self, device: torch.device) -> str | None:
         """Why it cannot run here; None if it can."""
@@ -117,7 +122,11 @@ def pytorch_linear_log_probs(p: Problem) -> Tensor:
 
 
 def _mean_nll(logits: Tensor, target: Tensor) -> Tensor:
-    return -torch.log_softmax(logits.float(), -1).gather(-1, target[:, None]).mean()
+    return -_log_probs(logits, target[:, None]).mean()
+
+
+def _log_probs(logits: Tensor, index: Tensor) -> Tensor:
+    return torch.log_softmax(logits.float(), -1).gather(-1, index)
 
 
 @functools.lru_cache(maxsize=1)
@@ -132,7 +141,13 @@ def _compiled(form: str, V: int, dtype: torch.dtype) -> Callable[..., Tensor]:  
     def of_hidden(hidden: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(hidden, weight).float(), labels)
 
-    return torch.compile(of_logits if form == "logits" else of_hidden)
+    def of_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
+        kept = labels != -100
+        scored = _log_probs(logits, labels.clamp(min=0)[:, None])[:, 0]
+        return -torch.where(kept, scored, 0.0).sum() / kept.sum()
+
+    functions = {"logits": of_logits, "linear": of_hidden, "log-probs": of_log_probs}
+    return torch.compile(functions[form])
 
 
 def pytorch_compiled(p: Problem) -> Tensor:
@@ -209,6 +224,28 @@ def quack(p: Problem) -> Tensor:
     return cross_entropy(p.logits, p.labels)
 
 
+class _QuackInForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        from quack.cross_entropy import cross_entropy_fwd  # noqa: PLC0415
+
+        found = cross_entropy_fwd(logits, labels, return_dx=True)
+        (gradient,) = (x for x in found if x is not None and x.shape == logits.shape)
+        kept = (labels != -100).sum()
+        ctx.save_for_backward(gradient, kept)
+        return found[0].sum() / kept
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        gradient, kept = ctx.saved_tensors
+        return gradient * (upstream / kept).to(gradient.dtype), None
+
+
+def quack_in_forward(p: Problem) -> Tensor:
+    """Its kernel that writes the gradient beside the loss, in one launch."""
+    return _QuackInForward.apply(p.logits, p.labels)
+
+
 def quack_linear(p: Problem) -> Tensor:
     """Its chunked head."""
     from quack.linear_cross_entropy import chunked_linear_cross_entropy  # noqa: PLC0415
@@ -250,6 +287,12 @@ def trl_linear_log_probs(p: Problem) -> Tensor:
 
 
 BASELINE = "PyTorch, kept rows"  # gathered by hand
+PLAIN = {
+    "logits": pytorch_by_hand,
+    "linear": pytorch_linear_by_hand,
+    "log-probs": pytorch_log_probs,
+    "linear log-probs": pytorch_linear_log_probs,
+}
 RIVALS = (
     Rival("sgp", "logits", ours, SGP),
     Rival("sgp, in place", "logits", ours_in_place, SGP, overwrites=True),
@@ -257,14 +300,12 @@ RIVALS = (
     Rival("sgp", "linear", ours_linear, SGP),
     Rival("sgp", "log-probs", ours_log_probs, SGP),
     Rival("sgp", "linear log-probs", ours_linear_log_probs, SGP),
-    Rival(BASELINE, "logits", pytorch_by_hand),
-    Rival(BASELINE, "linear", pytorch_linear_by_hand),
-    Rival(BASELINE, "log-probs", pytorch_log_probs),
-    Rival(BASELINE, "linear log-probs", pytorch_linear_log_probs),
+    *(Rival(BASELINE, form, loss) for form, loss in PLAIN.items()),
     Rival("PyTorch, all rows", "logits", pytorch),
     Rival("PyTorch, all rows", "linear", pytorch_linear),
     Rival("torch.compile", "logits", pytorch_compiled),
     Rival("torch.compile", "linear", pytorch_compiled),
+    Rival("torch.compile", "log-probs", pytorch_compiled),
     Rival("F.linear_ce, auto", "linear", pytorch_chunked),
     Rival("F.linear_ce, 1k rows", "linear", pytorch_large_chunks),
     Rival("Liger", "logits", liger, LIGER, overwrites=True),
@@ -276,6 +317,13 @@ RIVALS = (
     Rival("flash-linear-attention", "linear", flash_linear_attention_linear, FLA),
     Rival("TRL", "log-probs", trl_log_probs, TRL),
     Rival("TRL", "linear log-probs", trl_linear_log_probs, TRL),
+)
+
+
+# Kernels that make loss and gradient of whole rows in one launch, by a part of their name.
+KERNELS = (
+    (Rival("Liger", "logits", liger, LIGER, overwrites=True), "liger_cross_entropy_kernel"),
+    (Rival("quack", "logits", quack_in_forward, QUACK), "quackcross_entropy"),
 )
 
 

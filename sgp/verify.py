@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -108,6 +108,7 @@ class Outcome(NamedTuple):
     plain_gradient: float
     loss_bound: float  # PyTorch's error in float32 on the same logits: the loss is not rounded
     passed: bool
+    raised: str = ""  # what came in the place of all of these
 
 
 def run(*, quick: bool = False, output: pathlib.Path | None = None) -> int:
@@ -125,14 +126,20 @@ def run(*, quick: bool = False, output: pathlib.Path | None = None) -> int:
     if not backend.has_triton():
         console.print("sgp verify: Triton is not installed; there is no kernel to verify")
         return 2
-    if output is not None and not output.absolute().parent.is_dir():
+    results = None
+    if output is not None:
         folder = output.absolute().parent
-        console.print(f"sgp verify: --output {output}: {folder} is no folder", soft_wrap=True)
-        return 2
+        try:
+            results = _Results(output, device)
+        except OSError as error:
+            why = error.strerror if folder.is_dir() else f"{folder} is no folder"
+            console.print(f"sgp verify: --output {output}: {why}", soft_wrap=True)
+            return 2
     before = os.environ.get("SGP_BACKEND")
     os.environ["SGP_BACKEND"] = "triton"  # an error where the kernels cannot run, never a fallback
     try:
-        outcomes = _check_all(list(cases(quick=quick)), device, console)
+        todo = list(cases(quick=quick))
+        outcomes = _check_all(todo, device, console, results)
     finally:
         if before is None:
             del os.environ["SGP_BACKEND"]
@@ -141,12 +148,13 @@ def run(*, quick: bool = False, output: pathlib.Path | None = None) -> int:
     failed = [outcome for outcome in outcomes if not outcome.passed]
     for table in _tables(outcomes, device):
         console.print(table)
-    if output is not None:
-        output.write_text(json.dumps(_record(outcomes, device), indent=1) + "\n")
     verdict = f"[red]{len(failed)} FAILED" if failed else "[green]all passed"
     console.print(f"{len(outcomes)} cases, {verdict}")
     for outcome in failed:
-        console.print(f"[red]failed: {outcome}")
+        console.print(f"[red]failed: {outcome}", markup=True, soft_wrap=True)
+    if len(outcomes) < len(todo):
+        rest = len(todo) - len(outcomes)
+        console.print(f"[red]{rest} cases were not run: after this failure the GPU answers nothing")
     return 1 if failed else 0
 
 
@@ -159,6 +167,17 @@ def cases(*, quick: bool) -> Iterator[Case]:
         # Interpreted, a long row takes a second: one of four rows is enough there.
         for kept in (0.0, 0.25, 1.0) if V == 1_000 else (0.25, 1.0) if V < 50_000 else (0.25,):
             yield Case(path, dtype, V, kept, options)
+
+
+def attempt(case: Case, device: torch.device) -> Outcome:
+    """`check`, and what it raises as an outcome that did not pass."""
+    try:
+        return check(case, device)
+    except Exception as error:  # noqa: BLE001  (whatever it is, the other cases go on)
+        lines = str(error).strip().splitlines() or [""]
+        nan = float("nan")
+        raised = f"{type(error).__name__}: {lines[0][:200]}".rstrip(": ")
+        return Outcome(case, nan, nan, nan, nan, nan, passed=False, raised=raised)
 
 
 def check(case: Case, device: torch.device) -> Outcome:
@@ -346,16 +365,35 @@ def _plain(
     return rows.sum() / counts.sum() if kept.any() else rows.sum() * 0
 
 
-def _check_all(todo: list[Case], device: torch.device, console: Console) -> list[Outcome]:
-    outcomes = []
+def _check_all(
+    todo: list[Case], device: torch.device, console: Console, results: _Results | None
+) -> list[Outcome]:
+    """Every case; only those before it where one leaves a GPU that answers nothing any more."""
+    outcomes: list[Outcome] = []
     with warnings.catch_warnings(), Progress(console=console, transient=True) as progress:
         # NumPy inside the interpreter says aloud what a GPU does silently in masked lanes.
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
         bar = progress.add_task("kernels against the reference", total=len(todo))
         for case in todo:
-            outcomes.append(check(case, device))
+            outcome = attempt(case, device)
+            outcomes.append(outcome)
+            if results is not None:
+                results.add(outcome)
             progress.advance(bar)
+            if outcome.raised and not answers(device):
+                break
     return outcomes
+
+
+def answers(device: torch.device) -> bool:
+    """Whether the device still works: an illegal access ends everything in its process."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except Exception:  # noqa: BLE001  (the error of an earlier launch)
+        return False
+    return True
 
 
 def machine(device: torch.device) -> str:
@@ -388,19 +426,48 @@ def _tables(outcomes: list[Outcome], device: torch.device) -> Iterator[Table]:
                 table.add_row(
                     str(dtype).removeprefix("torch."),
                     f"{V:,}".replace(",", " "),
-                    *(f"{max(outcome[i] for outcome in group):.1e}" for i in range(1, 5)),
+                    *(_largest(errors) for errors in zip(*(o[1:5] for o in group), strict=True)),
                     "[green]ok" if good else "[red]FAILED",
                 )
         yield table
 
 
-def _record(outcomes: list[Outcome], device: torch.device) -> dict[str, object]:
-    rows = []
-    for outcome in outcomes:
-        case = outcome.case._asdict() | {"dtype": str(outcome.case.dtype).removeprefix("torch.")}
-        rows.append(case | {k: v for k, v in outcome._asdict().items() if k != "case"})
-    versions = {
-        name: importlib.metadata.version(name) for name in ("sgp-kernels", "torch", "triton")
-    }
-    today = dt.datetime.now(dt.timezone.utc).date().isoformat()
-    return {"machine": machine(device), "date": today, "versions": versions, "cases": rows}
+def _largest(errors: Iterable[float]) -> str:
+    """NaN, which `max` alone may lose, where there is one."""
+    return f"{max(errors, key=lambda x: (x != x, x)):.1e}"  # noqa: PLR0124
+
+
+class _Results:
+    """The file of `--output`: whole, valid JSON after every case."""
+
+    _END = b"\n]}\n"
+
+    def __init__(self, path: pathlib.Path, device: torch.device) -> None:
+        self._path, self._between = path, b"\n"
+        today = dt.datetime.now(dt.timezone.utc).date().isoformat()
+        names = ("sgp-kernels", "torch", "triton")
+        versions = {name: _version(name) for name in names}
+        head = {"machine": machine(device), "date": today, "versions": versions}
+        path.write_bytes(json.dumps(head)[:-1].encode() + b', "cases": [' + self._END)
+
+    def add(self, outcome: Outcome) -> None:
+        row = as_record(outcome)
+        with self._path.open("r+b") as file:
+            file.seek(-len(self._END), os.SEEK_END)
+            file.write(self._between + json.dumps(row).encode() + self._END)
+        self._between = b",\n"
+
+
+def as_record(outcome: Outcome) -> dict[str, Any]:
+    """An outcome as JSON has it; what was not computed is null."""
+    case = outcome.case._asdict() | {"dtype": str(outcome.case.dtype).removeprefix("torch.")}
+    row = case | {name: value for name, value in outcome._asdict().items() if name != "case"}
+    return {name: None if value != value else value for name, value in row.items()}  # noqa: PLR0124
+
+
+def _version(name: str) -> str | None:
+    """None where it is not installed, as this package in a checkout that is only imported."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

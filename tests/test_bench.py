@@ -17,6 +17,7 @@ from bench import (
     cases,
     compare,
     files,
+    gpu_tables,
     machine,
     measure,
     plots,
@@ -103,6 +104,17 @@ def test_torch_compile_is_a_rival():
     case = Case("logits", TINY, 64, 0.5, "float32")
     (compiled,) = (r for r in rivals.rivals_of("logits") if "compile" in r.name)
     assert measure.check(case, [compiled], CPU)[compiled.name].status == "ok"
+
+
+@pytest.mark.parametrize("form", ["logits", "linear", "log-probs"])
+def test_what_torch_compile_is_given_is_right(form, monkeypatch):
+    """Without compiling it."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    rivals._compiled.cache_clear()
+    (compiled,) = (r for r in rivals.rivals_of(form) if "compile" in r.name)
+    found = measure.check(Case(form, TINY, 64, 0.5, "float32"), [compiled], CPU)
+    rivals._compiled.cache_clear()
+    assert found[compiled.name].status == "ok"
 
 
 def test_every_rival_is_named_once_a_form():
@@ -400,7 +412,8 @@ def test_compare_fails_if_sgp_is_wrong(tiny_cases, tmp_path, capsys, monkeypatch
 def test_the_report_of_the_readme_is_the_results_files():
     readme = (ROOT / "README.md").read_text()
     found = files.newest()
-    assert report.block_of(readme) == report.render(found), "run `python -m bench report`"
+    block = report.render(found, gpus=gpu_tables.newest())
+    assert report.block_of(readme) == block, "run `python -m bench report`"
     for path, content in found:
         for name in ("linear", "logits", "roofline"):
             assert (path.parent / f"{path.stem}-{name}.png").is_file()
@@ -483,5 +496,25 @@ def test_the_command_lists_what_there_is():
         [sys.executable, "-m", "bench", "--help"], cwd=ROOT, capture_output=True, text=True,
         check=True,
     )  # fmt: skip
-    for command in ("all", "compare", "traffic", "resources", "predict", "report", "forms"):
+    for command in ("all", "compare", "traffic", "resources", "predict", "report", "gpu"):
         assert f"  {command} " in run.stdout
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_all_fits_ten_minutes(on_gpu, monkeypatch):
+    """A GPU gets its own command, whose limits are seven minutes together."""
+    begun = []
+
+    def record(command, **_):
+        begun.append(command[2:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr(subprocess, "run", record)
+    monkeypatch.setattr(sys, "argv", ["all"])
+    assert bench_main.everything() == 0
+    names = [words[1] for words in begun]
+    assert names == (["gpu"] if on_gpu else ["compare", "traffic", "resources"]) + [
+        "predict",
+        "report",
+    ]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import page, report
+from bench import gpu_tables, page, report
 from sgp import chunks
 from sgp.kernels import table
 
@@ -135,6 +135,64 @@ def test_no_time_or_size_without_a_source():
     logits, accumulator = 4 * rows * V / 2**30, 4 * V * D / 2**30
     assert f"the formula says {logits:.1f} + {accumulator:.1f} GiB" in PROSE
     assert sorted(found) == sorted([*sizes, f"{accumulator:.1f} GiB"])
+
+
+def records_of(card):
+    (path,) = RESULTS.glob(f"gpu-{card}-*.jsonl")
+    return gpu_tables.load(path)
+
+
+def test_the_summary_of_a_gpu_is_the_results_file():
+    """Each of some cells, by hand: names and sizes are those of the records, losses included."""
+    head, records = records_of("nvidia-h100-80gb-hbm3")
+    text = report.block_of(README).partition("**On 2 CPU cores")[0]
+    assert head["commit"] in text
+    assert "the kernels of later commits were not measured" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    lines = {line.split("|")[1].strip(): line for line in table}
+    names = [name.strip() for name in lines[""].split("|")[2:-1]]
+
+    def cell(row, name):
+        return lines[row].split("|")[2:-1][names.index(name)].strip()
+
+    def one(phase, name, key, **size):
+        found = [r[key] for r in records if key in r and r["phase"] == phase and r["name"] == name
+                 and all(r.get(k) == v for k, v in size.items())]  # fmt: skip
+        return sorted(found)
+
+    size = {"V": 151_936, "data": "bf16", "kept": 1.0}
+    row = "row kernel, V = 151 936: of a copy"
+    for name in ("sgp", "Liger", "quack"):
+        (share,) = one("rows", name, "of_copy", **size)
+        assert cell(row, name) == f"{100 * share:.0f} %"
+    best = max(one("sweep", "lanes (prototype)", "of_copy", **size))
+    assert cell(row, "prototype") == f"{100 * best:.0f} %"
+    first, *_, last = one("calls", "sgp", "both_ms", V=32_000, kept=1.0)
+    assert cell("forward and backward, V = 32 000: ms", "sgp") == f"{first:.3g} to {last:.3g}"
+    (memory,) = one("head", "cut-cross-entropy", "memory_bytes", V=128_256, kept=0.25)
+    assert cell("head, V = 128 256, f = 0.25: extra GiB", "CCE") == f"{memory / 2**30:.2f}"
+    (stock,) = one("train", "PyTorch", "ms", kept=1.0)
+    assert cell("training step, Qwen2: ms", "PyTorch") == f"{stock:.0f}"
+
+
+@pytest.mark.parametrize("card", ["nvidia-h100-80gb-hbm3", "nvidia-h200"])
+def test_what_a_gpu_file_says_was_not_right_is_a_prototype(card):
+    head, records = records_of(card)
+    assert head["commit"] == "bcac0b3"
+    assert not head["dry_run"]
+    assert head["versions"]["triton"] == "3.6.0"
+    for r in records:
+        assert r["ok"] is not False or (r["name"].endswith("(prototype)") and "ms" not in r)
+
+
+def test_no_figure_of_the_gpu_page_stands_outside_its_tables():
+    text = page.GPU.read_text()
+    before, _, rest = text.partition("<!-- gpu: begin -->")
+    prose = before + rest.partition("<!-- gpu: end -->")[2]
+    units = r"\d[\d.]*\s?(?:ms|us|s|MiB|GiB|GB/s|TB/s|TFLOP/s|%)(?=\W)"
+    assert re.findall(units, prose) == []
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (page.GPU.parent / target).is_file(), target
 
 
 def test_no_kernel_in_the_results_breaks_its_budget():

@@ -78,3 +78,68 @@ def test_doctor_fails_where_a_forced_backend_cannot_run(capsys, monkeypatch):
     monkeypatch.setattr(backend, "has_triton", lambda: False)
     assert doctor.run() == 1
     assert "Triton is not installed" in capsys.readouterr().out
+
+
+def test_verify_survives_a_case_that_raises_and_one_that_is_nan(tmp_path, capsys, monkeypatch):
+    """The others are run, and each is in the file before the next begins."""
+    monkeypatch.setattr(verify, "QUICK", (7,))
+    output = tmp_path / "verify.json"
+    seen = []
+
+    def checked(case, _):
+        cases = json.loads(output.read_text())["cases"]  # whole at any time
+        assert len(cases) == len(seen)
+        seen.append(case)
+        if len(seen) == 2:
+            raise RuntimeError("PassManager::run failed\nand a second line")
+        good = len(seen) != 3
+        gradient = 1e-7 if good else float("nan")
+        return verify.Outcome(case, 0.0, 0.0, gradient, 1e-7, 1e-6, passed=good)
+
+    monkeypatch.setattr(verify, "check", checked)
+    assert verify.run(quick=True, output=output) == 1
+    cases = json.loads(output.read_text())["cases"]
+    assert len(cases) == len(seen) == len(list(verify.cases(quick=True)))
+    assert [c["passed"] for c in cases].count(False) == 2
+    assert cases[1]["raised"] == "RuntimeError: PassManager::run failed"
+    assert cases[1]["gradient"] is None
+    shown = capsys.readouterr().out
+    assert "2 FAILED" in shown
+    assert "PassManager::run failed" in shown
+    assert "nan" in shown, "the table does not lose it"
+
+
+def test_verify_ends_where_the_gpu_answers_nothing_more(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(verify, "QUICK", (7,))
+    monkeypatch.setattr(verify, "answers", lambda _: False)
+
+    def broken(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(verify, "check", broken)
+    output = tmp_path / "verify.json"
+    assert verify.run(quick=True, output=output) == 1
+    assert len(json.loads(output.read_text())["cases"]) == 1
+    assert "cases were not run: after this failure" in " ".join(capsys.readouterr().out.split())
+
+
+def test_verify_needs_no_installed_package_and_asks_for_its_file_first(
+    tmp_path, capsys, monkeypatch
+):
+    """From a checkout on PYTHONPATH there is no distribution to ask for a version."""
+    one = verify.Case("upstream factor 3", torch.float32, 7, 0.25, "plain")
+    monkeypatch.setattr(verify, "cases", lambda **_: [one])
+    version = verify.importlib.metadata.version
+
+    def not_installed(name):
+        if name == "sgp-kernels":
+            raise verify.importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(verify.importlib.metadata, "version", not_installed)
+    output = tmp_path / "verify.json"
+    assert verify.run(quick=True, output=output) == 0
+    assert json.loads(output.read_text())["versions"]["sgp-kernels"] is None
+    monkeypatch.setattr(verify, "check", None)  # to call it fails
+    assert verify.run(quick=True, output=tmp_path) == 2
+    assert "Is a directory" in capsys.readouterr().out
