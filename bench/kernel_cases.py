@@ -60,6 +60,7 @@ EVERY_KERNEL = (  # each kernel with nothing on and with everything on
     ("factor", "plain"),
 )
 DATA = (("bf16", "rows"), ("fp32", "rows"), ("fp32", "head"))
+WIDE = ("bf16", "fp32")  # fp16 has bf16's width and another conversion
 # Rows of a multiple of 16, of 8 alone, and of neither, by each line of the table.
 LENGTHS = (32_000, 50_264, 50_257, 151_936, 151_944, 151_937, 262_144)
 OPTIONS = ("weighted", "softcap", "smoothing", "class weight", "reported", "logged", "all")
@@ -75,7 +76,12 @@ def target_of(name: str) -> Target:
 
 def cases(name: str, *, longest: bool = False) -> list[Case]:
     """Every line of the table with every kernel that uses it, options off, on and one by one."""
-    found = dict.fromkeys((*one_block_cases(), *cluster_cases(name), *streaming_cases()))
+    found = dict.fromkeys(
+        (
+            *(*one_block_cases(), *cluster_cases(name)),
+            *(*streaming_cases(), *head_cases(), *one_pass_cases()),
+        )
+    )
     if not longest:
         return list(found)
     return [case for case in found if _is_telling(case)]
@@ -117,43 +123,48 @@ def cluster_cases(name: str) -> Iterator[Case]:
 
 
 def streaming_cases() -> Iterator[Case]:
-    """The kernels that go block by block; fp16 has bf16's width and another conversion."""
-    wide = ("bf16", "fp32")
-    for V, dtype in itertools.product(LENGTHS, wide):
-        yield Case("forward", V, dtype, "plain", form="streaming")
-        yield Case("forward", V, dtype, "plain", form="staying")
-    for V, dtype in itertools.product((50_264, 50_257, 151_936), wide):
+    """The row's loss block by block: every line, then every option."""
+    for V, dtype, form in itertools.product(LENGTHS, WIDE, ("streaming", "staying")):
+        yield Case("forward", V, dtype, "plain", form=form)
+    for V, dtype, form in itertools.product((32_000, 151_936), WIDE, ("streaming", "staying")):
+        yield Case("forward", V, dtype, "plain", form=form, gpu="H200")
+    for V, dtype in itertools.product((50_264, 50_257, 151_936), WIDE):
         for options in OPTIONS:
             yield Case("forward", V, dtype, options, form="streaming")
-        for options in ("logged", "all"):
-            yield Case("forward", V, dtype, options, form="staying")
-        for kernel in ("statistics", "loss"):
-            for options in ("plain", "logged", "all"):
-                yield Case(kernel, V, dtype, options, form="streaming")
-        for options in ("plain", "log-probs", "all"):
-            yield Case("backward", V, dtype, options)
-        yield Case("factor", V, dtype, "plain")
-        for options in ("plain", "all"):
-            yield Case("forward", V, dtype, options, form="blockwise")
+        for options, form in itertools.product(("logged", "all"), ("staying", "blockwise")):
+            yield Case("forward", V, dtype, options, form=form)
+        yield Case("forward", V, dtype, "plain", form="blockwise")
+        for kernel, options in itertools.product(
+            ("statistics", "loss"), ("plain", "logged", "all")
+        ):
+            yield Case(kernel, V, dtype, options, form="streaming")
     yield Case("forward", 50_264, "bf16", "logged", "slice", form="streaming")
+    yield Case("forward", 50_264, "fp16", "all", form="streaming")
+    yield Case("forward", 151_936, "fp16", "plain")
+
+
+def head_cases() -> Iterator[Case]:
+    """Float32 rows whose gradient is bf16, in their place."""
     for V, form, options in itertools.product(
         (32_000, 50_264, 50_257, 151_936), ("streaming", "staying"), ("plain", "logged", "all")
     ):
         yield Case("forward", V, "fp32", options, "head", form=form)
+    for V in (32_000, 151_936):
+        yield Case("forward", V, "fp32", "plain", "head", form="streaming", gpu="H200")
     for V, options in itertools.product((50_264, 50_257), ("plain", "all")):
         yield Case("backward", V, "fp32", options, "head")
-    for V, dtype in itertools.product((32_000, 151_936), wide):
-        yield Case("forward", V, dtype, "plain", form="streaming", gpu="H200")
-        yield Case("forward", V, dtype, "plain", form="staying", gpu="H200")
-        if dtype == "fp32":
-            yield Case("forward", V, dtype, "plain", "head", form="streaming", gpu="H200")
-    for V, dtype, layout in itertools.product((50_264, 50_257), wide, ("strided", "in place")):
+
+
+def one_pass_cases() -> Iterator[Case]:
+    """The backward and the factor, and what goes element by element."""
+    for V, dtype in itertools.product((50_264, 50_257, 151_936), WIDE):
+        for options in ("plain", "log-probs", "all"):
+            yield Case("backward", V, dtype, options)
+        yield Case("factor", V, dtype, "plain")
+    yield Case("backward", 50_264, "fp16", "all")
+    for V, dtype, layout in itertools.product((50_264, 50_257), WIDE, ("strided", "in place")):
         for kernel, options in EVERY_KERNEL:
             yield Case(kernel, V, dtype, options, layout)
-        yield Case("forward", V, dtype, "weighted", layout)
-    for kernel, options in itertools.product(("forward", "backward"), ("plain", "all")):
-        yield Case(kernel, 50_264, "fp16", options, form="streaming")
-    yield Case("forward", 151_936, "fp16", "plain")
 
 
 def call_of(case: Case, on: Target) -> launch.Call:

@@ -12,7 +12,8 @@ the disassembly, both from Triton's package; for AMD they are in the assembly it
 no spills and no stack anywhere; on NVIDIA, where rows are wide, every access to logits and their
 gradient is 16 bytes wide; a resident row has exactly as many loads as it takes to read it once; a
 streamed row's first loop has no barrier and no shuffle, and a plain bf16 one takes at most 11
-instructions an element there and 7 in the second loop (sm_90). The file names the sources that it was made from (`fingerprint`).
+instructions an element there and 7 in the second loop (sm_90). The file names the sources that it
+was made from (`fingerprint`).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from sgp.kernels import launch, table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "resources.json"
+LOOPS = {"first": 11.0, "second": 7.0}  # instructions an element, sm_90, plain bf16
 SCALARS = 24  # narrow accesses of a row's own numbers: target, weights, loss, statistics
 
 
@@ -72,7 +74,7 @@ def compile_case(case: Case, target_name: str) -> dict[str, Any]:
         "num_warps": call.constants["num_warps"],
         **found,
     }
-    record["broken"] = _broken_budgets(case, call, record, nvidia=target.backend == "cuda")
+    record["broken"] = _broken_budgets(case, record, nvidia=target.backend == "cuda")
     return record
 
 
@@ -84,44 +86,61 @@ def form_of(call: launch.Call) -> str:
     return forms.get(call.kernel, "streaming")
 
 
-def _broken_budgets(
-    case: Case, call: launch.Call, record: dict[str, Any], *, nvidia: bool
-) -> list[str]:
+def _broken_budgets(case: Case, record: dict[str, Any], *, nvidia: bool) -> list[str]:
     broken = []
     if record["spills"] or record["stack"]:
         broken.append(f"{record['spills']} spills, {record['stack']} bytes of stack")
-    if not (nvidia and case.is_wide):
-        return broken
-    # 16-byte accesses that one pass of a thread over its block, or over its row, takes.
+    if nvidia and case.is_wide:
+        broken += [*_broken_accesses(case, record), *_broken_loops(case, record)]
+    return broken
+
+
+def _columns(record: dict[str, Any]) -> tuple[int, int]:
+    """Columns a thread of a block, or a piece, in the first loop and in the second."""
     threads = 32 * record["num_warps"] * record["num_ctas"]
+    return record["BV"] // threads, record["BV_2"] // threads
+
+
+def _broken_accesses(case: Case, record: dict[str, Any]) -> list[str]:
+    """16-byte accesses that one pass of a thread over its block, or over its row, takes."""
+    broken = []
+    first, second = _columns(record)
     logit, gradient = DTYPES[case.dtype].itemsize, case.gradient_dtype.itemsize
-    columns, columns_2 = record["BV"] // threads, record["BV_2"] // threads
-    once = columns * record["pieces"] * logit // 16
-    streams = case.kernel == "forward" and record["form"] != "resident"
-    loads = once + columns_2 * logit // 16 if streams else once
-    stores = columns_2 * record["pieces"] * gradient // 16
+    is_resident = record["form"] == "resident" and case.kernel == "forward"
+    loads = first * record["pieces"] * logit // 16
+    stores = second * record["pieces"] * gradient // 16
+    if case.kernel == "forward" and not is_resident:
+        loads += second * logit // 16
     if case.kernel not in ("forward", "backward", "factor"):
         stores = 0
     for kind, expected in (("loads", loads), ("stores", stores)):
         if record[f"{kind}_16"] < expected:
             broken.append(f"{record[f'{kind}_16']} {kind} of 16 bytes, expected {expected}")
     has_weights = case.options in ("class weight", "all")
-    if record["form"] == "resident" and not has_weights and record["loads_16"] != once:
-        broken.append(f"{record['loads_16']} loads of 16 bytes, once is {once}")
+    if is_resident and not has_weights and record["loads_16"] != loads:
+        broken.append(f"{record['loads_16']} loads of 16 bytes, once is {loads}")
     # The target's gradient of a resident row is a store of one element in every lane, masked off.
-    due = SCALARS + (columns if record["form"] == "resident" else 0)
-    if has_weights and record["V"] % 8:  # class weights do not begin at 16 bytes in such a row
-        due += 2 * columns + 2 * columns_2
+    due = SCALARS + (first if is_resident else 0)
+    if has_weights and case.V % 8:  # class weights do not begin at 16 bytes in such a row
+        due += 2 * (first + second)
     if record["narrow"] > due:
         broken.append(f"{record['narrow']} narrow accesses, at most {due} are due")
-    if record["form"] in ("streaming", "staying") and case.kernel != "factor":
-        if record["meetings"]:
-            broken.append(f"{record['meetings']} barriers and shuffles in the first loop")
-        if case.options == "plain" and case.dtype == "bf16" and record["target"] == "sm_90":
-            for loop, n, most in (("first", columns, 11.0), ("second", columns_2, 7.0)):
-                each = record[f"{loop}_loop"] / n
-                if each > most and table.ONE_BLOCK[-1].columns < case.V:
-                    broken.append(f"{each:.2f} instructions an element in the {loop} loop")
+    return broken
+
+
+def _broken_loops(case: Case, record: dict[str, Any]) -> list[str]:
+    """Of a streamed row: what the threads of a program exchange, and how much they compute."""
+    broken = []
+    if record["form"] not in ("streaming", "staying") or case.kernel in ("backward", "factor"):
+        return broken
+    if record["meetings"]:
+        broken.append(f"{record['meetings']} barriers and shuffles in the first loop")
+    is_counted = (record["target"], case.dtype, case.options) == ("sm_90", "bf16", "plain")
+    if is_counted and table.ONE_BLOCK[-1].columns < case.V:
+        for name, columns in zip(LOOPS, _columns(record), strict=True):
+            each = record[f"{name}_loop"] / columns
+            if each > LOOPS[name]:
+                broken.append(f"{each:.2f} instructions an element in the {name} loop")
     return broken
 
 

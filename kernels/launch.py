@@ -146,12 +146,7 @@ def _row(
     halving = dlogits is not None and dlogits.ptr.dtype != logits.ptr.dtype
     begins = all(m.ptr.data_ptr() % 16 == 0 for m in matrices)
     # A row of logits and its gradient begin alike between two accesses.
-    alike = all(
-        (m.outer_stride - logits.outer_stride) % 8
-        == (m.inner_stride - logits.inner_stride) % 8
-        == 0
-        for m in matrices
-    )
+    alike = len({(m.outer_stride % 8, m.inner_stride % 8, m.inner) for m in matrices}) == 1
     edges = begins and align < 8 and contiguous and alike and not halving
     return Row(
         V=V,

@@ -69,7 +69,7 @@ def sums(b_so, b_to, b_ks, BV: tl.constexpr, ENTROPY: tl.constexpr, SMOOTHING: t
 
 
 @triton.jit
-def row_resident(
+def row_resident(  # noqa: PLR0915
     logits,  # Matrix (N, V) bf16 | fp16 | fp32
     dlogits,  # Matrix (N, V), may be `logits`; None: loss and statistics only
     target,  # (N,) int64
@@ -149,9 +149,9 @@ def row_resident(
                     p_g + column_offset(dlogits, o_col), b_g.to(p_g.dtype.element_ty), mask=m_col
                 )
             g_y = gradient(x_y, l, c, a_minus_b, b_so_d, c_over_v * w_y, h, h_origin, late)
-            # The target's gradient, over what has been stored for its column, by the same thread, as
-            # all stores of BV columns are laid out alike; the barrier is for a compiler that gives
-            # them two layouts. (It is one of the program, not of a cluster.)
+            # The target's gradient, over what has been stored for its column, by the same thread:
+            # all stores of BV columns are laid out alike. The barrier is for a compiler that gives
+            # them two layouts; it is one of the program, not of a cluster.
             tl.debug_barrier()
             o_col = i_y // BV * BV + o_lane
             b_g = tl.full([BV], g_y, tl.float32).to(p_g.dtype.element_ty)

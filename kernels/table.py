@@ -111,44 +111,55 @@ CLUSTERS = (
 )
 CLUSTERS_FROM = 65_536  # columns; at 50 264 72 %, at 32 000 60 %, where streaming has more
 
-# What is streamed, by the longest row. 64 bytes of a row a thread and block: fewer were slower.
-STREAMING_16 = (
-    (100_000, Line("streaming", 16_384, 512, 1, 1, 2, 8_192)),  # timed: H100 98 % at 32 000
-    (200_000, Line("streaming", 32_768, 1_024)),  # timed: H100 96 % at 128 256, 87 % at 151 936
-    # The second reading misses L2: timed: H100 78 % at V = 262 144.
-    (None, Line("streaming", 32_768, 1_024, BV_2=16_384, descends=True)),
-)
-STREAMING_16_H200 = (
-    (100_000, Line("streaming", 8_192, 256, 1, 1, 4, 4_096)),  # timed: 86 % at V = 32 000
-    (None, Line("streaming", 32_768, 1_024)),  # timed: 77, 78, 73 % at 128 256, 151 936, 262 144
-)
-STREAMING_32 = (
-    (100_000, Line("streaming", 16_384, 1_024, BV_2=8_192)),  # timed: H100 92 % at V = 32 000
-    # timed: H100 74 % at 128 256, 71 % at 151 936
-    (None, Line("streaming", 16_384, 1_024, BV_2=8_192, descends=True)),
-)
-STREAMING_32_H200 = (
-    (
-        100_000,
-        Line("streaming", 8_192, 512, 1, 1, 2, 4_096, descends=True),
-    ),  # timed: 82 % at 32 000
-    (None, Line("streaming", 16_384, 1_024)),  # timed: 66 % at V = 151 936
-)
+# What is streamed, by bytes of a logit: (columns that a row must be shorter than, line).
+# 64 bytes of a row a thread and block: with fewer less is on its way from memory.
+STREAMING = {
+    2: (
+        (100_000, Line("streaming", 16_384, 512, 1, 1, 2, 8_192)),  # timed: H100 98 % at 32 000
+        (200_000, Line("streaming", 32_768, 1_024)),  # timed: H100 96 % at 128 256, 87 at 151 936
+        # The second reading misses L2. Timed: H100 78 % at 262 144.
+        (None, Line("streaming", 32_768, 1_024, BV_2=16_384, descends=True)),
+    ),
+    4: (
+        (100_000, Line("streaming", 16_384, 1_024, BV_2=8_192)),  # timed: H100 92 % at 32 000
+        # timed: H100 74 % at 128 256, 71 at 151 936
+        (None, Line("streaming", 16_384, 1_024, BV_2=8_192, descends=True)),
+    ),
+}
+STREAMING_H200 = {
+    2: (
+        (100_000, Line("streaming", 8_192, 256, 1, 1, 4, 4_096)),  # timed: 86 % at 32 000
+        # timed: 77 % at 128 256, 78 at 151 936, 73 at 262 144
+        (None, Line("streaming", 32_768, 1_024)),
+    ),
+    4: (
+        # timed: 82 % at 32 000
+        (100_000, Line("streaming", 8_192, 512, 1, 1, 2, 4_096, descends=True)),
+        (None, Line("streaming", 16_384, 1_024)),  # timed: 66 % at 151 936
+    ),
+}
 # Without a gradient there is no second reading, and so nothing to keep in L2. Not timed.
-LOSS_16 = Line("streaming", 16_384, 512, 1, 1, 2)
-LOSS_32 = Line("streaming", 8_192, 512, 1, 1, 2)
+LOSS = {
+    2: ((None, Line("streaming", 16_384, 512, 1, 1, 2)),),
+    4: ((None, Line("streaming", 8_192, 512, 1, 1, 2)),),
+}
 # Some options: 32 bytes of a row a thread and block leave them registers. Not timed.
-OPTIONS_16 = (
-    (100_000, Line("streaming", 8_192, 512, 1, 1, 2)),
-    (None, Line("streaming", 16_384, 1_024)),
-)
-OPTIONS_32 = (
-    (100_000, Line("streaming", 4_096, 512, 1, 1, 2)),
-    (None, Line("streaming", 8_192, 1_024)),
-)
+OPTIONS = {
+    2: (
+        (100_000, Line("streaming", 8_192, 512, 1, 1, 2)),
+        (None, Line("streaming", 16_384, 1_024)),
+    ),
+    4: (
+        (100_000, Line("streaming", 4_096, 512, 1, 1, 2)),
+        (None, Line("streaming", 8_192, 1_024)),
+    ),
+}
+OPTIONS_LOSS = {size: ((None, lines[0][1]),) for size, lines in OPTIONS.items()}
 # Softcap or class weights, and smoothing or statistics. Not timed.
-EVERYTHING_16 = Line("streaming", 8_192, 512)
-EVERYTHING_32 = Line("streaming", 4_096, 512)
+EVERYTHING = {
+    2: ((None, Line("streaming", 8_192, 512)),),
+    4: ((None, Line("streaming", 4_096, 512)),),
+}
 STREAMING_NARROW = Line("streaming", 4_096, 512)  # accesses of one element. Not timed.
 
 # One pass over a row that is read and written once. Not timed in these kernels; a plain copy of a
@@ -215,17 +226,16 @@ def streaming(row: Row, target: Target) -> Line:
         return small
     if not row.wide or not row.contiguous:
         return STREAMING_NARROW
-    is_16 = row.itemsize == 2
     if not row.light and not row.quiet:
-        return EVERYTHING_16 if is_16 else EVERYTHING_32
-    if not row.plain:
-        lines = OPTIONS_16 if is_16 else OPTIONS_32
-        return lines[0][1] if not row.gradient else _by_length(lines, row.V)
-    if not row.gradient:
-        return LOSS_16 if is_16 else LOSS_32
-    if target.is_h200:
-        return _by_length(STREAMING_16_H200 if is_16 else STREAMING_32_H200, row.V)
-    return _by_length(STREAMING_16 if is_16 else STREAMING_32, row.V)
+        lines = EVERYTHING
+    elif not row.plain:
+        lines = OPTIONS if row.gradient else OPTIONS_LOSS
+    elif not row.gradient:
+        lines = LOSS
+    else:
+        lines = STREAMING_H200 if target.is_h200 else STREAMING
+    by_length = lines[row.itemsize]
+    return next(line for longest, line in by_length if longest is None or longest > row.V)
 
 
 def staying(row: Row, target: Target) -> Line:
@@ -235,10 +245,6 @@ def staying(row: Row, target: Target) -> Line:
     """
     roomy = row if row.plain else row._replace(light=False, quiet=False)
     return streaming(roomy, target)._replace(stays=True)
-
-
-def _by_length(lines: tuple[tuple[int | None, Line], ...], V: int) -> Line:
-    return next(line for longest, line in lines if longest is None or longest > V)
 
 
 def one_pass(row: Row, target: Target) -> Line:
