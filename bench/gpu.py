@@ -82,7 +82,7 @@ def forget(path: Path, phase: str) -> None:
 def command(name: str, path: Path, *, dry: bool, seconds: float, cubins: Path | None) -> list[str]:
     """What the process of a phase is started with."""
     words = [sys.executable, "-m", "bench", "gpu", "--phase", name, "--output", str(path)]
-    words += ["--seconds", str(seconds)]
+    words += ["--seconds", str(seconds), "--began", str(time.time())]
     words += ["--dry-run"] if dry else []
     return words + (["--cubins", str(cubins)] if cubins else [])
 
@@ -145,7 +145,12 @@ def child(arguments: argparse.Namespace) -> int:
     """What the process of a phase does."""
     name, path = arguments.phase, arguments.output
     phase = gpu_phases.Phase(
-        name, path, seconds=arguments.seconds, dry=arguments.dry_run, cubins=arguments.cubins
+        name,
+        path,
+        seconds=arguments.seconds,
+        dry=arguments.dry_run,
+        cubins=arguments.cubins,
+        began=arguments.began,
     )
     PHASES[name].run(phase)
     return 0
@@ -243,7 +248,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--cubins", type=Path, metavar="DIR", help="sweep what was built, whatever Triton")
     add("--seconds", type=float, help="a limit for every phase, in the place of its own")
-    add("--phase", choices=PHASES, help=argparse.SUPPRESS)  # what a process of its own is told
+    # What the process of a phase is told.
+    add("--phase", choices=PHASES, help=argparse.SUPPRESS)
+    add("--began", type=float, help=argparse.SUPPRESS)
     return parser
 
 

@@ -53,17 +53,25 @@ class Phase:
     """Where a phase runs, how long it may, and the file its records go to, each at once."""
 
     def __init__(
-        self, name: str, path: Path, *, seconds: float, dry: bool, cubins: Path | None = None
+        self,
+        name: str,
+        path: Path,
+        *,
+        seconds: float,
+        dry: bool,
+        cubins: Path | None = None,
+        began: float | None = None,  # by time.time(), when its process was started
     ) -> None:
         self.name, self.path, self.dry, self.cubins = name, path, dry, cubins
         self.device = torch.device("cpu" if dry else "cuda")
-        self.until = time.monotonic() + 0.8 * seconds  # after that nothing new is begun
+        # After that nothing new is begun.
+        self.until = (time.time() if began is None else began) + 0.85 * seconds
         self._clock: machine.Clock | None = None
 
     @property
     def is_late(self) -> bool:
         """Whether what is still to do is to be named, and not begun."""
-        return time.monotonic() > self.until
+        return time.time() > self.until
 
     @property
     def clock(self) -> machine.Clock:

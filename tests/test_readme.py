@@ -138,17 +138,17 @@ def test_no_time_or_size_without_a_source():
 
 
 def records_of(card):
-    (path,) = RESULTS.glob(f"gpu-{card}-*.jsonl")
-    return gpu_tables.load(path)
+    return gpu_tables.load(RESULTS / f"gpu-{card}-2026-11-27.jsonl")
 
 
 def test_the_summary_of_a_gpu_is_the_results_file():
     """Each of some cells, by hand: names and sizes are those of the records, losses included."""
     head, records = records_of("nvidia-h100-80gb-hbm3")
     text = report.block_of(README).partition("**On 2 CPU cores")[0]
-    assert head["commit"] in text
-    assert "the kernels of later commits were not measured" in text
-    table = [line for line in text.splitlines() if line.startswith("|")]
+    (_, newest, _), *_ = gpu_tables.newest()
+    assert f"commit {newest['commit']}" in text
+    assert "the kernels of later commits were not measured" in head["note"]
+    table = gpu_tables.summary(records).splitlines()
     lines = {line.split("|")[1].strip(): line for line in table}
     names = [name.strip() for name in lines[""].split("|")[2:-1]]
 
