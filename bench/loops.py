@@ -59,7 +59,12 @@ def ligers(V: int) -> dict[str, Any]:
         *(-100, 0.0, 0.0, "mean", None, False, False, False, block, False, False, True),
     )
     kernel = liger_cross_entropy_kernel.warmup(*arguments, grid=(N,), num_warps=32)
-    return {"kernel": "Liger", "V": V, "data": "bf16", **_read(kernel, block // 1024, block // 1024)}
+    return {
+        "kernel": "Liger",
+        "V": V,
+        "data": "bf16",
+        **_read(kernel, block // 1024, block // 1024),
+    }
 
 
 def _read(kernel: Any, columns: int, columns_2: int) -> dict[str, Any]:
@@ -77,10 +82,7 @@ def count(target: str) -> list[dict[str, Any]]:
     triton.runtime.driver.set_active(NamedTarget(TARGETS[target]))
     records = [ours(V, "bf16", "rows", form, target) for form in FORMS for V in VOCABULARIES]
     records += [
-        ours(V, "fp32", "head", form, target)
-        for form in FORMS
-        for V in VOCABULARIES
-        if V % 8 == 0
+        ours(V, "fp32", "head", form, target) for form in FORMS for V in VOCABULARIES if V % 8 == 0
     ]
     try:
         records += [ligers(V) for V in VOCABULARIES]
