@@ -10,6 +10,7 @@ import sys
 COMMANDS = {
     "compare": "time, memory and error of sgp and its rivals, side by side",
     "traffic": "bytes that each kernel asks for and touches, counted under the interpreter",
+    "loops": "instructions an element in the loops over a row, ours and Liger's",
     "resources": "registers, spills and access widths of every kernel, compiled without a GPU",
     "context": "time and memory of the gradient through the context, three modes",
     "recall": "what is lost when the context is held constant: a toy task, trained twice",

@@ -5,9 +5,9 @@
 The interpreter executes every load and store with real addresses; each is counted when asked for,
 and each byte once when touched. N rows, V columns, kept fraction f. The least any implementation
 can touch is (1 + f) N V: read the kept logits, write every gradient. The budget: touch at most
-1.02 of that; ask for at most 1.02 of that too in the resident form, of (1 + 2 f) N V in the
-streaming form. The forms are those that the launch table gives an H100 with Triton 3.9 (the
-interpreter runs a cluster's programs as one), and streaming forced.
+1.02 of that; ask for at most 1.02 of that too in the resident form, of (1 + 2 f) N V where a row
+is streamed. The forms are the launch table's own choice (resident up to 4096 columns, streaming
+beyond) and programs that stay, forced.
 
 A second table has what the Triton kernels of other libraries ask for, where they are installed
 (`pip install -e ".[rivals]"`; rival_traffic.py).
@@ -33,6 +33,7 @@ import sgp
 from bench import files, rival_traffic, tables
 from bench.interpreter import watch_accesses
 from bench.rival_traffic import RivalCount
+from sgp.kernels.table import ONE_BLOCK
 
 RESULTS = Path(__file__).parent / "results" / "traffic.json"
 VOCABULARIES = (
@@ -40,7 +41,7 @@ VOCABULARIES = (
     *(128_256, 131_072, 151_936, 248_320, 262_144),
 )
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-FORMS = ("resident", "streaming")
+FORMS = ("auto", "staying")
 N = 4
 SLACK = 1.02
 
@@ -68,6 +69,8 @@ class Count(NamedTuple):
 def count(form: str, V: int, dtype: str, kept_rows: int) -> Count:
     """The traffic of `sgp.cross_entropy(...).backward()` on N rows, kept_rows of them kept."""
     os.environ["SGP_ROW_FORM"] = form
+    if form == "auto":
+        form = "resident" if ONE_BLOCK[-1].columns >= V else "streaming"
     logits = torch.randn(N, V).to(DTYPES[dtype]).requires_grad_()
     target = torch.full((N,), -100)
     target[:kept_rows] = torch.arange(kept_rows) % V

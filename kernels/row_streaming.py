@@ -175,8 +175,8 @@ def row_streaming(
     stats,  # Statistics, written; None: not wanted
     opt,  # Options
     ignore_index,
-    N,  # rows; not compiled in, so that one binary serves every batch
     V,
+    N,  # rows; not compiled in, so that one binary serves every batch
     BV: tl.constexpr,  # columns of a block of the first loop
     BV_2: tl.constexpr,  # of the second
     LANES: tl.constexpr,  # threads

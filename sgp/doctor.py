@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -12,10 +13,11 @@ from rich.table import Table
 
 from sgp import backend
 
+VOCABULARIES = (1_024, 32_000, 151_936, 262_144)
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "matplotlib", "rich")
 VARIABLES = {
     "SGP_BACKEND": "auto | triton | torch: force an implementation",
-    "SGP_ROW_FORM": "auto | resident | streaming: force a row kernel",
+    "SGP_ROW_FORM": "auto | resident | streaming | staying | blockwise: force a row kernel",
     "SGP_CHECK": "1: check targets on a GPU too, which waits for it",
     "TRITON_INTERPRET": "1: run kernels on a CPU, for checking",
 }
@@ -65,44 +67,53 @@ def run() -> int:
 
 
 def _print_row_forms(console: Console) -> bool:
-    """How long a row each GPU reads once; False if SGP_ROW_FORM is none of its values."""
+    """Which form rows get on each GPU; False if SGP_ROW_FORM is none of its values."""
     from sgp.kernels import table  # noqa: PLC0415  (imports Triton)
 
-    kinds = {
-        "any but softcap and class weight": table.Row(0, plain=False),
-        "any but softcap and class weight, V or a stride not a multiple of 8": table.Row(
-            0, plain=False, wide=False
-        ),
-        "any but softcap and class weight, no gradient": table.Row(0, plain=False, gradient=False),
-        "softcap or class weight": table.Row(0, plain=False, light=False),
-        "softcap or class weight, float32 logits and gradient": table.Row(
-            0, plain=False, light=False, itemsize=4
-        ),
-        "softcap or class weight, V or a stride not a multiple of 8": table.Row(
-            0, plain=False, light=False, wide=False
-        ),
-        "vocabulary not contiguous": table.Row(0, plain=False, contiguous=False),
-    }
-    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    names = [str(device) for device in devices] or ["interpreter (as an H100)"]
-    targets = [table.target_of(device) for device in devices or [torch.device("cpu")]]
-    forms = Table(title="Longest rows that are read once (columns)")
-    forms.add_column("loss")
-    for name in names:
-        forms.add_column(name, justify="right")
-    for words, kind in kinds.items():
-        longest = [max(line.columns for line in table.resident_lines(kind, t)) for t in targets]
-        forms.add_row(words, *(f"{columns:_}".replace("_", " ") for columns in longest))
-    for name, target in zip(names, targets, strict=True):
-        if target.largest_cluster == 1:
-            why = "clusters need compute capability 9.x or 10.x and Triton 3.8 or newer"
-            version = ".".join(map(str, target.triton))
-            console.print(f"{name}: no clusters ({why}; Triton here: {version})", soft_wrap=True)
-    console.print(forms)
     form = os.environ.get("SGP_ROW_FORM", "auto")
     if form not in table.FORMS:
         console.print(f"[red]SGP_ROW_FORM = {form!r}; expected one of {', '.join(table.FORMS)}")
-    return form in table.FORMS
+        return False
+    kinds = {
+        "bf16": table.Row(0),
+        "bf16, statistics": table.Row(0, quiet=False),
+        "bf16, softcap": table.Row(0, light=False),
+        "linear head": table.Row(0, itemsize=4, halving=True),
+        "linear head, softcap": table.Row(0, light=False, itemsize=4, halving=True),
+    }
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    for device in devices or [torch.device("cpu")]:
+        target = table.target_of(device)
+        name = str(device) if devices else "the interpreter (as an H100)"
+        forms = Table(
+            title=f"Row kernels on {name}",
+            caption="cluster: programs that share a resident row",
+        )
+        forms.add_column("loss")
+        for V in VOCABULARIES:
+            forms.add_column(f"V = {V}", justify="right")
+        for words, kind in kinds.items():
+            rows = [kind._replace(V=V) for V in VOCABULARIES]
+            forms.add_row(words, *(_form(row, target, form) for row in rows))
+        console.print(forms)
+        if not target.has_clusters:
+            why = "clusters need compute capability 9.x or 10.x and Triton 3.8 or newer"
+            version = ".".join(map(str, target.triton))
+            console.print(f"{name}: no clusters ({why}; Triton here: {version})", soft_wrap=True)
+    return True
+
+
+def _form(row: Any, target: Any, form: str) -> str:
+    """A line of the launch table in words."""
+    from sgp.kernels import table  # noqa: PLC0415  (imports Triton)
+
+    try:
+        line = table.choose(row, target, form)
+    except ValueError:
+        return "refused"
+    if line.programs > 1:
+        return f"cluster of {line.programs}"
+    return "staying" if line.stays else line.form
 
 
 def _version(package: str) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sgp.recipe import Recipe, accumulation_dtype
+from sgp.recipe import Recipe, accumulation_dtype, cast
 from sgp.selection import IGNORE, Selection
 
 REDUCTIONS = ("none", "mean", "sum", "sequence_sum", "sequence_mean")
@@ -16,8 +17,7 @@ INTEGERS = (torch.int64, torch.int32, torch.uint8, torch.int16, torch.int8)
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """Rows whose leading dimensions flatten to N, and one target for each."""
 
     input: Tensor  # (..., V) logits, vocabulary last, or (..., D) under a linear head; any strides
@@ -34,6 +34,10 @@ class Problem:
     def has_probabilities(self) -> bool:
         """Whether the target is a distribution over the vocabulary for each row."""
         return self.target.dim() == 2
+
+    def shaped(self, rows: Tensor) -> Tensor:
+        """Results (N,) in the shape of the targets; no idle view, which autograd would record."""
+        return rows if rows.shape == self.shape else rows.view(self.shape)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -58,6 +62,10 @@ def make_problem(
     Raises:
         ValueError, TypeError: with what was passed, what was expected, and what to do.
     """
+    plain = weight is None and token_weight is None
+    if plain and isinstance(target, Tensor) and _is_usual(input, target):
+        shape = tuple(target.shape)
+        return Problem(input, target, shape, recipe.check(name), None, None, None, 1)
     check_input_and_target(name, input, target)
     recipe.check(name)
     classes = input.shape[1 if isinstance(target, Tensor) and input.dim() > 1 else -1]
@@ -67,7 +75,7 @@ def make_problem(
         return _from_selection(name, input, target, weight, token_weight, recipe)
     # PyTorch's layouts: (V,) with (), (N, V) with (N,), (N, V, d1, ...) with (N, d1, ...).
     class_dim = 0 if input.dim() == 1 else 1
-    logits = input[None] if input.dim() == 1 else input.movedim(1, -1)
+    logits = input if input.dim() == 2 else input.movedim(1, -1) if class_dim else input[None]
     lead = () if input.dim() == 1 else tuple(logits.shape[:-1])
     probabilities = target.is_floating_point()
     if tuple(target.shape) != (tuple(input.shape) if probabilities else lead):
@@ -94,12 +102,28 @@ def make_problem(
         weight=class_weight(name, weight, logits, logits.shape[-1]),
         token_weight=flat_token_weight(name, token_weight, input, lead),
         boundaries=None,
-        num_sequences=torch.Size(lead[:-1]).numel(),
+        num_sequences=math.prod(lead[:-1]),
+    )
+
+
+def _is_usual(input: Tensor, target: Tensor) -> bool:  # noqa: A002
+    """Whether these are (N, V) logits and (N,) int64 labels that every check passes as they are."""
+    return (
+        isinstance(input, Tensor)
+        and input.dim() == 2
+        and input.dtype in FLOATS
+        and target.dtype == torch.int64
+        and input.shape[:1] == target.shape
+        and input.shape[1] > 0
+        and input.device == target.device
+        and target.is_contiguous()
     )
 
 
 def flat_indices(target: Tensor) -> Tensor:
     """Class indices of any shape and integer dtype as (N,) int64."""
+    if target.dim() == 1 and target.dtype == torch.int64 and target.is_contiguous():
+        return target
     return target.reshape(-1).to(torch.int64).contiguous()
 
 
@@ -151,7 +175,7 @@ def _from_selection(
     check_selection(name, input, selection, token_weight, recipe, "V")
     dense_weight = selection.dense_weight
     if dense_weight is not None:
-        dense_weight = dense_weight.to(accumulation_dtype(input.dtype))
+        dense_weight = cast(dense_weight, accumulation_dtype(input.dtype))
     return Problem(
         input=input,
         target=selection.dense_target,
@@ -223,7 +247,7 @@ def class_weight(
             "(token_weight is the one per token)"
         )
     check_constant(name, "weight", weight, input)
-    return weight.to(accumulation_dtype(input.dtype)).contiguous()
+    return cast(weight, accumulation_dtype(input.dtype)).contiguous()
 
 
 def flat_token_weight(

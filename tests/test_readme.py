@@ -55,40 +55,32 @@ def test_rivals_in_the_traffic_table_are_the_results_file():
             assert row["asked"] == pytest.approx(shown[0 if row["kept"] == 1 else 1], abs=0.01)
 
 
-def test_the_longest_resident_rows_are_the_launch_table():
-    h100, b200 = (table.Target("cuda", c, 132, (3, 9)) for c in (90, 100))
+def test_resident_rows_are_the_launch_table():
+    def shown(columns):
+        return f"{columns:_}".replace("_", " ")
 
-    def longest(target=h100, **kind):
-        lines = table.resident_lines(table.Row(0, plain=False, **kind), target)
-        return f"{max(line.columns for line in lines):_}".replace("_", " ")
+    assert f"rows of up to {shown(table.ONE_BLOCK[-1].columns)} columns" in PROSE
+    longest = max(line.columns for line in table.CLUSTERS)
+    assert f"from {shown(table.CLUSTERS_FROM)} to {shown(longest)} columns" in PROSE
 
-    rows = {
-        "any but softcap and class weight": (
-            f"up to {longest()}",
-            f"up to {longest(wide=False)}",
-        ),
-        "softcap or class weight": (
-            (
-                f"up to {longest(b200, light=False)}; on Hopper with a 16-bit gradient "
-                f"{longest(light=False)}"
-            ),
-            f"up to {longest(light=False, wide=False)}",
-        ),
-        "any but softcap and class weight, no gradient": (
-            f"up to {longest(gradient=False)}",
-            f"up to {longest(wide=False, gradient=False)}",
-        ),
-    }
-    for label, cells in rows.items():
-        assert f"| {label} | {cells[0]} | {cells[1]} |" in README
-    assert longest(b200) == longest()
-    small = h100._replace(multiprocessors=114)
-    assert f"stop at {longest(small, light=False)}:" in PROSE
-    assert longest(light=False, itemsize=4) == longest(b200, light=False)
-    assert longest(light=False, itemsize=4, halving=True) == longest(light=False)
-    old = table.Row(0, plain=True)
-    columns = max(line.columns for line in table.resident_lines(old, h100._replace(triton=(3, 8))))
-    assert f"plain losses up to {columns:_}".replace("_", " ") in PROSE
+
+def test_loops_table_is_the_results_files():
+    now, before = "loops-sm_90-triton-3.6.0.json", "loops-sm_90-triton-3.6.0-bcac0b3.json"
+    content = json.loads((RESULTS / now).read_text())
+    liger = f"Liger's kernel, {content['liger']}"
+    for label, file, kernel in (
+        ("sgp", now, "sgp, streaming"),
+        ("sgp before", before, "sgp at bcac0b3"),
+        (liger, now, "Liger"),
+    ):
+        records = json.loads((RESULTS / file).read_text())["records"]
+        (row,) = (
+            r for r in records if (r["kernel"], r["V"], r["data"]) == (kernel, 151_936, "bf16")
+        )
+        shown = README[README.index("| kernel | first loop |") :].splitlines()
+        line = next(x for x in shown if re.match(rf"\| {label}( \(.*\))? \|", x))
+        cells = [cell.strip() for cell in line.split("|")[2:-1]]
+        assert cells == [f"{row['first']:.2f}", f"{row['second']:.2f}", str(row["meetings"])]
 
 
 def test_train_table_is_the_results_file():

@@ -1,0 +1,128 @@
+"""Who may be watching a call, and operators that are left out where nobody is.
+
+torch.compile, dispatch modes, tensor subclasses and profilers see what the package does as
+`torch.library` operators. A call of one costs as much as the launch inside it, and an eager
+training loop needs none of that: there the operator's plain body runs. Both compute the same and
+raise the same errors.
+
+The operators have no kernel for autograd, which would be asked at every call: they are called
+where nothing is recorded (autograd.py), and what they write to is counted here. That is why they
+are defined by a Library and not by `custom_op`, which costs three times as much.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import update_wrapper
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import profiler
+
+PLAIN = (Tensor, nn.Parameter)
+LIBRARY = torch.library.Library("sgp", "FRAGMENT")
+
+
+def is_watched(*tensors: Tensor) -> bool:
+    """Whether more than autograd looks at what happens to these tensors.
+
+    That is torch.compile and torch.export, dispatch modes (fake tensors, make_fx, selective
+    checkpointing) and function modes, `torch.func` transforms, `torch.jit.trace`, profilers,
+    tensor subclasses, and tensors without memory: those on the meta device, and those that a
+    transform has left behind.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()  # noqa: SLF001  (no public names)
+        or torch._C._len_torch_function_stack()  # noqa: SLF001
+        or torch._C._are_functorch_transforms_active()  # noqa: SLF001
+        or torch._C._is_tracing()  # noqa: SLF001
+        or profiler._is_profiler_enabled  # noqa: SLF001
+    ):
+        return True
+    for x in tensors:
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # noqa: SLF001
+        if type(x) not in PLAIN or x.is_meta or wrapped(x):
+            return True
+    return False
+
+
+class Operator:
+    """A `torch.library` operator, and the plain `body` that runs in its place where nobody watches.
+
+    The body may return None in place of a tensor that was not asked for; the operator `op`, whose
+    schema knows tensors only, returns an empty one.
+    """
+
+    def __init__(
+        self,
+        body: Callable[..., Any],
+        *,
+        mutates_args: tuple[str, ...] = (),
+        looks_at: int = 1,
+        tags: Sequence[torch.Tag] = (),
+    ) -> None:
+        """Define sgp::name of the body's name.
+
+        Args:
+            body: what it computes; its annotations become the schema.
+            mutates_args: the parameters that are written to.
+            looks_at: how many of the first arguments are tensors that somebody may be watching.
+            tags: for torch.compile.
+        """
+        self.body, self.looks_at = body, looks_at
+        update_wrapper(self, body)
+        name = body.__name__
+        self.kernel = _filling(body)
+        self.kernel.__signature__ = _signature(body)  # type: ignore[attr-defined]
+        schema = torch.library.infer_schema(self.kernel, mutates_args=mutates_args)
+        LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+        LIBRARY.impl(name, self.kernel, "CompositeExplicitAutograd")
+        self.op = getattr(torch.ops.sgp, name).default
+        parameters = list(inspect.signature(body).parameters)
+        self.written = [parameters.index(argument) for argument in mutates_args]
+
+    def __call__(self, *arguments: Any) -> Any:
+        """What the body returns, and None or an empty tensor for what was not asked for."""
+        if is_watched(*arguments[: self.looks_at]):
+            out = self.op(*arguments)
+        else:
+            out = self.body(*arguments)
+        if self.written and not torch.compiler.is_compiling():
+            for place in self.written:  # or autograd would not notice a second backward
+                torch.autograd.graph.increment_version(arguments[place])
+        return out
+
+    def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
+        """Give the operator its fake, which like the body may return None for a tensor."""
+        torch.library.register_fake(f"sgp::{self.body.__name__}", _filling(fake), lib=LIBRARY)
+        return fake
+
+
+def operator(**options: Any) -> Callable[[Callable[..., Any]], Operator]:
+    """Make a function an Operator, whose options these are."""
+    return lambda body: Operator(body, **options)
+
+
+def _filling(body: Callable[..., Any]) -> Callable[..., Any]:
+    """The body with empty tensors instead of None."""
+
+    def filled(*arguments: Any) -> Any:
+        out = body(*arguments)
+        if not isinstance(out, tuple):
+            return out
+        return tuple(arguments[0].new_empty(0) if x is None else x for x in out)
+
+    return filled
+
+
+def _signature(body: Callable[..., Any]) -> inspect.Signature:
+    """The body's, with a tensor for everything that may be None."""
+    signature = inspect.signature(body, eval_str=True)
+    returned = signature.return_annotation
+    if returned in (None, Tensor):
+        return signature
+    number = len(getattr(returned, "_fields", get_args(returned)))  # of a tuple, maybe with names
+    return signature.replace(return_annotation=tuple[(Tensor,) * number])  # type: ignore[misc]
