@@ -14,6 +14,7 @@ COMMANDS = {
     "context": "time and memory of the gradient through the context, three modes",
     "recall": "what is lost when the context is held constant: a toy task, trained twice",
     "sft": "TRL's SFTTrainer and sgp's: the same steps, losses and time",
+    "host": "the host's time of a call, to the least that a loss can take; needs no GPU",
     "forms": "resident rows against streaming and a copy, timed on a GPU",
     "predict": "milliseconds on paper, from bytes, FLOPs and a data sheet",
     "report": "the README's tables and the pictures, from the results files",
