@@ -207,6 +207,7 @@ def _persuade() -> None:
         return x.dtype not in products.EXACT
 
     _replace(backend, "_interpreted", lambda: True)
+    _replace(backend, "interpreter_fault", str)  # ""
     _replace(products, "_has_wide", has_wide)
     _replace(row_triton, "_device", current_device)
     _replace(table, "target_of", functools.cache(lambda _: the_target))
