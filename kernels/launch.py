@@ -4,13 +4,16 @@ Nothing here waits for the device: every choice is made from shapes, dtypes and 
 are on (table.py).
 """
 
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.compiler import CompiledKernel
 
 from sgp.kernels import table
 from sgp.kernels.arithmetic import Options, Statistics
+from sgp.kernels.divisor import mean_scale as mean_scale_kernel
 from sgp.kernels.factor import multiply_rows
 from sgp.kernels.layout import Matrix, alignment
 from sgp.kernels.row_backward import row_backward
@@ -22,7 +25,9 @@ __all__ = [
     "Call",
     "Options",
     "Statistics",
+    "mean_scale",
     "multiply",
+    "put",
     "row_forward",
     "row_gradient",
     "runs_interpreted",
@@ -40,11 +45,88 @@ class Call(NamedTuple):
     grid: tuple[int]
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
+    compiled: Any = None  # by an earlier call that needs the same binary; None: Triton finds it
+    most_programs: int | None = None  # of the grid, however many rows there are; None: one a row
 
-    def launch(self) -> None:
-        """Put the kernel on the current stream, unless there are no rows."""
-        if self.grid[0]:
-            self.kernel[self.grid](*self.arguments, **self.constants)
+    def launch(self) -> Any:
+        """Put the kernel on the current stream, unless there are no rows.
+
+        Returns what Triton compiled; None without rows and under the interpreter.
+        """
+        if not self.grid[0]:
+            return None
+        if self.compiled is None:
+            return self.kernel[self.grid](*self.arguments, **self.constants)
+        binary, runtime = self.compiled, triton.knobs.runtime
+        names = self.kernel.arg_names[len(self.arguments) :]  # of the constexprs, which come last
+        arguments = (*self.arguments, *[self.constants[name] for name in names])
+        if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
+            binary[(*self.grid, 1, 1)](*arguments)
+        else:
+            # The same without what Triton makes for hooks, which costs more than the launch.
+            active = triton.runtime.driver.active
+            stream = active.get_current_stream(active.get_current_device())
+            binary.run(
+                self.grid[0], 1, 1, stream, binary.function, binary.packed_metadata,
+                None, None, None, *arguments,
+            )  # fmt: skip
+        return binary
+
+
+MOST_KEPT = 1024  # then all are forgotten: somebody changes an option at every step
+_kept: dict[Hashable, Call] = {}  # without their arguments
+
+
+def put(
+    key: Hashable,
+    tensors: Sequence[torch.Tensor | None],
+    N: int,
+    arguments: tuple[Any, ...],
+    choose: Callable[[], Call],
+) -> None:
+    """Launch what a call of the same key compiled; without one, launch and keep what is chosen.
+
+    Triton looks at every argument of every launch to find the binary that it needs: at dtypes, at
+    which integers are 1 or divisible by 16, at which tensors begin at 16 bytes. Where all that is
+    known to be as before, so is the binary.
+
+    Args:
+        key: of everything that the choice and Triton look at, except where tensors begin: device,
+            dtypes, integers, and which arguments are None.
+        tensors: those of the arguments that may begin anywhere; a launch is kept, and a kept one
+            used, only where all begin at 16 bytes.
+        N: rows, a program each up to the most that was chosen.
+        arguments: what the kernel is called with, as for `arranged`.
+        choose: makes the Call where nothing is kept.
+    """
+    bits = 0
+    for x in tensors:
+        if x is not None:
+            bits |= x.data_ptr()
+    kept = None if bits % 16 else _kept.get(key)
+    if kept is not None:
+        programs = N if kept.most_programs is None else min(N, kept.most_programs)
+        in_order = arranged(kept.kernel, arguments)
+        Call(kept.kernel, (programs,), in_order, kept.constants, kept.compiled).launch()
+        return
+    call = choose()
+    compiled = call.launch()
+    # AMD's compiler asks for the sizes of tensors too, which no key knows.
+    if not bits % 16 and isinstance(compiled, CompiledKernel) and torch.version.hip is None:
+        if len(_kept) >= MOST_KEPT:
+            _kept.clear()
+        _kept[key] = call._replace(arguments=(), compiled=compiled)
+
+
+def arranged(kernel: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments as this kernel takes them.
+
+    Those of a row's forward begin (logits, dlogits, target, loss, saved, stats, opt); a resident
+    row takes the options twice.
+    """
+    if kernel is row_resident:
+        return (*arguments[:7], *arguments[6:])
+    return arguments
 
 
 def row_forward(
@@ -69,14 +151,15 @@ def row_forward(
     row = _row(V, align, opt, logits, dlogits, stats=stats is not None)
     on = on or table.target_of(logits.ptr.device)
     line = table.choose(row, on, form)
-    first = (logits, dlogits, target, loss, saved, stats, opt)
+    arguments = (logits, dlogits, target, loss, saved, stats, opt, ignore_index, V)
     constants = _constants(line, align, on)
     if line.form == "streaming":
-        return Call(row_streaming, (target.numel(),), (*first, ignore_index, V), constants)
+        return Call(row_streaming, (target.numel(),), arguments, constants)
     constants |= {"PIECES": line.pieces}
     if line.programs > 1:
         constants |= {"num_ctas": line.programs}
-    return Call(row_resident, (target.numel(),), (*first, opt, ignore_index, V), constants)
+    in_order = arranged(row_resident, arguments)
+    return Call(row_resident, (target.numel(),), in_order, constants)
 
 
 def row_gradient(
@@ -115,6 +198,20 @@ def multiply(
     on = on or table.target_of(dlogits.ptr.device)
     arguments = (dlogits, target, factor, ignore_index, V)
     return Call(multiply_rows, (N,), arguments, _constants(table.blocks(row, on), align, on))
+
+
+def mean_scale(
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    row_weight: torch.Tensor | None,
+    scale: torch.Tensor,
+    *,
+    V: int,
+    ignore_index: int,
+) -> Call:
+    """1 / sum over kept rows of row_weight * weight[target] into scale (), by one program."""
+    arguments = (target, weight, row_weight, scale, ignore_index, target.numel(), V)
+    return Call(mean_scale_kernel, (1,), arguments, {"BN": 8_192, "num_warps": 32, **COMPILE})
 
 
 def runs_interpreted() -> bool:

@@ -26,6 +26,10 @@ class Matrix(NamedTuple):
 
 def matrix(x: torch.Tensor) -> Matrix | None:
     """The addressing of x (..., V), or None where its leading dimensions need three levels."""
+    if x.dim() == 2:
+        rows, V = x.shape
+        row_stride, col_stride = x.stride()
+        return Matrix(x, 1, row_stride if rows > 1 else 0, 0, col_stride if V > 1 else 1)
     groups: list[list[int]] = []  # [size, stride], outermost first
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
         if size == 1:

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 
 from sgp import operators
 from sgp.recipe import Recipe
+from sgp.watched import is_watched
 
 CROSS_ENTROPY = "sgp.cross_entropy"
 LOG_PROBS = "sgp.token_log_probs"
@@ -54,8 +55,8 @@ def refuse_forward_mode(name: str, *inputs: Tensor | None) -> None:
 class _Once(torch.autograd.Function):
     """The identity on a gradient; differentiating it raises our message.
 
-    The anchors are what the gradient depends on (the logits, by an empty slice, and the upstream
-    gradient), so that every way to a second derivative leads through here.
+    The anchors are what the gradient depends on (what went in, by an output that was saved, and the
+    upstream gradient), so that every way to a second derivative leads through here.
     """
 
     @staticmethod
@@ -71,9 +72,26 @@ class _Once(torch.autograd.Function):
         raise RuntimeError(_message(NOT_TWICE, ctx.name))
 
 
-def anchor(x: Tensor) -> Tensor | None:
-    """An empty tensor with x's place in the graph, and none of its memory."""
-    return None if torch.compiler.is_compiling() else x[..., :0].clone()
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply`, of a Function whose forward has no defaults and whose first input is ours.
+
+    PyTorch binds the arguments to the signature of forward at every call, which costs as much as
+    the rest. Where nobody watches, that and what `torch.func` needs are left out.
+    """
+    if is_watched(arguments[0]):
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
+def mark_constant(ctx: Any, *outputs: Tensor | None, origin: Tensor) -> None:
+    """Mark outputs that are not differentiable, but leave `origin`, which is saved for backward.
+
+    It comes back from `ctx.saved_tensors` with this node as its grad_fn, so it has the place in the
+    graph of everything that went in: an anchor for `once`. Nobody outside has it. Compiled, there
+    are no second derivatives, and its own gradient would be made as zeros: it is marked too.
+    """
+    constant = (*outputs, origin) if torch.compiler.is_compiling() else outputs
+    ctx.mark_non_differentiable(*(x for x in constant if x is not None))
 
 
 def once(name: str, gradient: Tensor, *anchors: Tensor | None) -> Tensor:
@@ -116,7 +134,6 @@ class ScalarLoss(torch.autograd.Function):
         recipe: Recipe,
         need_stats: bool,
         inplace: bool,
-        origin: Tensor | None,
     ) -> tuple[Tensor, ...]:
         if inplace:
             # A detached alias shares the version counter, so autograd sees the change.
@@ -132,22 +149,22 @@ class ScalarLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, target, *_, recipe, _, inplace, origin = inputs
+        logits, target, *_, recipe, _, inplace = inputs
         _, *stats, dlogits = output
-        ctx.mark_non_differentiable(*stats, dlogits)
+        mark_constant(ctx, *stats, origin=dlogits)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits if inplace else dlogits, target, origin)
+        ctx.save_for_backward(logits if inplace else dlogits, target)
         ctx.ignore_index = recipe.ignore_index
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
-            return (None,) * 9
-        dlogits, target, origin = saved_tensors(ctx, CROSS_ENTROPY, "'mean' or 'sum' loss")
+            return (None,) * 8
+        origin, target = saved_tensors(ctx, CROSS_ENTROPY, "'mean' or 'sum' loss")
+        dlogits = origin.detach()
         with torch.no_grad():
-            dlogits = dlogits.detach()
             operators.multiply_rows_(dlogits, target, grads[0], ctx.ignore_index)
-        return (once(CROSS_ENTROPY, dlogits, origin, grads[0]), *(None,) * 8)
+        return (once(CROSS_ENTROPY, dlogits, origin, grads[0]), *(None,) * 7)
 
 
 class RowLoss(torch.autograd.Function):
@@ -162,7 +179,6 @@ class RowLoss(torch.autograd.Function):
         recipe: Recipe,
         need_stats: bool,
         inplace: bool,
-        origin: Tensor | None,
     ) -> tuple[Tensor, ...]:
         loss, saved, *stats, _ = operators.row_forward(
             logits, target, weight, row_weight, None, *recipe, False, True, need_stats
@@ -171,19 +187,19 @@ class RowLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, target, weight, row_weight, recipe, _, inplace, origin = inputs
+        logits, target, weight, row_weight, recipe, _, inplace = inputs
         _, *stats, saved = output
-        ctx.mark_non_differentiable(*stats, saved)
+        mark_constant(ctx, *stats, origin=saved)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, target, weight, row_weight, saved, origin)
+        ctx.save_for_backward(logits, target, weight, row_weight, saved)
         ctx.recipe, ctx.inplace = recipe, inplace
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
-            return (None,) * 8
+            return (None,) * 7
         what = "loss with inplace=True"
-        logits, target, weight, row_weight, saved, origin = (
+        logits, target, weight, row_weight, saved = (
             saved_tensors(ctx, CROSS_ENTROPY, what) if ctx.inplace else ctx.saved_tensors
         )
         with torch.no_grad():
@@ -195,16 +211,14 @@ class RowLoss(torch.autograd.Function):
                 operators.row_backward_(dlogits, *arguments)
             else:
                 dlogits = operators.row_backward(logits, *arguments)
-        return (once(CROSS_ENTROPY, dlogits, origin, grads[0]), *(None,) * 7)
+        return (once(CROSS_ENTROPY, dlogits, saved, grads[0]), *(None,) * 6)
 
 
 class RowStatistics(torch.autograd.Function):
     """(log_prob, entropy, lse, is_top1, saved) of every row; the first three differentiable."""
 
     @staticmethod
-    def forward(
-        logits: Tensor, target: Tensor, recipe: Recipe, origin: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def forward(logits: Tensor, target: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:
         _, saved, *stats, _ = operators.row_forward(
             logits, target, None, None, None, *recipe, False, True, True
         )
@@ -212,24 +226,24 @@ class RowStatistics(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, target, recipe, origin = inputs
+        logits, target, recipe = inputs
         _, entropy, _, is_top1, saved = output
-        ctx.mark_non_differentiable(is_top1, saved)
+        mark_constant(ctx, is_top1, origin=saved)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, target, saved, entropy, origin)
+        ctx.save_for_backward(logits, target, saved, entropy)
         ctx.recipe = recipe
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         upstream = grads[:3]
         if all(gradient is None for gradient in upstream):
-            return (None,) * 4
-        logits, target, saved, entropy, origin = ctx.saved_tensors
+            return (None,) * 3
+        logits, target, saved, entropy = ctx.saved_tensors
         with torch.no_grad():
             dlogits = operators.row_backward(
                 logits, target, saved, None, *row_upstream(upstream, saved, entropy), *ctx.recipe
             )
-        return once(LOG_PROBS, dlogits, origin, *upstream), None, None, None
+        return once(LOG_PROBS, dlogits, saved, *upstream), None, None
 
 
 def row_upstream(

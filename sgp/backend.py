@@ -34,6 +34,8 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
         ValueError: if SGP_BACKEND is none of the three.
     """
     backend, why = explain(device, dtype)
+    if backend == "triton":
+        return backend
     if backend == "error":
         raise RuntimeError(f"sgp: SGP_BACKEND=triton cannot run: {why}")
     wanted = os.environ.get("SGP_BACKEND", "auto")

@@ -69,11 +69,11 @@ class Head(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of a head; empty where not wanted."""
+    """Gradients of a head; None where not wanted."""
 
-    input: Tensor  # of input's shape
-    weight: Tensor  # (V, D)
-    bias: Tensor  # (V,)
+    input: Tensor | None  # of input's shape
+    weight: Tensor | None  # (V, D)
+    bias: Tensor | None  # (V,)
 
 
 def gradient_dtypes(
@@ -106,10 +106,13 @@ def new_gradients(
     )
 
 
-def _new(x: Tensor | None, needed: bool, dtype: torch.dtype, like: Tensor) -> Tensor:
-    """A contiguous tensor of x's shape, or an empty one where it is not needed."""
-    shape = x.shape if needed and x is not None else (0,)
-    return like.new_empty(shape, dtype=dtype)
+def _new(
+    x: Tensor | None, needed: bool, dtype: torch.dtype, like: Tensor, *, zero: bool = False
+) -> Tensor | None:
+    """A contiguous tensor of x's shape, where it is needed."""
+    if x is None or not needed:
+        return None
+    return like.new_zeros(x.shape, dtype=dtype) if zero else like.new_empty(x.shape, dtype=dtype)
 
 
 def forward(
@@ -134,7 +137,7 @@ def forward(
     """
     N = head.target.numel()
     out = new_outputs(head.input, N, need_grad=False, need_saved=need_saved, need_stats=need_stats)
-    out = RowOutputs(*(values.zero_() for values in out))
+    out.zero_()
     factors = _Factors.of_forward(head, row_weight, scale) if head.is_half and any(needs) else None
     sums = _Sums(head, needs, factors, wide=wide)
     used = sums if any(needs) else None
@@ -158,8 +161,8 @@ def _forward_chunk(
     """Fill the chunk's rows of `out`, and add its gradients to `sums` where there are any."""
     some, logits = chunk.rows, chunk.logits
     here = new_outputs(
-        logits, some.numel(), need_grad=False, need_saved=out.saved.numel() > 0,
-        need_stats=out.lse.numel() > 0,
+        logits, some.numel(), need_grad=False, need_saved=out.saved is not None,
+        need_stats=out.statistics is not None,
     )  # fmt: skip
     g = None if sums is None else _place_of_gradient(head, logits)
     weights = None if row_weight is None else row_weight[some]
@@ -172,7 +175,7 @@ def _forward_chunk(
     if factors is not None:  # the loss was multiplied by what is folded into its gradient
         here.loss.mul_(factors.of_loss(weights, chunk.part))
     for whole, values in zip(out[:-1], here[:-1], strict=True):
-        if whole.numel():
+        if whole is not None and values is not None:
             whole.index_copy_(0, some, values)
     if sums is not None and g is not None:
         sums.add(chunk, g)
@@ -340,18 +343,16 @@ class _Sums:
     """The gradients of a head, summed over chunks."""
 
     def __init__(self, head: Head, needs: Needs, factors: _Factors | None, *, wide: bool) -> None:
-        self.needs, self.factors, self.shard = needs, factors, head.shard
+        self.factors, self.shard = factors, head.shard
         self.dtypes = gradient_dtypes(head.input, head.weight, head.bias, wide=wide)
         exact = accumulation_dtype(head.compute_dtype)
+        parts = len(head.parts)
         # One chunk may write bf16 at once, where that is what the matmul makes.
-        at_once = len(head.parts) == 1 and factors is None and self.dtypes[1] == head.compute_dtype
-        self.d_input = _new(head.input, needs.input, self.dtypes[0], head.input).zero_()
-        self.d_weight = _new(
-            head.weight, needs.weight, self.dtypes[1] if at_once else exact, head.input
-        )
-        self.d_bias = _new(head.bias, needs.bias, exact, head.input).zero_()
-        if not head.parts:
-            self.d_weight.zero_()
+        at_once = parts == 1 and factors is None and self.dtypes[1] == head.compute_dtype
+        of_weight = self.dtypes[1] if at_once else exact
+        self.d_input = _new(head.input, needs.input, self.dtypes[0], head.input, zero=True)
+        self.d_weight = _new(head.weight, needs.weight, of_weight, head.input, zero=not parts)
+        self.d_bias = _new(head.bias, needs.bias, exact, head.input, zero=True)
 
     def add(self, chunk: _Chunk, g: Tensor) -> None:
         """One chunk more, from the gradient g (m, V) of its logits."""
@@ -360,7 +361,7 @@ class _Sums:
             rest = f.rest[chunk.part, None]
             share = (f.share / f.folded)[chunk.part, None]
         summing = None
-        if self.needs.input:
+        if self.d_input is not None:
             exact = rest is None and self.shard is None
             wide = accumulation_dtype(chunk.weight.dtype)
             dtype = self.d_input.dtype if exact else wide
@@ -370,33 +371,33 @@ class _Sums:
             if self.shard is not None:
                 summing = self.shard.start_sum(values)
             if summing is None:
-                self._put(chunk, values)
-        if self.needs.weight:
+                _put(self.d_input, chunk, values)
+        if self.d_weight is not None:
             weighted = hidden if share is None else (hidden * share).to(hidden.dtype)
             first = chunk.part.start == 0
             products.add_weight_gradient(g, weighted, self.d_weight, first=first)
-        if self.needs.bias:
+        if self.d_bias is not None:
             if share is None:
                 self.d_bias += g.sum(0, dtype=self.d_bias.dtype)
             else:
                 column = self.d_bias[:, None]
                 products.add_weight_gradient(g, share.to(hidden.dtype), column, first=False)
-        if summing is not None and self.shard is not None:
+        if summing is not None and self.shard is not None and self.d_input is not None:
             # The sum over the ranks went on beside the matmul of the weight's gradient.
             self.shard.finish_sum(summing)
-            self._put(chunk, values)
-
-    def _put(self, chunk: _Chunk, values: Tensor) -> None:
-        """The rows of a chunk into d_input."""
-        whole = self.d_input.view(-1, values.shape[1])
-        whole.index_copy_(0, chunk.rows, values.to(whole.dtype))
+            _put(self.d_input, chunk, values)
 
     def finish(self) -> Gradients:
         """The sums in the dtypes that were promised."""
+        sums: tuple[Tensor | None, ...] = (self.d_weight, self.d_bias)
         if self.factors is not None:
             missing = self.factors.largest / self.factors.scale
-            self.d_weight *= missing
-            self.d_bias *= missing
-        return Gradients(
-            self.d_input, self.d_weight.to(self.dtypes[1]), self.d_bias.to(self.dtypes[2])
-        )
+            sums = tuple(None if x is None else x.mul_(missing) for x in sums)
+        pairs = zip(sums, self.dtypes[1:], strict=True)
+        return Gradients(self.d_input, *(None if x is None else x.to(dtype) for x, dtype in pairs))
+
+
+def _put(d_input: Tensor, chunk: _Chunk, values: Tensor) -> None:
+    """The rows of a chunk into d_input."""
+    whole = d_input.view(-1, values.shape[1])
+    whole.index_copy_(0, chunk.rows, values.to(whole.dtype))

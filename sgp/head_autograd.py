@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sgp import head_operators, operators
-from sgp.autograd import anchor, once, row_upstream, saved_tensors
+from sgp.autograd import mark_constant, once, row_upstream, saved_tensors
 from sgp.chunks import MOST_ROWS, default_chunk_rows
 from sgp.head import Needs
 from sgp.head_problem import compute_dtype
@@ -109,24 +109,6 @@ def head_options(
     )
 
 
-class Origins(NamedTuple):
-    """Places in the graph of what requires grad, for second derivatives to be refused."""
-
-    input: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-
-def origins(
-    input: Tensor,  # noqa: A002
-    head: LinearHead,
-    needs: Needs,
-) -> Origins:
-    """The anchors of the tensors that need a gradient."""
-    pairs = zip((input, head.weight, head.bias), needs, strict=True)
-    return Origins(*(anchor(x) if x is not None and needed else None for x, needed in pairs))
-
-
 def _of_kept_rows(upstream: Tensor, target: Tensor, recipe: Recipe, d_input: Tensor) -> Tensor:
     """Upstream gradients (N,) for d_input (..., D): 0 at ignored rows, which stay +0."""
     if not d_input.numel():
@@ -136,11 +118,13 @@ def _of_kept_rows(upstream: Tensor, target: Tensor, recipe: Recipe, d_input: Ten
 
 
 def _give(
-    name: str, gradients: tuple[Tensor, ...], needs: Needs, *anchors: Tensor | None
+    name: str, gradients: tuple[Tensor | None, ...], needs: Needs, *anchors: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """The wanted gradients, closed to a second derivative; None for the others."""
     pairs = zip(gradients, needs, strict=True)
-    return tuple(once(name, g, *anchors) if needed else None for g, needed in pairs)
+    return tuple(
+        once(name, g, *anchors) if needed and g is not None else None for g, needed in pairs
+    )
 
 
 class HeadScalarLoss(torch.autograd.Function):
@@ -158,9 +142,6 @@ class HeadScalarLoss(torch.autograd.Function):
         row_weight: Tensor | None,
         scale: Tensor | None,
         options: HeadOptions,
-        of_input: Tensor | None,
-        of_weight: Tensor | None,
-        of_bias: Tensor | None,
     ) -> tuple[Tensor, ...]:
         o = options
         loss, _, *rest = o.forward(
@@ -172,11 +153,12 @@ class HeadScalarLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input_, weight, bias, target, *_, options, of_input, of_weight, of_bias = inputs
+        input_, weight, bias, target, *_, options = inputs
         _, *stats, d_input, d_weight, d_bias = output
-        ctx.mark_non_differentiable(*stats, d_input, d_weight, d_bias)
+        origin, *others = (g for g in (d_input, d_weight, d_bias) if g is not None)
+        mark_constant(ctx, *stats, *others, origin=origin)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(d_input, d_weight, d_bias, target, of_input, of_weight, of_bias)
+        ctx.save_for_backward(d_input, d_weight, d_bias, target)
         ctx.options = options
         ctx.dtypes = tuple(None if x is None else x.dtype for x in (input_, weight, bias))
 
@@ -184,27 +166,28 @@ class HeadScalarLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         upstream = grads[0]
         if upstream is None:
-            return (None,) * 13
-        *gradients, target, of_input, of_weight, of_bias = saved_tensors(
+            return (None,) * 10
+        *gradients, target = saved_tensors(
             ctx, ctx.options.named(LINEAR_CROSS_ENTROPY), "'mean' or 'sum' loss"
         )
         options: HeadOptions = ctx.options
+        origin = next(g for g in gradients if g is not None)
+        given: list[Tensor | None] = []
         with torch.no_grad():
             # Ignored rows of d_input are zero already and are not read.
-            targets = (target, None, None)
-            gradients = [g.detach() for g in gradients]
-            for g, rows, needed in zip(gradients, targets, options.needs, strict=True):
-                if needed:
-                    matrix = g if g.dim() > 1 else g[None]
-                    operators.multiply_rows_(matrix, rows, upstream, options.recipe.ignore_index)
-            if options.is_wide:
-                pairs = zip(gradients, ctx.dtypes, strict=True)
-                gradients = [g if dtype is None else g.to(dtype) for g, dtype in pairs]
-        anchors = (of_input, of_weight, of_bias, upstream)
-        given = _give(
-            options.named(LINEAR_CROSS_ENTROPY), tuple(gradients), options.needs, *anchors
+            pairs = zip(gradients, (target, None, None), options.needs, ctx.dtypes, strict=True)
+            for g, rows, needed, dtype in pairs:
+                if not needed:
+                    given.append(None)
+                    continue
+                values = g.detach()
+                matrix = values if values.dim() > 1 else values[None]
+                operators.multiply_rows_(matrix, rows, upstream, options.recipe.ignore_index)
+                given.append(values.to(dtype) if options.is_wide else values)
+        closed = _give(
+            options.named(LINEAR_CROSS_ENTROPY), tuple(given), options.needs, origin, upstream
         )
-        return *given, *(None,) * 10
+        return *closed, *(None,) * 7
 
 
 class HeadRowLoss(torch.autograd.Function):
@@ -221,9 +204,6 @@ class HeadRowLoss(torch.autograd.Function):
         weight: Tensor | None,
         row_weight: Tensor | None,
         options: HeadOptions,
-        of_input: Tensor | None,
-        of_weight: Tensor | None,
-        of_bias: Tensor | None,
     ) -> tuple[Tensor, ...]:
         o = options
         scaled = o.needs == Needs(input=True, weight=False, bias=False)  # d_input is row by row
@@ -236,39 +216,38 @@ class HeadRowLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, options, of_input, of_weight, of_bias = inputs
+        *tensors, options = inputs
         _, *stats, saved, d_input = output
-        ctx.mark_non_differentiable(*stats, saved, d_input)
+        ctx.scaled = options.needs == Needs(input=True, weight=False, bias=False)
+        origin, other = (d_input, saved) if ctx.scaled else (saved, d_input)
+        mark_constant(ctx, *stats, other, origin=origin)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.dtype = options, tensors[0].dtype
-        ctx.scaled = options.needs == Needs(input=True, weight=False, bias=False)
         target = tensors[3]
         kept = (None, None, None, target, *(None,) * 4) if ctx.scaled else tensors
-        ctx.save_for_backward(*kept, saved, d_input, of_input, of_weight, of_bias)
+        ctx.save_for_backward(*kept, saved, d_input)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         upstream = grads[0]
         if upstream is None:
-            return (None,) * 12
-        *tensors, weight, row_weight, saved, d_input, of_input, of_weight, of_bias = (
-            ctx.saved_tensors
-        )
+            return (None,) * 9
+        *tensors, weight, row_weight, saved, d_input = ctx.saved_tensors
         o: HeadOptions = ctx.options
-        gradients: tuple[Tensor, ...]
+        gradients: tuple[Tensor | None, ...]
         with torch.no_grad():
             if ctx.scaled:
                 by_row = _of_kept_rows(upstream, tensors[3], o.recipe, d_input)
-                gradients = ((d_input * by_row).to(ctx.dtype), saved, saved)
+                gradients = ((d_input * by_row).to(ctx.dtype), None, None)
             else:
                 factor = upstream if row_weight is None else upstream * row_weight
                 gradients = o.backward(
                     *tensors, saved, weight, factor.contiguous(), None, None, None,
                     *o.recipe, o.compute_dtype, o.chunk_rows, *o.needs,
                 )  # fmt: skip
-        anchors = (of_input, of_weight, of_bias, upstream)
-        given = _give(o.named(LINEAR_CROSS_ENTROPY), gradients, o.needs, *anchors)
-        return *given, *(None,) * 9
+        origin = d_input if ctx.scaled else saved
+        given = _give(o.named(LINEAR_CROSS_ENTROPY), gradients, o.needs, origin, upstream)
+        return *given, *(None,) * 6
 
 
 class HeadStatistics(torch.autograd.Function):
@@ -283,9 +262,6 @@ class HeadStatistics(torch.autograd.Function):
         rows: Tensor,
         count: Tensor,
         options: HeadOptions,
-        of_input: Tensor | None,
-        of_weight: Tensor | None,
-        of_bias: Tensor | None,
     ) -> tuple[Tensor, ...]:
         o = options
         _, saved, *stats, _, _, _ = o.forward(
@@ -296,25 +272,24 @@ class HeadStatistics(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, options, of_input, of_weight, of_bias = inputs
+        *tensors, options = inputs
         _, entropy, _, is_top1, saved = output
-        ctx.mark_non_differentiable(is_top1, saved)
+        mark_constant(ctx, is_top1, origin=saved)
         ctx.set_materialize_grads(False)
         ctx.options = options
-        ctx.save_for_backward(*tensors, saved, entropy, of_input, of_weight, of_bias)
+        ctx.save_for_backward(*tensors, saved, entropy)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         upstream = grads[:3]
         if all(gradient is None for gradient in upstream):
-            return (None,) * 10
-        *tensors, saved, entropy, of_input, of_weight, of_bias = ctx.saved_tensors
+            return (None,) * 7
+        *tensors, saved, entropy = ctx.saved_tensors
         o: HeadOptions = ctx.options
         with torch.no_grad():
             gradients = o.backward(
                 *tensors, saved, None, *row_upstream(upstream, saved, entropy),
                 *o.recipe, o.compute_dtype, o.chunk_rows, *o.needs,
             )  # fmt: skip
-        anchors = (of_input, of_weight, of_bias, *upstream)
-        given = _give(o.named(LINEAR_LOG_PROBS), gradients, o.needs, *anchors)
-        return *given, *(None,) * 7
+        given = _give(o.named(LINEAR_LOG_PROBS), gradients, o.needs, saved, *upstream)
+        return *given, *(None,) * 4

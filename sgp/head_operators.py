@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 
 from sgp import head
-from sgp.head import Head, Needs
+from sgp.head import Gradients, Head, Needs
 from sgp.problem import check_targets
 from sgp.recipe import Recipe
 from sgp.row_torch import Upstream, new_outputs
 from sgp.selection import padded_rows
 from sgp.shard import Shard
+from sgp.watched import operator
 
 RowsAndGradients = tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
-]  # loss, saved, log_prob, entropy, lse, is_top1; gradients of input, weight, bias
+    Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None,
+    Tensor | None, Tensor | None, Tensor | None,
+]  # loss, saved, log_prob, entropy, lse, is_top1; gradients of input, weight, bias  # fmt: skip
 
 
 # The number of kept rows is read on the host: a captured graph would replay the number of its
@@ -30,7 +32,7 @@ RowsAndGradients = tuple[
 TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
 
 
-@torch.library.custom_op("sgp::kept_rows", mutates_args=(), tags=TAGS)
+@operator("sgp::kept_rows", mutates_args=(), tags=TAGS)
 def kept_rows(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """(rows of the target (N,) that are not ignored, padded to N; their number () on the CPU).
 
@@ -94,7 +96,7 @@ def backward(
     entropy_weight: Tensor | None,
     entropy: Tensor | None,
     *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Gradients:
     """`head_backward`, and the same with a shard, as `forward`."""
     *constants, compute_dtype, chunk_rows, of_input, of_weight, of_bias = options
     whole = Head(
@@ -107,7 +109,7 @@ def backward(
         return head.backward(whole, saved, row_weight, upstream, needs)
 
 
-@torch.library.custom_op("sgp::head_forward", mutates_args=(), tags=TAGS)
+@operator("sgp::head_forward", mutates_args=(), looks_at=2, tags=TAGS)
 def head_forward(
     input: Tensor,  # noqa: A002
     linear_weight: Tensor,
@@ -142,7 +144,8 @@ def head_forward(
         weight, row_weight, scale: as in row_forward, and so is the Recipe.
         compute_dtype: of the matmuls' operands; the autocast dtype, or the input's own.
         chunk_rows: rows of logits held at once.
-        need_input, need_weight, need_bias: which gradients are wanted; the rest come empty.
+        need_input, need_weight, need_bias: which gradients are wanted; the rest are None, and
+            empty from the operator.
         wide: gradients in float32, for float16 operands whose upstream factor comes later.
         need_saved, need_stats: which row outputs are wanted.
     """
@@ -169,7 +172,7 @@ def _(
     return *out[:-1], *gradients
 
 
-@torch.library.custom_op("sgp::head_backward", mutates_args=(), tags=TAGS)
+@operator("sgp::head_backward", mutates_args=(), looks_at=2, tags=TAGS)
 def head_backward(
     input: Tensor,  # noqa: A002
     linear_weight: Tensor,
@@ -194,7 +197,7 @@ def head_backward(
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Gradients:
     """The gradients of a head for an upstream gradient a row; its logits are computed again.
 
     Arguments as in head_forward and row_backward.
@@ -213,6 +216,6 @@ def _(
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Gradients:
     needs = Needs(*options[-3:])
     return head.new_gradients(input, linear_weight, linear_bias, needs, wide=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sgp.autograd import refuse_forward_mode
+from sgp.autograd import apply, refuse_forward_mode
 from sgp.chunks import check_chunk_rows
 from sgp.divisor import scale_of_mean
 from sgp.head_autograd import (
@@ -20,7 +20,6 @@ from sgp.head_autograd import (
     LinearHead,
     head_options,
     linear_head,
-    origins,
 )
 from sgp.head_problem import check_head, make_head_problem
 from sgp.losses import cross_entropy
@@ -210,7 +209,7 @@ def head_loss(
         loss = reduce_rows(problem, rows, reduction, scale)
     if not options.need_stats:
         return loss
-    return loss, TokenLogProbs(*(value.view(problem.shape) for value in stats))
+    return loss, TokenLogProbs(*map(problem.shaped, stats))
 
 
 def _scalar_loss(
@@ -218,9 +217,9 @@ def _scalar_loss(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(loss (), the four statistics), the gradients computed with them."""
     p = problem
-    out: tuple[Tensor, ...] = HeadScalarLoss.apply(  # type: ignore[no-untyped-call]
-        p.input, head.weight, head.bias, p.target, head.rows, head.num_kept, p.weight,
-        p.token_weight, scale, options, *origins(p.input, head, options.needs),
+    out: tuple[Tensor, ...] = apply(
+        HeadScalarLoss, p.input, head.weight, head.bias, p.target, head.rows, head.num_kept,
+        p.weight, p.token_weight, scale, options,
     )  # fmt: skip
     return out[0], out[1:5]
 
@@ -232,9 +231,9 @@ def _row_losses(
     p, o = problem, options
     out: tuple[Tensor, ...]
     if any(o.needs):
-        out = HeadRowLoss.apply(  # type: ignore[no-untyped-call]
-            p.input, head.weight, head.bias, p.target, head.rows, head.num_kept, p.weight,
-            p.token_weight, o, *origins(p.input, head, o.needs),
+        out = apply(
+            HeadRowLoss, p.input, head.weight, head.bias, p.target, head.rows, head.num_kept,
+            p.weight, p.token_weight, o,
         )  # fmt: skip
         return out[0], out[1:5]
     bias = None if head.bias is None else head.bias.detach()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sgp import operators
-from sgp.autograd import LOG_PROBS, RowStatistics, anchor, refuse_forward_mode
+from sgp.autograd import LOG_PROBS, RowStatistics, apply, refuse_forward_mode
 from sgp.chunks import check_chunk_rows
 from sgp.head_autograd import (
     LINEAR_LOG_PROBS,
@@ -15,7 +15,6 @@ from sgp.head_autograd import (
     LinearHead,
     head_options,
     linear_head,
-    origins,
 )
 from sgp.head_problem import check_head, make_head_problem
 from sgp.problem import Problem, make_problem
@@ -77,15 +76,13 @@ def token_log_probs(
     refuse_forward_mode(LOG_PROBS, input)
     out: tuple[Tensor, ...]
     if torch.is_grad_enabled() and input.requires_grad:
-        out = RowStatistics.apply(  # type: ignore[no-untyped-call]
-            problem.input, problem.target, recipe, anchor(problem.input)
-        )[:4]
+        out = apply(RowStatistics, problem.input, problem.target, recipe)[:4]
     else:
         _, _, *stats, _ = operators.row_forward(
             problem.input.detach(), problem.target, None, None, None, *recipe, False, False, True
         )
         out = tuple(stats)
-    return TokenLogProbs(*(values.view(problem.shape) for values in out))
+    return TokenLogProbs(*map(problem.shaped, out))
 
 
 def linear_token_log_probs(
@@ -149,9 +146,7 @@ def head_statistics(problem: Problem, head: LinearHead, options: HeadOptions) ->
     shared = (p.target, head.rows, head.num_kept)
     out: tuple[Tensor, ...]
     if any(o.needs):
-        out = HeadStatistics.apply(  # type: ignore[no-untyped-call]
-            p.input, head.weight, head.bias, *shared, o, *origins(p.input, head, o.needs)
-        )[:4]
+        out = apply(HeadStatistics, p.input, head.weight, head.bias, *shared, o)[:4]
     else:
         bias = None if head.bias is None else head.bias.detach()
         _, _, *stats, _, _, _ = o.forward(
@@ -159,4 +154,4 @@ def head_statistics(problem: Problem, head: LinearHead, options: HeadOptions) ->
             *o.recipe, o.compute_dtype, o.chunk_rows, *o.needs, False, False, True,
         )  # fmt: skip
         out = tuple(stats)
-    return TokenLogProbs(*(values.view(p.shape) for values in out))
+    return TokenLogProbs(*map(p.shaped, out))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sgp import backend, operators
-from sgp.autograd import RowLoss, ScalarLoss, anchor, refuse_forward_mode
+from sgp.autograd import RowLoss, ScalarLoss, apply, refuse_forward_mode
 from sgp.divisor import scale_of_mean
 from sgp.problem import Problem, check_mean_weights, make_problem
 from sgp.recipe import Recipe, probability_rows, score
@@ -168,7 +168,7 @@ def cross_entropy(
         loss = reduce_rows(problem, loss, reduction, scale)
     if not return_stats:
         return loss
-    return loss, TokenLogProbs(*(value.view(problem.shape) for value in stats))
+    return loss, TokenLogProbs(*map(problem.shaped, stats))
 
 
 def _row_losses(
@@ -183,28 +183,14 @@ def _row_losses(
     p = problem
     out: tuple[Tensor, ...]
     if fused:
-        out = ScalarLoss.apply(  # type: ignore[no-untyped-call]
-            p.input,
-            p.target,
-            p.weight,
-            p.token_weight,
-            scale,
-            p.recipe,
-            need_stats,
+        out = apply(
+            ScalarLoss, p.input, p.target, p.weight, p.token_weight, scale, p.recipe, need_stats,
             inplace,
-            anchor(p.input),
-        )
+        )  # fmt: skip
         return out[0], out[1:5]
     if need_grad:
-        out = RowLoss.apply(  # type: ignore[no-untyped-call]
-            p.input,
-            p.target,
-            p.weight,
-            p.token_weight,
-            p.recipe,
-            need_stats,
-            inplace,
-            anchor(p.input),
+        out = apply(
+            RowLoss, p.input, p.target, p.weight, p.token_weight, p.recipe, need_stats, inplace
         )
         return out[0], out[1:5]
     loss, _, *stats, _ = operators.row_forward(

@@ -7,6 +7,8 @@ where that needs no wait for a device.
 
 from __future__ import annotations
 
+import functools
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -14,24 +16,26 @@ import torch
 from torch import Tensor
 
 from sgp import backend, row_torch
-from sgp.problem import check_mean_weights, check_targets
+from sgp.problem import check_mean_weights, check_targets, may_wait
 from sgp.recipe import Recipe, accumulation_dtype
-from sgp.reduction import reciprocal
 from sgp.row_torch import RowOutputs, Upstream, new_outputs
+from sgp.watched import operator
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
-
-def implementation(logits: Tensor) -> ModuleType:
+def implementation(rows: Tensor, dtype: torch.dtype | None = None) -> ModuleType:
     """The module, row_triton or row_torch, that does these rows."""
-    if backend.choose(logits.device, logits.dtype) == "triton":
-        from sgp import row_triton  # noqa: PLC0415  (imports Triton)
-
-        return row_triton
+    if backend.choose(rows.device, dtype or rows.dtype) == "triton":
+        return _kernels()
     return row_torch
 
 
-@torch.library.custom_op("sgp::row_forward", mutates_args=())
+@functools.cache
+def _kernels() -> ModuleType:
+    """`row_triton`, which imports Triton, at first use."""
+    return importlib.import_module("sgp.row_triton")
+
+
+@operator("sgp::row_forward", mutates_args=())
 def row_forward(
     logits: Tensor,
     target: Tensor,
@@ -47,7 +51,7 @@ def row_forward(
     need_grad: bool,
     need_saved: bool,
     need_stats: bool,
-) -> Outputs:
+) -> RowOutputs:
     """Loss, saved statistics, reported statistics and gradient of every row, as RowOutputs.
 
     Args:
@@ -58,7 +62,8 @@ def row_forward(
         scale: () in the accumulation dtype; multiplies the gradient only.
         ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, temperature: the
             Recipe.
-        need_grad, need_saved, need_stats: which outputs are wanted; the rest come empty.
+        need_grad, need_saved, need_stats: which outputs are wanted; the rest are None, and
+            empty from the operator.
     """
     recipe = Recipe(
         ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, temperature
@@ -67,20 +72,21 @@ def row_forward(
     out = new_outputs(
         logits, target.numel(), need_grad=need_grad, need_saved=need_saved, need_stats=need_stats
     )
-    dlogits = out.dlogits if need_grad else None
-    implementation(logits).forward(logits, dlogits, target, weight, row_weight, scale, recipe, out)
+    implementation(logits).forward(
+        logits, out.dlogits, target, weight, row_weight, scale, recipe, out
+    )
     return out
 
 
 @row_forward.register_fake
-def _(logits: Tensor, target: Tensor, *options: Any) -> Outputs:
+def _(logits: Tensor, target: Tensor, *options: Any) -> RowOutputs:
     need_grad, need_saved, need_stats = options[-3:]
     return new_outputs(
         logits, target.numel(), need_grad=need_grad, need_saved=need_saved, need_stats=need_stats
     )
 
 
-@torch.library.custom_op("sgp::row_forward_", mutates_args={"logits"})
+@operator("sgp::row_forward_", mutates_args={"logits"})
 def row_forward_(
     logits: Tensor,
     target: Tensor,
@@ -94,7 +100,7 @@ def row_forward_(
     lse_square_scale: float,
     temperature: float,
     need_stats: bool,
-) -> Outputs:
+) -> RowOutputs:
     """As row_forward with need_grad, the gradient written over the logits."""
     recipe = Recipe(
         ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, temperature
@@ -108,13 +114,13 @@ def row_forward_(
 
 
 @row_forward_.register_fake
-def _(logits: Tensor, target: Tensor, *options: Any) -> Outputs:
+def _(logits: Tensor, target: Tensor, *options: Any) -> RowOutputs:
     return new_outputs(
         logits, target.numel(), need_grad=False, need_saved=False, need_stats=options[-1]
     )
 
 
-@torch.library.custom_op("sgp::row_backward", mutates_args=())
+@operator("sgp::row_backward", mutates_args=())
 def row_backward(
     logits: Tensor,
     target: Tensor,
@@ -156,7 +162,7 @@ def _(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-@torch.library.custom_op("sgp::row_backward_", mutates_args={"logits"})
+@operator("sgp::row_backward_", mutates_args={"logits"})
 def row_backward_(
     logits: Tensor,
     target: Tensor,
@@ -183,7 +189,7 @@ def row_backward_(
     )
 
 
-@torch.library.custom_op("sgp::multiply_rows_", mutates_args={"dlogits"})
+@operator("sgp::multiply_rows_", mutates_args={"dlogits"})
 def multiply_rows_(
     dlogits: Tensor, target: Tensor | None, factor: Tensor, ignore_index: int
 ) -> None:
@@ -191,11 +197,13 @@ def multiply_rows_(
 
     Without a target every row is kept.
     """
-    factor = factor.to(accumulation_dtype(dlogits.dtype))
+    dtype = accumulation_dtype(dlogits.dtype)
+    if factor.dtype != dtype:
+        factor = factor.to(dtype)
     implementation(dlogits).multiply(dlogits, target, factor, ignore_index)
 
 
-@torch.library.custom_op("sgp::mean_scale", mutates_args=())
+@operator("sgp::mean_scale", mutates_args=())
 def mean_scale(
     target: Tensor,
     weight: Tensor | None,
@@ -205,14 +213,12 @@ def mean_scale(
     name: str,
 ) -> Tensor:
     """1 / sum over kept rows of row_weight * weight[target], 0 for nothing; () in `dtype`."""
-    kept = target != ignore_index
-    counts = kept.to(torch.float64)
-    if weight is not None:
-        counts = counts * weight[target.clamp(0, weight.numel() - 1)]
-    if row_weight is not None:
-        check_mean_weights(name, kept, row_weight)
-        counts = torch.where(kept, counts * row_weight, 0)
-    return reciprocal(counts.sum(), dtype)
+    if row_weight is not None and may_wait(row_weight):
+        check_mean_weights(name, target != ignore_index, row_weight)
+    scale: Tensor = implementation(target, dtype).mean_scale(
+        target, weight, row_weight, ignore_index, dtype
+    )
+    return scale
 
 
 @mean_scale.register_fake

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, cast, overload
 import torch
 from torch import Tensor
 
-from sgp.autograd import anchor
+from sgp.autograd import apply
 from sgp.data_parallel import global_denominator, positions
 from sgp.divisor import scale_of_mean
 from sgp.head_autograd import head_options
@@ -177,14 +177,13 @@ def cross_entropy(
     shard, rows = agree_on_logits(name, group, problem, target, vocab_size, scale, options)
     check_weight_length(name, weight, shard)
     call = Call(shard, recipe, need_stats=return_stats, of_stats=False, inplace=inplace)
-    out: tuple[Tensor, ...] = ShardLogits.apply(  # type: ignore[no-untyped-call]
-        problem.input, problem.target, rows, problem.weight, problem.token_weight, call,
-        anchor(problem.input),
-    )  # fmt: skip
+    out: tuple[Tensor, ...] = apply(
+        ShardLogits, problem.input, problem.target, rows, problem.weight, problem.token_weight, call
+    )
     loss = shard.checked(reduce_rows(problem, out[0], reduction, scale))
     if not return_stats:
         return loss
-    return loss, TokenLogProbs(*(values.view(problem.shape) for values in out[1:5]))
+    return loss, TokenLogProbs(*map(problem.shaped, out[1:5]))
 
 
 @overload
@@ -354,10 +353,10 @@ def token_log_probs(
     problem = logits_problem(name, local_logits, target, None, recipe)
     shard, rows = agree_on_logits(name, group, problem, target, vocab_size, None, ())
     call = Call(shard, recipe, need_stats=True, of_stats=True, inplace=False)
-    out: tuple[Tensor, ...] = ShardLogits.apply(  # type: ignore[no-untyped-call]
-        problem.input, problem.target, rows, None, None, call, anchor(problem.input)
+    out: tuple[Tensor, ...] = apply(
+        ShardLogits, problem.input, problem.target, rows, None, None, call
     )
-    return TokenLogProbs(*(values.view(problem.shape) for values in out[1:5]))
+    return TokenLogProbs(*map(problem.shaped, out[1:5]))
 
 
 @_not_compiled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -35,6 +36,10 @@ class Problem:
         """Whether the target is a distribution over the vocabulary for each row."""
         return self.target.dim() == 2
 
+    def shaped(self, rows: Tensor) -> Tensor:
+        """Results (N,) in the shape of the targets; no idle view, which autograd would record."""
+        return rows if rows.shape == self.shape else rows.view(self.shape)
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the losses, of the weights, and of the arithmetic."""
@@ -58,6 +63,9 @@ def make_problem(
     Raises:
         ValueError, TypeError: with what was passed, what was expected, and what to do.
     """
+    if weight is None and token_weight is None and _is_usual(input, target):
+        assert isinstance(target, Tensor)  # noqa: S101
+        return Problem(input, target, (len(target),), recipe.check(name), None, None, None, 1)
     check_input_and_target(name, input, target)
     recipe.check(name)
     classes = input.shape[1 if isinstance(target, Tensor) and input.dim() > 1 else -1]
@@ -67,7 +75,10 @@ def make_problem(
         return _from_selection(name, input, target, weight, token_weight, recipe)
     # PyTorch's layouts: (V,) with (), (N, V) with (N,), (N, V, d1, ...) with (N, d1, ...).
     class_dim = 0 if input.dim() == 1 else 1
-    logits = input[None] if input.dim() == 1 else input.movedim(1, -1)
+    if input.dim() == 2:
+        logits = input
+    else:
+        logits = input[None] if input.dim() == 1 else input.movedim(1, -1)
     lead = () if input.dim() == 1 else tuple(logits.shape[:-1])
     probabilities = target.is_floating_point()
     if tuple(target.shape) != (tuple(input.shape) if probabilities else lead):
@@ -94,12 +105,29 @@ def make_problem(
         weight=class_weight(name, weight, logits, logits.shape[-1]),
         token_weight=flat_token_weight(name, token_weight, input, lead),
         boundaries=None,
-        num_sequences=torch.Size(lead[:-1]).numel(),
+        num_sequences=math.prod(lead[:-1]),
+    )
+
+
+def _is_usual(input: Tensor, target: Tensor | Selection) -> bool:  # noqa: A002
+    """Whether these are (N, V) logits and (N,) int64 labels that every check would pass as is."""
+    return (
+        type(target) is Tensor
+        and isinstance(input, Tensor)
+        and input.dim() == 2
+        and input.dtype in FLOATS
+        and target.dtype == torch.int64
+        and input.shape[:1] == target.shape
+        and input.shape[1] > 0
+        and input.device == target.device
+        and target.is_contiguous()
     )
 
 
 def flat_indices(target: Tensor) -> Tensor:
     """Class indices of any shape and integer dtype as (N,) int64."""
+    if target.dim() == 1 and target.dtype == torch.int64 and target.is_contiguous():
+        return target
     return target.reshape(-1).to(torch.int64).contiguous()
 
 

@@ -48,7 +48,7 @@ def reciprocal(divisor: Tensor, dtype: torch.dtype) -> Tensor:
 def reduce_rows(problem: Problem, rows: Tensor, reduction: str, scale: Tensor | None) -> Tensor:
     """Losses (N,) -> what `reduction` says; a mean is the sum times `scale` (0-d)."""
     if reduction == "none":
-        return rows.view(problem.shape)
+        return problem.shaped(rows)
     if reduction in ("mean", "sum"):
         return rows.sum() if scale is None else rows.sum() * scale
     sums = per_sequence(problem, rows)

@@ -78,18 +78,18 @@ class ShardRows:
     ) -> None:
         """Fill `out`, the same on every rank, and, unless it is None, `dlogits`; one exchange."""
         targets = self._targets(target, weight, recipe)
-        need_stats = out.lse.numel() > 0
+        statistics = out.statistics
+        need_stats = statistics is not None
         sent = self._record(logits, targets, weight, recipe, need_stats=need_stats)
         table = self.shard.gather(sent, "the exchange of row statistics")
         kept = _Targets(*(self._kept(x) for x in targets))
         joined = self._join(table, kept, weight, recipe, need_stats=need_stats)
         r = 1.0 if row_weight is None else self._kept(row_weight)
         self._put(out.loss, joined.loss * r)
-        if out.saved.numel():
+        if out.saved is not None:
             self._put(out.saved, joined.saved)
-        if need_stats:
-            wanted = (out.log_prob, out.entropy, out.lse, out.is_top1)
-            for whole, values in zip(wanted, joined.statistics, strict=True):
+        if statistics is not None:
+            for whole, values in zip(statistics, joined.statistics, strict=True):
                 self._put(whole, values)
         if dlogits is not None:
             if scale is not None:
@@ -213,16 +213,19 @@ class ShardRows:
         implementation(logits).forward(
             logits, None, targets.local, own, None, None, _of_shard(recipe), out
         )
+        assert out.saved is not None, "saved is always asked for"  # noqa: S101
+        statistics = out.statistics
         top, inv_d, so_d = self._kept(out.saved).unbind(1)
         d = 1 / inv_d
         nothing = (d == 0) & (top == -torch.inf)  # every column is -inf
-        nll = -self._kept(out.log_prob) if out.lse.numel() else self._kept(out.loss)
+        nll = self._kept(out.loss) if statistics is None else -self._kept(statistics[0])
         record[0], record[1] = top, d
         record[2] = torch.where(kept.is_mine, so_d * d, d).masked_fill_(nothing, 0)
         record[3] = torch.where(kept.is_mine, torch.where(nothing, torch.inf, nll), 0)
-        if need_stats:
-            record[4] = self._kept(out.entropy)
-            record[5] = self._kept(out.is_top1) & kept.is_mine
+        if need_stats and statistics is not None:
+            _, entropy, _, is_top1 = statistics
+            record[4] = self._kept(entropy)
+            record[5] = self._kept(is_top1) & kept.is_mine
         if smooth:
             mean = self._kept(out.loss)
             # 0 x inf: the stand-in, or the target itself, is -inf and has a weight.

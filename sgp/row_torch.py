@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sgp.recipe import Recipe, accumulation_dtype
+from sgp.reduction import reciprocal
 
 Rows = Tensor | slice  # which rows: their numbers, or a range of them
 
@@ -20,31 +21,44 @@ CHUNK_ELEMENTS = 1 << 20  # 4 MiB of float32: the fastest of 2^16 to 2^24 on two
 
 
 class RowOutputs(NamedTuple):
-    """What the forward of a row returns; tensors that were not asked for are empty."""
+    """What the forward of a row returns; None is what was not asked for."""
 
     loss: Tensor  # (N,)
-    saved: Tensor  # (N, 3): max, 1/d, s_o/d
-    log_prob: Tensor  # (N,)
-    entropy: Tensor  # (N,)
-    lse: Tensor  # (N,)
-    is_top1: Tensor  # (N,) bool
-    dlogits: Tensor  # (..., V)
+    saved: Tensor | None  # (N, 3): max, 1/d, s_o/d
+    log_prob: Tensor | None  # (N,)
+    entropy: Tensor | None  # (N,)
+    lse: Tensor | None  # (N,)
+    is_top1: Tensor | None  # (N,) bool
+    dlogits: Tensor | None  # (..., V)
+
+    @property
+    def statistics(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """(log_prob, entropy, lse, is_top1); all of them are wanted, or none."""
+        _, _, log_prob, entropy, lse, is_top1, _ = self
+        if log_prob is None or entropy is None or lse is None or is_top1 is None:
+            return None
+        return log_prob, entropy, lse, is_top1
+
+    def zero_(self) -> None:
+        """Zero what is there of the rows' numbers; the gradient is left alone."""
+        for values in self[:-1]:
+            if values is not None:
+                values.zero_()
 
 
 def new_outputs(
     logits: Tensor, N: int, *, need_saved: bool, need_stats: bool, need_grad: bool
 ) -> RowOutputs:
-    """Uninitialised outputs, empty where not wanted."""
+    """Uninitialised outputs, None where not wanted."""
     dtype = accumulation_dtype(logits.dtype)
-    n_stats = N if need_stats else 0
     return RowOutputs(
-        loss=logits.new_empty(N, dtype=dtype),
-        saved=logits.new_empty((N, 3) if need_saved else 0, dtype=dtype),
-        log_prob=logits.new_empty(n_stats, dtype=dtype),
-        entropy=logits.new_empty(n_stats, dtype=dtype),
-        lse=logits.new_empty(n_stats, dtype=dtype),
-        is_top1=logits.new_empty(n_stats, dtype=torch.bool),
-        dlogits=logits.new_empty(logits.shape if need_grad else 0),
+        logits.new_empty(N, dtype=dtype),
+        logits.new_empty((N, 3), dtype=dtype) if need_saved else None,
+        logits.new_empty(N, dtype=dtype) if need_stats else None,
+        logits.new_empty(N, dtype=dtype) if need_stats else None,
+        logits.new_empty(N, dtype=dtype) if need_stats else None,
+        logits.new_empty(N, dtype=torch.bool) if need_stats else None,
+        logits.new_empty(logits.shape) if need_grad else None,
     )
 
 
@@ -76,8 +90,8 @@ def forward(
     `scratch` allows to overwrite the logits although no gradient is wanted.
     """
     kept = _clear_ignored(dlogits, target, recipe)
-    for values in (out.loss, out.saved, out.log_prob, out.entropy, out.lse, out.is_top1):
-        values.zero_()
+    out.zero_()
+    statistics = out.statistics
     V = logits.shape[-1]
     for rows, x in _parts(logits, kept, overwrite=scratch or dlogits is logits):
         y, valid = _targets(target, rows, V)
@@ -90,7 +104,7 @@ def forward(
             smooth = _smoothing_sum(s, reference, weight)
         origin = top.masked_fill(top == -torch.inf, 0.0)  # a row, or a rank's part, of nothing
         s.sub_(origin)
-        t = _entropy_sum(s) if out.entropy.numel() else None
+        t = None if statistics is None else _entropy_sum(s)
         e = s.exp_().scatter_(1, y, 0.0)  # s is not needed any more
         s_o = e.sum(1, keepdim=True)
         e_y = (s_y - origin).exp_()
@@ -110,13 +124,12 @@ def forward(
         if recipe.lse_square_scale:
             loss = loss + recipe.lse_square_scale * (top + log_d) ** 2
         out.loss[rows] = (r * loss).squeeze(1)
-        if out.saved.numel():
+        if out.saved is not None:
             out.saved[rows] = torch.cat([top, inv_d, s_o * inv_d], 1)
-        if t is not None:
-            out.log_prob[rows] = -nll.squeeze(1)
-            out.entropy[rows] = (log_d - t * inv_d).squeeze(1)
-            out.lse[rows] = (top + log_d).squeeze(1)
-            out.is_top1[rows] = (s_y == top).squeeze(1)
+        if statistics is not None and t is not None:
+            found = (-nll, log_d - t * inv_d, top + log_d, s_y == top)
+            for whole, column in zip(statistics, found, strict=True):
+                whole[rows] = column.squeeze(1)
         if dlogits is not None:
             p = e.mul_(inv_d)  # the target's column is 0 and is written by _gradient
             g = _gradient(
@@ -159,6 +172,23 @@ def backward(
             p, x, p_y, y, valid, inv_d, so_d, top, r, weight, recipe, from_lse, entropy
         )  # fmt: skip
         _store(dlogits, rows, g)
+
+
+def mean_scale(
+    target: Tensor,
+    weight: Tensor | None,
+    row_weight: Tensor | None,
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """1 / sum over kept rows of row_weight * weight[target], 0 for nothing; () in `dtype`."""
+    kept = target != ignore_index
+    counts = kept.to(torch.float64)
+    if weight is not None:
+        counts = counts * weight[target.clamp(0, weight.numel() - 1)]
+    if row_weight is not None:
+        counts = torch.where(kept, counts * row_weight, 0)
+    return reciprocal(counts.sum(), dtype)
 
 
 def multiply(dlogits: Tensor, target: Tensor | None, factor: Tensor, ignore_index: int) -> None:

@@ -7,6 +7,7 @@ strides (a transposed batch sliced in time, say) are copied once.
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -18,6 +19,7 @@ from sgp.recipe import Recipe
 from sgp.row_torch import NOTHING, RowOutputs, Upstream
 
 LONG_ROW = 1 << 16  # elements
+HERE = nullcontext()
 
 
 def forward(
@@ -37,25 +39,24 @@ def forward(
     It may be `logits` itself, or a view of bf16 or fp16 on the first half of each float32 row.
     """
     with _device(logits):
-        source = _matrix(logits)
-        sink = _Sink(dlogits, logits, source)
-        stats = (
-            launch.Statistics(out.log_prob, out.entropy, out.lse, out.is_top1)
-            if out.log_prob.numel()
-            else None
-        )
-        launch.row_forward(
-            source,
-            sink.matrix,
-            target,
-            out.loss,
-            out.saved if out.saved.numel() else None,
-            stats,
-            _options(weight, row_weight, scale, recipe),
-            V=logits.shape[-1],
-            ignore_index=recipe.ignore_index,
-        ).launch()
-        sink.copy_back()
+        source, sink = _source_and_sink(logits, dlogits)
+        statistics = out.statistics
+        stats = None if statistics is None else launch.Statistics(*statistics)
+        options = _options(weight, row_weight, scale, recipe)
+        V, N, ignored = logits.shape[-1], target.numel(), recipe.ignore_index
+        rows = (source, sink, target, out.loss, out.saved, stats, options)
+        launch.put(
+            (
+                "forward", logits.device, recipe, V, _known(source), _known(sink),
+                out.saved is None, stats is None, weight is None, row_weight is None,
+                scale is None, os.environ.get("SGP_ROW_FORM"),
+            ),
+            (source.ptr, None if sink is None else sink.ptr, target, weight, row_weight, scale),
+            N,
+            (*rows, ignored, V),
+            lambda: launch.row_forward(*rows, V=V, ignore_index=ignored),
+        )  # fmt: skip
+        _copy_back(sink, dlogits)
 
 
 def backward(
@@ -70,23 +71,22 @@ def backward(
 ) -> None:
     """Fill `dlogits`, in the same places as in `forward`, from what the forward saved."""
     with _device(logits):
-        source = _matrix(logits)
-        sink = _Sink(dlogits, logits, source)
-        assert sink.matrix is not None, "backward always writes a gradient"  # noqa: S101
-        launch.row_gradient(
-            source,
-            sink.matrix,
-            target,
-            saved,
-            _options(weight, row_weight, None, recipe)._replace(
-                lse_weight=upstream.lse,
-                entropy_weight=upstream.entropy,
-                entropy=upstream.entropy_value,
+        source, sink = _source_and_sink(logits, dlogits)
+        assert sink is not None, "backward always writes a gradient"  # noqa: S101
+        options = _options(weight, row_weight, None, recipe, upstream)
+        V, N, ignored = logits.shape[-1], target.numel(), recipe.ignore_index
+        rows = (source, sink, target, saved, options)
+        launch.put(
+            (
+                "backward", logits.device, recipe, V, _known(source), _known(sink),
+                weight is None, row_weight is None, upstream.lse is None, upstream.entropy is None,
             ),
-            V=logits.shape[-1],
-            ignore_index=recipe.ignore_index,
-        ).launch()
-        sink.copy_back()
+            (source.ptr, sink.ptr, target, saved, weight, row_weight, *upstream),
+            N,
+            (*rows, ignored, V),
+            lambda: launch.row_gradient(*rows, V=V, ignore_index=ignored),
+        )  # fmt: skip
+        _copy_back(sink, dlogits)
 
 
 def multiply(dlogits: Tensor, target: Tensor | None, factor: Tensor, ignore_index: int) -> None:
@@ -96,9 +96,39 @@ def multiply(dlogits: Tensor, target: Tensor | None, factor: Tensor, ignore_inde
         source = _matrix(matrix_of_rows)
         V = matrix_of_rows.shape[-1]
         N = dlogits.numel() // max(1, V)
-        launch.multiply(source, target, factor, N=N, V=V, ignore_index=ignore_index).launch()
-        if source.ptr is not matrix_of_rows:
-            matrix_of_rows.copy_(source.ptr)
+        launch.put(
+            ("multiply", dlogits.device, ignore_index, V, _known(source), target is None),
+            (source.ptr, target, factor),
+            N,
+            (source, target, factor, ignore_index, V),
+            lambda: launch.multiply(source, target, factor, N=N, V=V, ignore_index=ignore_index),
+        )
+        _copy_back(source, matrix_of_rows)
+
+
+def mean_scale(
+    target: Tensor,
+    weight: Tensor | None,
+    row_weight: Tensor | None,
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """1 / sum over kept rows of row_weight * weight[target], 0 for nothing; () in `dtype`."""
+    with _device(target):
+        scale = target.new_empty((), dtype=dtype)
+        V, N = 1 if weight is None else weight.numel(), target.numel()
+        options = (weight, row_weight, scale)
+        launch.put(
+            (
+                "mean_scale", target.device, ignore_index, V, weight is None, row_weight is None,
+                N < 1 << 31,
+            ),
+            (target, weight, row_weight),
+            1,
+            (target, *options, ignore_index, N, V),
+            lambda: launch.mean_scale(target, *options, V=V, ignore_index=ignore_index),
+        )  # fmt: skip
+    return scale
 
 
 def _long_rows(x: Tensor) -> Tensor:
@@ -110,20 +140,12 @@ def _long_rows(x: Tensor) -> Tensor:
     return x.view(V // together, together * D)
 
 
-class _Sink:
-    """Where the gradient goes: its own tensor, the logits' place, or a copy of the latter."""
-
-    def __init__(self, dlogits: Tensor | None, logits: Tensor, source: Matrix) -> None:
-        self.dlogits = dlogits
-        self.matrix: Matrix | None = None
-        if dlogits is not None:
-            self.matrix = source if dlogits is logits else _matrix(dlogits)
-
-    def copy_back(self) -> None:
-        if self.dlogits is not None and self.matrix is not None:
-            written = self.matrix.ptr
-            if written is not self.dlogits:
-                self.dlogits.copy_(written)
+def _source_and_sink(logits: Tensor, dlogits: Tensor | None) -> tuple[Matrix, Matrix | None]:
+    """Where logits are read, and where their gradient goes."""
+    source = _matrix(logits)
+    if dlogits is None:
+        return source, None
+    return source, source if dlogits is logits else _matrix(dlogits)
 
 
 def _matrix(x: Tensor) -> Matrix:
@@ -131,23 +153,44 @@ def _matrix(x: Tensor) -> Matrix:
     return matrix(x.contiguous()) if addressed is None else addressed
 
 
+def _copy_back(written: Matrix | None, x: Tensor | None) -> None:
+    """Into x from the copy that was written in its place, if there is one."""
+    if written is not None and x is not None and written.ptr is not x:
+        x.copy_(written.ptr)
+
+
+def _known(m: Matrix | None) -> tuple[object, ...] | None:
+    """What is the same in every launch of a key."""
+    return None if m is None else (m.ptr.dtype, *m[1:])
+
+
 def _options(
-    weight: Tensor | None, row_weight: Tensor | None, scale: Tensor | None, recipe: Recipe
+    weight: Tensor | None,
+    row_weight: Tensor | None,
+    scale: Tensor | None,
+    recipe: Recipe,
+    upstream: Upstream = NOTHING,
 ) -> launch.Options:
     return launch.Options(
-        weight=weight,
-        weight_mean=None if weight is None else weight.mean(),
-        row_weight=row_weight,
-        scale=scale,
-        label_smoothing=recipe.label_smoothing or None,
-        lse_square_scale=recipe.lse_square_scale or None,
-        softcap=recipe.softcap,
-        inverse_softcap=None if recipe.softcap is None else 1 / recipe.softcap,
-        logit_scale=None if recipe.logit_scale == 1.0 else recipe.logit_scale,
-        inverse_temperature=None if recipe.temperature == 1.0 else 1 / recipe.temperature,
+        weight,
+        None if weight is None else weight.mean(),
+        row_weight,
+        scale,
+        # Floats: Triton would compile another kernel for a number that was given as an int.
+        float(recipe.label_smoothing) or None,
+        float(recipe.lse_square_scale) or None,
+        None if recipe.softcap is None else float(recipe.softcap),
+        None if recipe.softcap is None else 1 / recipe.softcap,
+        None if recipe.logit_scale == 1.0 else float(recipe.logit_scale),
+        None if recipe.temperature == 1.0 else 1 / recipe.temperature,
+        upstream.lse,
+        upstream.entropy,
+        upstream.entropy_value,
     )
 
 
 def _device(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return HERE
+    return torch.cuda.device(tensor.device)

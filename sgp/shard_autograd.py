@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sgp.autograd import once, row_upstream, saved_tensors
+from sgp.autograd import mark_constant, once, row_upstream, saved_tensors
 from sgp.recipe import Recipe
 from sgp.row_shard import ShardRows
 from sgp.row_torch import Upstream, new_outputs
@@ -39,24 +39,24 @@ class ShardLogits(torch.autograd.Function):
         weight: Tensor | None,
         row_weight: Tensor | None,
         call: Call,
-        origin: Tensor | None,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         out = new_outputs(
             logits, target.numel(), need_grad=False, need_saved=True, need_stats=call.need_stats
         )
         columns = logits[..., : call.shard.size]
         operations = ShardRows(call.shard, rows)
         operations.forward(columns, None, target, weight, row_weight, None, call.recipe, out)
-        return out.loss, out.log_prob, out.entropy, out.lse, out.is_top1, out.saved
+        loss, saved, *stats, _ = out
+        return loss, *stats, saved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, target, rows, weight, row_weight, call, origin = inputs
+        logits, target, rows, weight, row_weight, call = inputs
         loss, log_prob, entropy, lse, is_top1, saved = output
         constants = (loss,) if call.of_stats else (log_prob, entropy, lse)
-        ctx.mark_non_differentiable(*constants, is_top1, saved)
+        mark_constant(ctx, *constants, is_top1, origin=saved)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, target, rows, weight, row_weight, saved, entropy, origin)
+        ctx.save_for_backward(logits, target, rows, weight, row_weight, saved, entropy)
         ctx.call = call
 
     @staticmethod
@@ -64,8 +64,8 @@ class ShardLogits(torch.autograd.Function):
         call: Call = ctx.call
         wanted = grads[1:4] if call.of_stats else grads[:1]
         if all(gradient is None for gradient in wanted):
-            return (None,) * 7
-        logits, target, rows, weight, row_weight, saved, entropy, origin = (
+            return (None,) * 6
+        logits, target, rows, weight, row_weight, saved, entropy = (
             saved_tensors(ctx, call.shard.name, "loss with inplace=True")
             if call.inplace
             else ctx.saved_tensors
@@ -85,4 +85,4 @@ class ShardLogits(torch.autograd.Function):
                 logits[..., :size], dlogits[..., :size], target, saved, weight, r.contiguous(),
                 call.recipe, upstream,
             )  # fmt: skip
-        return (once(call.shard.name, dlogits, origin, *wanted), *(None,) * 6)
+        return (once(call.shard.name, dlogits, saved, *wanted), *(None,) * 5)

@@ -32,9 +32,9 @@ def batch(dtype=torch.float32, V=37):
 @pytest.mark.parametrize(
     ("choice", "dtype", "reduction", "forward", "backward"),
     [
-        ("triton", torch.float32, "mean", 1, 1),  # loss and gradient; then the factor
+        ("triton", torch.float32, "mean", 2, 1),  # divisor; loss and gradient; then the factor
         ("triton", torch.bfloat16, "sum", 1, 1),
-        ("triton", torch.float16, "mean", 1, 1),  # loss; then the gradient
+        ("triton", torch.float16, "mean", 2, 1),  # divisor; loss; then the gradient
         ("triton", torch.float32, "none", 1, 1),
         ("torch", torch.float32, "mean", 0, 0),
         ("auto", torch.float32, "mean", 0, 0),  # the interpreter is for checking, not for use
@@ -65,7 +65,7 @@ def test_the_choice_is_made_at_every_call(monkeypatch):
     for choice in ("torch", "triton", "torch"):
         monkeypatch.setenv("SGP_BACKEND", choice)
         with watch_accesses() as accesses:
-            sgp.cross_entropy(logits, target)
+            sgp.cross_entropy(logits, target, reduction="sum")
         launches.append(accesses.launches)
     assert launches == [0, 1, 0]
 
@@ -78,7 +78,7 @@ def test_row_form_is_forced(monkeypatch, form):
     logits, target = batch()
     with watch_accesses() as accesses:
         loss = sgp.cross_entropy(logits, target)
-    assert accesses.launches == 1
+    assert accesses.launches == 2, "the divisor, and loss with gradient"
     asked = accesses.of(logits.detach()).loaded
     read = 3 * logits.shape[1] * 4  # three kept rows of fp32
     times = 2 if form == "streaming" else 1  # for the sums and again for the gradient, or once

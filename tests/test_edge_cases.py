@@ -573,7 +573,7 @@ class NoWaiting(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func.namespace == "sgp":
             with self:
-                return getattr(operators, name)._init_fn(*args, **(kwargs or {}))
+                return getattr(operators, name).op._init_fn(*args, **(kwargs or {}))
         indexed = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
         assert name not in self.FORBIDDEN, f"aten::{name} waits for the device"
         assert not indexed, "indexing with a mask waits for the device"
@@ -814,12 +814,15 @@ def test_row_20_copies_of_a_model_with_its_loss(copied, device):
 
 
 @ONCE
-def test_row_21_kernels_run_on_the_tensors_own_device():
+def test_row_21_kernels_run_on_the_tensors_own_device(monkeypatch):
     """Without a second GPU: the guard that the launches stand under names the tensor's device."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
     guard = row_triton._device(tensor)
     assert isinstance(guard, torch.cuda.device)
     assert guard.idx == 1
+    here = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    assert isinstance(row_triton._device(here), nullcontext), "on its device already"
 
 
 @KERNELS
@@ -846,7 +849,7 @@ def test_row_21_every_launch_stands_under_the_guard(monkeypatch):
     logits = torch.randn(2, 9, requires_grad=True)
     for reduction in ("mean", "none"):
         (2 * sgp.cross_entropy(logits, torch.tensor([0, 8]), reduction=reduction).sum()).backward()
-    assert launches == [True] * 4, "forward, factor; forward, backward"
+    assert launches == [True] * 5, "divisor, forward, factor; forward, backward"
 
 
 @ONCE

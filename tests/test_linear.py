@@ -24,6 +24,7 @@ from sgp import chunks, head_operators, problem, products, row_torch
 from sgp.recipe import Recipe
 from sgp.tolerance import bound
 from sgp.train.memory import cpu_peak
+from sgp.watched import Operator
 from tests.oracle import in_float64, relative_error
 
 IGNORE = -100
@@ -1180,13 +1181,13 @@ def operator_samples():
 def test_opcheck(sample):
     """Schema (what is mutated, what is aliased), fake tensors, and tracing by AOTAutograd."""
     operator, arguments = operator_samples()[sample]
-    torch.library.opcheck(operator, arguments)
+    torch.library.opcheck(operator.op, arguments)
 
 
 def test_every_operator_is_checked():
     module = vars(head_operators)
-    library = {name for name in module if hasattr(module[name], "_init_fn")}
-    checked = {operator._opoverload._opname for operator, _ in operator_samples().values()}
+    library = {name for name in module if isinstance(module[name], Operator)}
+    checked = {operator.op._opoverload._opname for operator, _ in operator_samples().values()}
     assert checked == library, "an operator without opcheck"
 
 
