@@ -1,22 +1,23 @@
 """Random launches put twice: by Triton's own way and as kept. Run in a process of its own.
 
-    python tests/kept_launches.py CALLS [SEED] [BLIND]
+    python tests/kept_launches.py CALLS SEED [MISSING ...]
 
 What reaches Triton's launcher is recorded: which binary, grid, stream, metadata and every argument,
 tuples flattened. Each call is made once with nothing kept and once with what earlier calls left;
 both must put the same. A case is often an earlier one with one thing changed, so that whatever is
 missing in a key shows. Nothing is compiled: Triton's own code decides which binary a call needs,
-and here a binary is only who it is. BLIND leaves something out of the keys, to see that it shows.
+and here a binary is only who it is.
 
-Prints a line of JSON: the number of calls, of launches, of those that were kept ones, and the
-differences.
+Prints a line of JSON for all calls, and one for each MISSING ("recipe", "options", "strides",
+"alignment"), for a tenth of them with that left out of every key: the number of calls, of launches,
+of those that were kept ones, of what is kept, and the differences.
 """
 
 import json
 import os
 import random
 import sys
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import triton
@@ -106,8 +107,8 @@ class Utilities:
 class Recorder:
     """In the place of a launcher: one for each binary."""
 
-    launches: list[tuple[Any, ...]] = []
-    known: dict[int, str] = {}  # where the tensors of a case begin
+    launches: ClassVar[list[tuple[Any, ...]]] = []
+    known: ClassVar[dict[int, str]] = {}  # where the tensors of a case begin
 
     def __init__(self, src, metadata):
         del src, metadata
@@ -274,44 +275,29 @@ def listen(metadata):
     assert metadata.get()["name"]
 
 
-def make_blind(what):
-    """Leave something out of every key."""
-    from sgp.kernels import launch
+def blind(put, missing):
+    """`launch.put` with something left out of every key."""
 
-    kept_put = launch.put
-
-    def put(key, tensors, *rest):
-        if what == "alignment":
+    def lacking(key, tensors, *rest):
+        if missing == "alignment":
             tensors = ()
-        elif what == "recipe":
+        elif missing == "recipe":
             key = tuple(part for part in key if not isinstance(part, Recipe))
-        elif what == "options":  # which of them are None
+        elif missing == "options":  # which of them are None
             key = tuple(part for part in key if not isinstance(part, bool))
-        elif what == "strides":
+        elif missing == "strides":
             key = tuple(part if not isinstance(part, tuple) else part[:1] for part in key)
-        return kept_put(key, tensors, *rest)
+        return put(key, tensors, *rest)
 
-    launch.put = put
+    return lacking
 
 
-def main():
-    """Compare, and print what was found."""
-    count = int(sys.argv[1])
-    random.seed(int(sys.argv[2]) if len(sys.argv) > 2 else 0)
-    triton.compiler.compile = compiled
-    standin.install(Driver())
+def compare(count, by_triton):
+    """Put `count` random calls twice; what was found."""
     from sgp.kernels import launch
 
-    own, by_triton = JITFunction.run, []
-
-    def run(self, *arguments, **options):
-        by_triton.append(self)
-        return own(self, *arguments, **options)
-
-    JITFunction.run = run
-    if len(sys.argv) > 3:
-        make_blind(sys.argv[3])
-    kept = getattr(launch, "_kept", {})
+    kept = launch._kept
+    kept.clear()
     seen, different, launches, hits = [], [], 0, 0
     for _ in range(count):
         fields = draw(seen)
@@ -331,7 +317,29 @@ def main():
             shown = {name: str(value) for name, value in fields.items()}
             different.append({"case": shown, "expected": str(expected), "found": str(found)})
     result = {"calls": count, "launches": launches, "hits": hits, "kept": len(kept)}
-    print(json.dumps(result | {"different": different[:5], "how_many": len(different)}))
+    return result | {"different": different[:3], "how_many": len(different)}
+
+
+def main():
+    """Compare, and print what was found."""
+    count, seed, *missing = sys.argv[1:]
+    random.seed(int(seed))
+    triton.compiler.compile = compiled
+    standin.install(Driver())
+    from sgp.kernels import launch
+
+    own, by_triton = JITFunction.run, []
+
+    def run(self, *arguments, **options):
+        by_triton.append(self)
+        return own(self, *arguments, **options)
+
+    JITFunction.run = run
+    print(json.dumps(compare(int(count), by_triton)))
+    put = launch.put
+    for what in missing:
+        launch.put = blind(put, what)
+        print(json.dumps(compare(int(count) // 10, by_triton)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The host's time is measured without a GPU, and a kept launch is the one that Triton would make."""
+"""The host's time is measured without a GPU; a kept launch is the one that Triton would make."""
 
 import json
 import os
@@ -126,24 +126,20 @@ def test_least_is_right(V, factor):
 # -- kept launches ---------------------------------------------------------------------------------
 
 
-def put_twice(*arguments):
-    """What tests/kept_launches.py found."""
-    run = python("tests/kept_launches.py", *map(str, arguments))
-    assert run.returncode == 0, run.stdout + run.stderr
-    return json.loads(run.stdout)
-
-
 @without_gpu
 def test_a_kept_launch_is_tritons_own():
-    """The same binary, grid, stream, metadata and arguments, whatever earlier calls have left."""
-    found = put_twice(4_000, 0)
+    """The same binary, grid, stream, metadata and arguments, whatever earlier calls have left.
+
+    And a key that lacks something shows.
+    """
+    missing = ["recipe", "options", "strides", "alignment"]
+    run = python("tests/kept_launches.py", "4000", "0", *missing)
+    assert run.returncode == 0, run.stdout + run.stderr
+    found, *lacking = [json.loads(line) for line in run.stdout.splitlines()]
     assert found["different"] == []
     assert found["launches"] > 3_000
     assert found["kept"] > 100
     assert found["hits"] > 600, "launches by what another call had compiled"
-
-
-@without_gpu
-@pytest.mark.parametrize("missing", ["recipe", "options", "strides", "alignment"])
-def test_a_key_that_lacks_something_shows(missing):
-    assert put_twice(400, 1, missing)["how_many"] > 0
+    assert {what: bool(f["how_many"]) for what, f in zip(missing, lacking, strict=True)} == (
+        dict.fromkeys(missing, True)
+    )
