@@ -9,7 +9,7 @@ missing in a key shows. Nothing is compiled: Triton's own code decides which bin
 and here a binary is only who it is.
 
 Prints a line of JSON for all calls, and one for each MISSING ("recipe", "options", "strides",
-"alignment"), for a tenth of them with that left out of every key: the number of calls, of launches,
+"alignment"), for a quarter of them with that left out of every key: the number of calls, of launches,
 of those that were kept ones, of what is kept, and the differences.
 """
 
@@ -38,15 +38,16 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "dtype": DTYPES,
     "layout": ("rows", "rows", "wide", "shifted", "slice", "strided", "three levels"),
     "gradient": ("none", "in place", "rows", "wide", "shifted", "strided", "half of each row"),
-    "target": (0, 0, 0, 1, 2),  # where it begins in its memory
-    "weight": (None, None, 0, 1, 4),
-    "row_weight": (None, 0, 1, 4),
-    "scale": (None, 0, 1, 4),
-    "saved": (0, 0, 1, 4),
+    # Where a vector begins in its memory: at 16 bytes for the most part, or little is kept.
+    "target": (0, 0, 0, 0, 2, 1),
+    "weight": (None, None, None, 0, 4, 1),
+    "row_weight": (None, None, 0, 0, 4, 1),
+    "scale": (None, None, 0, 0, 4, 1),
+    "saved": (0, 0, 0, 0, 4, 1),
     "statistics": (False, False, True),
     "need_saved": (False, True),
-    "lse": (None, None, 0, 1),
-    "entropy": (None, None, 0, 1),
+    "lse": (None, None, 0, 0, 1),
+    "entropy": (None, None, 0, 0, 1),
     "form": (None, None, "auto", "streaming"),
     "hook": (False, False, True),  # a profiler's, before every launch
     "ignore_index": (-100, -100, 1, 0, 16),
@@ -56,6 +57,10 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "lse_square_scale": (0.0, 0, 1, 1.0, 1e-4),
     "temperature": (1.0, 1, 2, 2.0, 0.5),
 }
+
+
+VECTORS = ("target", "weight", "row_weight", "scale", "saved", "lse", "entropy")
+CONSTANTS = [name for name in Recipe._fields if name != "ignore_index"]
 
 
 class Uncompiled(CompiledKernel):
@@ -243,10 +248,26 @@ class Case(NamedTuple):
         return found
 
 
+def twin(value):
+    """An int as a float, and the other way round, where they compare as equal."""
+    if type(value) is int:
+        return float(value)
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
 def draw(seen):
-    """The fields of a case: often an earlier one's with one of them drawn again."""
-    if seen and random.random() < 0.8:
+    """The fields of a case: often an earlier one's with one of them drawn again.
+
+    Or its twin, or the same with one vector that begins at another place.
+    """
+    chance = random.random()
+    if seen and chance < 0.8:
         fields = dict(random.choice(seen))
+        if chance < 0.2:
+            return fields | {name: twin(fields[name]) for name in CONSTANTS}
+        if chance < 0.4:
+            name = random.choice(VECTORS)
+            return fields if fields[name] is None else fields | {name: 1}
         name = random.choice(list(FIELDS))
         fields[name] = random.choice(FIELDS[name])
         return fields
@@ -339,7 +360,7 @@ def main():
     put = launch.put
     for what in missing:
         launch.put = blind(put, what)
-        print(json.dumps(compare(int(count) // 10, by_triton)))
+        print(json.dumps(compare(int(count) // 4, by_triton)))
 
 
 if __name__ == "__main__":
