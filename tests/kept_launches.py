@@ -9,8 +9,8 @@ missing in a key shows. Nothing is compiled: Triton's own code decides which bin
 and here a binary is only who it is.
 
 Prints a line of JSON for all calls, and one for each MISSING ("recipe", "options", "strides",
-"alignment"), for a quarter of them with that left out of every key: the number of calls, of launches,
-of those that were kept ones, of what is kept, and the differences.
+"alignment"), for a quarter of them with that left out of every key: the number of calls, of
+launches, of those that were kept ones, of what is kept, and the differences.
 """
 
 import json
@@ -322,12 +322,13 @@ def compare(count, by_triton):
     seen, different, launches, hits = [], [], 0, 0
     for _ in range(count):
         fields = draw(seen)
-        seen.append(fields)
         case = Case.of(fields)
         Recorder.known = case.tensors()
         before = dict(kept)
         kept.clear()
         expected = put(case, fields["form"], hook=fields["hook"])
+        if kept:  # what cannot be kept is no case to vary
+            seen.append(fields)
         kept.clear()
         kept.update(before)
         by_triton.clear()
