@@ -32,12 +32,16 @@ def everything() -> int:
     budget = parser.parse_args().time_budget
     import torch  # noqa: PLC0415  (the list of commands needs no PyTorch)
 
+    from bench import standin  # noqa: PLC0415
+
     on_gpu = torch.cuda.is_available()
     traffic, resources = ["bench", "traffic"], ["bench", "resources", "--longest", "--no-output"]
     compare = ["bench", "compare", "--time-budget", budget]
     plan = [compare, traffic, resources]
     if on_gpu:
         plan = [["sgp", "verify"], compare, ["bench", "forms"]]
+    if on_gpu or not standin.obstacle():
+        plan.append(["bench", "host"])
     plan += [["bench", "predict"], ["bench", "report"]]
     failed = []
     for module, *arguments in plan:

@@ -87,10 +87,10 @@ def test_who_fails_is_shown_as_that(monkeypatch):
         return b.logits.float().sum()
 
     chosen = [host.Call(host.LEAST, work), host.Call("a", fail, 2.0), host.Call("mean", work)]
-    chosen.append(host.Call("c", work, compiled=True))
+    chosen.append(host.Call("mean, aot_eager", work))
     batch = host.Batch.make(CPU)
-    timed = host.with_eager(host.measure(chosen, batch, rounds=3, count=2), chosen)
-    assert [t.call for t in timed] == [host.LEAST, "a", "mean", "c"]
+    timed = host.with_eager(host.measure(chosen, batch, rounds=3, count=2))
+    assert [t.call for t in timed] == [host.LEAST, "a", "mean", "mean, aot_eager"]
     assert timed[1] == host.Timed("a", "fails: ValueError: this one never works", budget=2.0)
     assert timed[3].budget == timed[2].ratio, "compiled is to be no slower than eager"
     table = host.table_of(timed, "title", "how")
@@ -138,8 +138,8 @@ def test_a_kept_launch_is_tritons_own():
     found, *lacking = [json.loads(line) for line in run.stdout.splitlines()]
     assert found["different"] == []
     assert found["launches"] > 3_000
-    assert found["kept"] > 100
-    assert found["hits"] > 600, "launches by what another call had compiled"
+    assert found["kept"] > 200
+    assert found["hits"] > 1_500, "launches by what another call had compiled"
     assert {what: bool(f["how_many"]) for what, f in zip(missing, lacking, strict=True)} == (
         dict.fromkeys(missing, True)
     )
