@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sgp import backend, chunks, products
 from sgp.operators import implementation
-from sgp.recipe import Recipe, accumulation_dtype
+from sgp.recipe import Recipe, accumulation_dtype, cast
 from sgp.row_shard import ShardRows
 from sgp.row_torch import RowOutputs, Upstream, new_outputs, row_index
 from sgp.shard import Shard
@@ -165,12 +165,19 @@ def _forward_chunk(
         need_stats=out.statistics is not None,
     )  # fmt: skip
     g = None if sums is None else _place_of_gradient(head, logits)
-    weights = None if row_weight is None else row_weight[some]
+    weights = None if row_weight is None else row_weight.index_select(0, some)
     of_rows = (weights, scale)
     if factors is not None:
         of_rows = (factors.folded[chunk.part], factors.scale)
     head.operations(logits).forward(
-        logits, g, head.target[some], head.class_weight, *of_rows, head.recipe, here, scratch=True
+        logits,
+        g,
+        head.target.index_select(0, some),
+        head.class_weight,
+        *of_rows,
+        head.recipe,
+        here,
+        scratch=True,
     )
     if factors is not None:  # the loss was multiplied by what is folded into its gradient
         here.loss.mul_(factors.of_loss(weights, chunk.part))
@@ -208,12 +215,12 @@ def backward(
         head.operations(logits).backward(
             logits,
             g,
-            head.target[some],
-            saved[some],
+            head.target.index_select(0, some),
+            saved.index_select(0, some),
             head.class_weight,
-            None if row_weight is None else row_weight[some],
+            None if row_weight is None else row_weight.index_select(0, some),
             head.recipe,
-            Upstream(*(None if values is None else values[some] for values in upstream)),
+            Upstream(*(None if x is None else x.index_select(0, some) for x in upstream)),
         )
         sums.add(chunk, g)
 
@@ -235,13 +242,13 @@ def _each_chunk(head: Head, do: Callable[[_Chunk], None]) -> None:
     """Call `do` with every chunk. The logits share one buffer, which is gone when this returns."""
     V = head.weight.shape[0]
     parts = head.parts
-    weight = head.weight.to(head.compute_dtype)  # a copy under autocast only
+    weight = cast(head.weight, head.compute_dtype)  # a copy under autocast only
     most = max((part.stop - part.start for part in parts), default=0)
     buffer = head.input.new_empty(most, V, dtype=accumulation_dtype(head.compute_dtype))
     for part in parts:
-        rows = head.rows[part]
-        hidden = _gather(head.input, rows).to(head.compute_dtype)
-        logits = buffer[: rows.numel()]
+        rows = head.rows if len(parts) == 1 else head.rows[part]
+        hidden = cast(_gather(head.input, rows), head.compute_dtype)
+        logits = buffer if part.stop - part.start == most else buffer[: part.stop - part.start]
         products.logits(hidden, weight, head.bias, logits)
         do(_Chunk(part, rows, hidden, weight, logits))
 
@@ -394,10 +401,12 @@ class _Sums:
             missing = self.factors.largest / self.factors.scale
             sums = tuple(None if x is None else x.mul_(missing) for x in sums)
         pairs = zip(sums, self.dtypes[1:], strict=True)
-        return Gradients(self.d_input, *(None if x is None else x.to(dtype) for x, dtype in pairs))
+        return Gradients(
+            self.d_input, *(None if x is None else cast(x, dtype) for x, dtype in pairs)
+        )
 
 
 def _put(d_input: Tensor, chunk: _Chunk, values: Tensor) -> None:
     """The rows of a chunk into d_input."""
     whole = d_input.view(-1, values.shape[1])
-    whole.index_copy_(0, chunk.rows, values.to(whole.dtype))
+    whole.index_copy_(0, chunk.rows, cast(values, whole.dtype))

@@ -7,6 +7,7 @@ mask, and nothing waits for a device.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from sgp import head
 from sgp.head import Gradients, Head, Needs
+from sgp.head_problem import is_autocast
 from sgp.problem import check_targets
 from sgp.recipe import Recipe
 from sgp.row_torch import Upstream, new_outputs
@@ -32,7 +34,7 @@ RowsAndGradients = tuple[
 TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
 
 
-@operator("sgp::kept_rows", mutates_args=(), tags=TAGS)
+@operator(tags=TAGS)
 def kept_rows(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """(rows of the target (N,) that are not ignored, padded to N; their number () on the CPU).
 
@@ -74,7 +76,7 @@ def forward(
         compute_dtype, chunk_rows, shard,
     )  # fmt: skip
     needs = Needs(of_input, of_weight, of_bias)
-    with torch.autocast(input.device.type, enabled=False):
+    with _without_autocast(input):
         out, gradients = head.forward(
             whole, row_weight, scale, needs, wide=wide, need_saved=saved, need_stats=stats
         )
@@ -105,11 +107,16 @@ def backward(
     )  # fmt: skip
     upstream = Upstream(lse_weight, entropy_weight, entropy)
     needs = Needs(of_input, of_weight, of_bias)
-    with torch.autocast(input.device.type, enabled=False):
+    with _without_autocast(input):
         return head.backward(whole, saved, row_weight, upstream, needs)
 
 
-@operator("sgp::head_forward", mutates_args=(), looks_at=2, tags=TAGS)
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """The matmuls' dtypes are ours; entering a context for nothing would cost as much as one."""
+    return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext()
+
+
+@operator(looks_at=2, tags=TAGS)
 def head_forward(
     input: Tensor,  # noqa: A002
     linear_weight: Tensor,
@@ -172,7 +179,7 @@ def _(
     return *out[:-1], *gradients
 
 
-@operator("sgp::head_backward", mutates_args=(), looks_at=2, tags=TAGS)
+@operator(looks_at=2, tags=TAGS)
 def head_backward(
     input: Tensor,  # noqa: A002
     linear_weight: Tensor,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -63,7 +65,7 @@ def make_head_problem(
             is_part=target.is_part,
         )
     lead = tuple(input.shape[:-1])
-    flat = (torch.Size(lead).numel(),)
+    flat = (math.prod(lead),)
     shape = tuple(target.shape)
     if shape not in (lead, flat):
         raise ValueError(
@@ -93,7 +95,7 @@ def make_head_problem(
         weight=weight,
         token_weight=row_weight,
         boundaries=None,
-        num_sequences=torch.Size(shape[:-1]).numel(),
+        num_sequences=math.prod(shape[:-1]),
     )
 
 
@@ -156,6 +158,10 @@ def compute_dtype(input: Tensor) -> torch.dtype:  # noqa: A002
 
 def _is_cast(x: Tensor) -> bool:
     """Whether autocast is on and converts x; it leaves float64 alone."""
+    return is_autocast(x) and x.dtype != torch.float64
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for x's device."""
     device = x.device.type
-    has_autocast = torch.amp.is_autocast_available(device)
-    return x.dtype != torch.float64 and has_autocast and torch.is_autocast_enabled(device)
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

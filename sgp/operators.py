@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sgp import backend, row_torch
 from sgp.problem import check_mean_weights, check_targets, may_wait
-from sgp.recipe import Recipe, accumulation_dtype
+from sgp.recipe import Recipe, accumulation_dtype, cast
 from sgp.row_torch import RowOutputs, Upstream, new_outputs
 from sgp.watched import operator
 
@@ -35,7 +35,7 @@ def _kernels() -> ModuleType:
     return importlib.import_module("sgp.row_triton")
 
 
-@operator("sgp::row_forward", mutates_args=())
+@operator()
 def row_forward(
     logits: Tensor,
     target: Tensor,
@@ -86,7 +86,7 @@ def _(logits: Tensor, target: Tensor, *options: Any) -> RowOutputs:
     )
 
 
-@operator("sgp::row_forward_", mutates_args={"logits"})
+@operator(mutates_args=("logits",))
 def row_forward_(
     logits: Tensor,
     target: Tensor,
@@ -120,7 +120,7 @@ def _(logits: Tensor, target: Tensor, *options: Any) -> RowOutputs:
     )
 
 
-@operator("sgp::row_backward", mutates_args=())
+@operator()
 def row_backward(
     logits: Tensor,
     target: Tensor,
@@ -162,7 +162,7 @@ def _(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-@operator("sgp::row_backward_", mutates_args={"logits"})
+@operator(mutates_args=("logits",))
 def row_backward_(
     logits: Tensor,
     target: Tensor,
@@ -189,7 +189,12 @@ def row_backward_(
     )
 
 
-@operator("sgp::multiply_rows_", mutates_args={"dlogits"})
+@row_backward_.register_fake
+def _(*_: Any) -> None:
+    """Nothing is returned."""
+
+
+@operator(mutates_args=("dlogits",))
 def multiply_rows_(
     dlogits: Tensor, target: Tensor | None, factor: Tensor, ignore_index: int
 ) -> None:
@@ -197,13 +202,16 @@ def multiply_rows_(
 
     Without a target every row is kept.
     """
-    dtype = accumulation_dtype(dlogits.dtype)
-    if factor.dtype != dtype:
-        factor = factor.to(dtype)
+    factor = cast(factor, accumulation_dtype(dlogits.dtype))
     implementation(dlogits).multiply(dlogits, target, factor, ignore_index)
 
 
-@operator("sgp::mean_scale", mutates_args=())
+@multiply_rows_.register_fake
+def _(*_: Any) -> None:
+    """Nothing is returned."""
+
+
+@operator()
 def mean_scale(
     target: Tensor,
     weight: Tensor | None,

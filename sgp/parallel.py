@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Literal, TypeVar, cast, overload
 
 import torch
@@ -171,7 +170,7 @@ def cross_entropy(
     need_grad = torch.is_grad_enabled() and local_logits.requires_grad
     if inplace and need_grad:
         check_inplace(name, local_logits)
-    problem = replace(problem, weight=weight_of_any_length(name, weight, local_logits))
+    problem = problem._replace(weight=weight_of_any_length(name, weight, local_logits))
     scale = scale_of_mean(name, problem, denominator) if reduction == "mean" else None
     options = (reduction, inplace, return_stats)
     shard, rows = agree_on_logits(name, group, problem, target, vocab_size, scale, options)
@@ -306,7 +305,7 @@ def linear_cross_entropy(
     problem, head = head_problem(
         name, input, local_weight, linear_bias, target, token_weight, recipe, chunk_rows, shift
     )
-    problem = replace(problem, weight=weight_of_any_length(name, weight, input))
+    problem = problem._replace(weight=weight_of_any_length(name, weight, input))
     scale = scale_of_mean(name, problem, denominator) if reduction == "mean" else None
     asked = (reduction, return_stats, chunk_rows, sum_input_grad)
     shard, head = agree_on_head(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sgp.recipe import Recipe, accumulation_dtype
+from sgp.recipe import Recipe, accumulation_dtype, cast
 from sgp.selection import IGNORE, Selection
 
 REDUCTIONS = ("none", "mean", "sum", "sequence_sum", "sequence_mean")
@@ -17,8 +17,7 @@ INTEGERS = (torch.int64, torch.int32, torch.uint8, torch.int16, torch.int8)
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """Rows whose leading dimensions flatten to N, and one target for each."""
 
     input: Tensor  # (..., V) logits, vocabulary last, or (..., D) under a linear head; any strides
@@ -63,9 +62,10 @@ def make_problem(
     Raises:
         ValueError, TypeError: with what was passed, what was expected, and what to do.
     """
-    if weight is None and token_weight is None and _is_usual(input, target):
-        assert isinstance(target, Tensor)  # noqa: S101
-        return Problem(input, target, (len(target),), recipe.check(name), None, None, None, 1)
+    plain = weight is None and token_weight is None
+    if plain and isinstance(target, Tensor) and _is_usual(input, target):
+        shape = tuple(target.shape)
+        return Problem(input, target, shape, recipe.check(name), None, None, None, 1)
     check_input_and_target(name, input, target)
     recipe.check(name)
     classes = input.shape[1 if isinstance(target, Tensor) and input.dim() > 1 else -1]
@@ -75,10 +75,7 @@ def make_problem(
         return _from_selection(name, input, target, weight, token_weight, recipe)
     # PyTorch's layouts: (V,) with (), (N, V) with (N,), (N, V, d1, ...) with (N, d1, ...).
     class_dim = 0 if input.dim() == 1 else 1
-    if input.dim() == 2:
-        logits = input
-    else:
-        logits = input[None] if input.dim() == 1 else input.movedim(1, -1)
+    logits = input if input.dim() == 2 else input.movedim(1, -1) if class_dim else input[None]
     lead = () if input.dim() == 1 else tuple(logits.shape[:-1])
     probabilities = target.is_floating_point()
     if tuple(target.shape) != (tuple(input.shape) if probabilities else lead):
@@ -109,11 +106,10 @@ def make_problem(
     )
 
 
-def _is_usual(input: Tensor, target: Tensor | Selection) -> bool:  # noqa: A002
-    """Whether these are (N, V) logits and (N,) int64 labels that every check would pass as is."""
+def _is_usual(input: Tensor, target: Tensor) -> bool:  # noqa: A002
+    """Whether these are (N, V) logits and (N,) int64 labels that every check passes as they are."""
     return (
-        type(target) is Tensor
-        and isinstance(input, Tensor)
+        isinstance(input, Tensor)
         and input.dim() == 2
         and input.dtype in FLOATS
         and target.dtype == torch.int64
@@ -179,7 +175,7 @@ def _from_selection(
     check_selection(name, input, selection, token_weight, recipe, "V")
     dense_weight = selection.dense_weight
     if dense_weight is not None:
-        dense_weight = dense_weight.to(accumulation_dtype(input.dtype))
+        dense_weight = cast(dense_weight, accumulation_dtype(input.dtype))
     return Problem(
         input=input,
         target=selection.dense_target,
@@ -251,7 +247,7 @@ def class_weight(
             "(token_weight is the one per token)"
         )
     check_constant(name, "weight", weight, input)
-    return weight.to(accumulation_dtype(input.dtype)).contiguous()
+    return cast(weight, accumulation_dtype(input.dtype)).contiguous()
 
 
 def flat_token_weight(

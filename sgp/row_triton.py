@@ -136,7 +136,7 @@ def _long_rows(x: Tensor) -> Tensor:
     if x.dim() != 2 or not x.is_contiguous() or not x.numel():
         return x
     V, D = x.shape
-    together = next(k for k in range(max(1, LONG_ROW // D), 0, -1) if V % k == 0)
+    together = next(k for k in range(max(1, min(V, LONG_ROW // D)), 0, -1) if V % k == 0)
     return x.view(V // together, together * D)
 
 

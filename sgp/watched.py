@@ -1,15 +1,19 @@
 """Who may be watching a call, and operators that are left out where nobody is.
 
 torch.compile, dispatch modes, tensor subclasses and profilers see what the package does as
-`torch.library` operators. A call of one passes the dispatcher twice and looks for aliases, which
-costs as much as the launch inside it, and an eager training loop needs none of that: there the
-operator's plain body runs. Both compute the same and raise the same errors.
+`torch.library` operators. A call of one costs as much as the launch inside it, and an eager
+training loop needs none of that: there the operator's plain body runs. Both compute the same and
+raise the same errors.
+
+The operators have no kernel for autograd, which would be asked at every call: they are called
+where nothing is recorded (autograd.py), and what they write to is counted here. That is why they
+are defined by a Library and not by `custom_op`, which costs three times as much.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import update_wrapper
 from typing import Any, get_args
 
@@ -18,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd import profiler
 
 PLAIN = (Tensor, nn.Parameter)
+LIBRARY = torch.library.Library("sgp", "FRAGMENT")
 
 
 def is_watched(*tensors: Tensor) -> bool:
@@ -45,50 +50,64 @@ def is_watched(*tensors: Tensor) -> bool:
 
 
 class Operator:
-    """An operator, `op`, and the plain `body` that runs in its place where nobody watches."""
+    """A `torch.library` operator, and the plain `body` that runs in its place where nobody watches.
+
+    The body may return None in place of a tensor that was not asked for; the operator `op`, whose
+    schema knows tensors only, returns an empty one.
+    """
 
     def __init__(
-        self, body: Callable[..., Any], op: Any, mutates_args: Iterable[str], looks_at: int
+        self,
+        body: Callable[..., Any],
+        *,
+        mutates_args: tuple[str, ...] = (),
+        looks_at: int = 1,
+        tags: Sequence[torch.Tag] = (),
     ) -> None:
-        self.body, self.op, self.looks_at = body, op, looks_at
+        """Define sgp::name of the body's name.
+
+        Args:
+            body: what it computes; its annotations become the schema.
+            mutates_args: the parameters that are written to.
+            looks_at: how many of the first arguments are tensors that somebody may be watching.
+            tags: for torch.compile.
+        """
+        self.body, self.looks_at = body, looks_at
+        update_wrapper(self, body)
+        name = body.__name__
+        self.kernel = _filling(body)
+        self.kernel.__signature__ = _signature(body)  # type: ignore[attr-defined]
+        schema = torch.library.infer_schema(self.kernel, mutates_args=mutates_args)
+        LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+        LIBRARY.impl(name, self.kernel, "CompositeExplicitAutograd")
+        self.op = getattr(torch.ops.sgp, name).default
         parameters = list(inspect.signature(body).parameters)
         self.written = [parameters.index(argument) for argument in mutates_args]
-        update_wrapper(self, body)
 
     def __call__(self, *arguments: Any) -> Any:
-        """What the body returns; from the operator, empty tensors instead of None."""
+        """What the body returns, and None or an empty tensor for what was not asked for."""
         if is_watched(*arguments[: self.looks_at]):
-            return self.op(*arguments)
-        out = self.body(*arguments)
-        for place in self.written:  # autograd hears of it, as from the operator
-            torch.autograd.graph.increment_version(arguments[place])
+            out = self.op(*arguments)
+        else:
+            out = self.body(*arguments)
+        if self.written and not torch.compiler.is_compiling():
+            for place in self.written:  # or autograd would not notice a second backward
+                torch.autograd.graph.increment_version(arguments[place])
         return out
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """Give the operator its fake, which like the body may return None for a tensor."""
-        self.op.register_fake(_filling(fake))
+        torch.library.register_fake(f"sgp::{self.body.__name__}", _filling(fake), lib=LIBRARY)
         return fake
 
 
-def operator(
-    name: str, *, mutates_args: Iterable[str], looks_at: int = 1, **options: Any
-) -> Callable[[Callable[..., Any]], Operator]:
-    """`torch.library.custom_op`, left out where nobody watches.
-
-    Args:
-        name, mutates_args, options: as for `torch.library.custom_op`.
-        looks_at: how many of the first arguments are tensors that somebody may be watching.
-    """
-
-    def wrap(body: Callable[..., Any]) -> Operator:
-        op = torch.library.custom_op(name, _filling(body), mutates_args=mutates_args, **options)
-        return Operator(body, op, mutates_args, looks_at)
-
-    return wrap
+def operator(**options: Any) -> Callable[[Callable[..., Any]], Operator]:
+    """Make a function an Operator, whose options these are."""
+    return lambda body: Operator(body, **options)
 
 
 def _filling(body: Callable[..., Any]) -> Callable[..., Any]:
-    """The body with empty tensors instead of None: an operator's schema has tensors only."""
+    """The body with empty tensors instead of None."""
 
     def filled(*arguments: Any) -> Any:
         out = body(*arguments)
@@ -96,10 +115,14 @@ def _filling(body: Callable[..., Any]) -> Callable[..., Any]:
             return out
         return tuple(arguments[0].new_empty(0) if x is None else x for x in out)
 
+    return filled
+
+
+def _signature(body: Callable[..., Any]) -> inspect.Signature:
+    """The body's, with a tensor for everything that may be None."""
     signature = inspect.signature(body, eval_str=True)
     returned = signature.return_annotation
-    if returned not in (None, Tensor):  # a tuple, maybe with names
-        number = len(getattr(returned, "_fields", get_args(returned)))
-        returned = tuple[(Tensor,) * number]  # type: ignore[misc]
-    filled.__signature__ = signature.replace(return_annotation=returned)  # type: ignore[attr-defined]
-    return filled
+    if returned in (None, Tensor):
+        return signature
+    number = len(getattr(returned, "_fields", get_args(returned)))  # of a tuple, maybe with names
+    return signature.replace(return_annotation=tuple[(Tensor,) * number])  # type: ignore[misc]

@@ -573,7 +573,7 @@ class NoWaiting(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func.namespace == "sgp":
             with self:
-                return getattr(operators, name).op._init_fn(*args, **(kwargs or {}))
+                return getattr(operators, name).kernel(*args, **(kwargs or {}))
         indexed = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
         assert name not in self.FORBIDDEN, f"aten::{name} waits for the device"
         assert not indexed, "indexing with a mask waits for the device"
