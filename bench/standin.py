@@ -95,11 +95,8 @@ def _driver() -> Any:
 class Device:
     """What Triton asks of a device, answered at the price of the same question about a GPU."""
 
+    get_current_device = staticmethod(torch.cuda.current_device)  # 0
     get_current_stream = staticmethod((0,).__getitem__)  # of device 0; a call of C, as PyTorch's is
-
-    def get_current_device(self) -> int:
-        """Number 0."""
-        return torch.cuda.current_device()
 
     def get_current_target(self) -> Any:
         """What to compile for."""

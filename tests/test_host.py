@@ -41,6 +41,7 @@ def test_the_command_measures_every_call(tmp_path):
     assert "x Least" in run.stdout
     found = json.loads(output.read_text())
     assert found["versions"]["torch"] == torch.__version__
+    assert found["sgp"]["backend"] == "triton"
     assert found["how"] == (host.GPU if torch.cuda.is_available() else host.STANDIN)
     timed = {call["call"]: call for call in found["calls"]}
     ours = {"mean", "mean, a denominator", "sum", "none", "token_log_probs"}
@@ -87,10 +88,10 @@ def test_who_fails_is_shown_as_that(monkeypatch):
         return b.logits.float().sum()
 
     chosen = [host.Call(host.LEAST, work), host.Call("a", fail, 2.0), host.Call("mean", work)]
-    chosen.append(host.Call("mean, aot_eager", work))
+    chosen.append(host.Call("mean, inductor", work))
     batch = host.Batch.make(CPU)
     timed = host.with_eager(host.measure(chosen, batch, rounds=3, count=2))
-    assert [t.call for t in timed] == [host.LEAST, "a", "mean", "mean, aot_eager"]
+    assert [t.call for t in timed] == [host.LEAST, "a", "mean", "mean, inductor"]
     assert timed[1] == host.Timed("a", "fails: ValueError: this one never works", budget=2.0)
     assert timed[3].budget == timed[2].ratio, "compiled is to be no slower than eager"
     table = host.table_of(timed, "title", "how")
