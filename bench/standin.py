@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -25,6 +24,8 @@ from typing import Any
 
 import torch
 
+from sgp import backend
+
 SOURCE = Path(__file__).with_suffix(".c")
 TARGET = "sm_90"
 KEPT: list[Any] = []  # operators stay for as long as their library does
@@ -36,7 +37,7 @@ def obstacle(*, launches: bool = True) -> str:
     Args:
         launches: whether kernels are to be launched, for which a C compiler is needed.
     """
-    if importlib.util.find_spec("triton") is None:
+    if not backend.has_triton():
         return "Triton is not installed (pip install triton)"
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         return "TRITON_INTERPRET is set: unset it, kernels are compiled here"
@@ -185,7 +186,7 @@ def _persuade() -> None:
     """Answer what sgp asks about a tensor's device as for a GPU, at the same price."""
     import sgp  # noqa: F401, PLC0415  (all that may hold a name that is replaced)
     from bench.kernel_cases import target_of  # noqa: PLC0415
-    from sgp import backend, problem, products, row_triton  # noqa: PLC0415
+    from sgp import problem, products, row_triton  # noqa: PLC0415
     from sgp.kernels import table  # noqa: PLC0415
 
     place = _attribute(row_triton, "_device")

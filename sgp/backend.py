@@ -107,7 +107,7 @@ def interpreter_fault() -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of NumPy 1.25 to 2.3, which made an error of it later
-            call.launch()
+            call.kernel[call.grid](*call.arguments, **call.constants)
     except InterpreterError as error:
         why = error.__cause__ or error
         return (
