@@ -1,5 +1,8 @@
 """The launches: a kernel, its arguments, and the line of the table that it runs by.
 
+What was launched before is kept and repeated (`put`), for the choice and Triton's look at every
+argument take the host longer than the launch.
+
 Nothing here waits for the device: every choice is made from shapes, dtypes and the options that
 are on (table.py).
 """
