@@ -42,7 +42,7 @@ class RowOutputs(NamedTuple):
     def zero_(self) -> None:
         """Zero what is there of the rows' numbers at once; the gradient is left alone."""
         numbers = [x for x in self[:-2] if x is not None]
-        torch._foreach_zero_(numbers)  # noqa: SLF001  (one launch; as torch.optim does)
+        torch._foreach_zero_(numbers)  # one launch
         if self.is_top1 is not None:
             self.is_top1.zero_()
 
