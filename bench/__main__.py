@@ -16,6 +16,7 @@ COMMANDS = {
     "recall": "what is lost when the context is held constant: a toy task, trained twice",
     "sft": "TRL's SFTTrainer and sgp's: the same steps, losses and time",
     "gpu": "seven minutes of a GPU: checks, row kernels, whole calls, a model, beside others",
+    "host": "the host's time of a call, to the least that a loss can take; needs no GPU",
     "predict": "milliseconds on paper, from bytes, FLOPs and a data sheet",
     "report": "the README's tables and the pictures, from the results files",
 }
@@ -32,11 +33,15 @@ def everything() -> int:
     budget = parser.parse_args().time_budget
     import torch  # noqa: PLC0415  (the list of commands needs no PyTorch)
 
+    from bench import standin  # noqa: PLC0415
+
     on_gpu = torch.cuda.is_available()
     traffic, resources = ["bench", "traffic"], ["bench", "resources", "--longest", "--no-output"]
     plan = [["bench", "compare", "--time-budget", budget], traffic, resources]
     if on_gpu:  # ten minutes in all; `compare`, and all of `sgp verify`, are for longer ones
         plan = [["bench", "gpu"]]
+    elif not standin.obstacle():
+        plan.append(["bench", "host"])
     plan += [["bench", "predict"], ["bench", "report"]]
     failed = []
     for module, *arguments in plan:

@@ -77,7 +77,7 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str:
         return f"the kernels run on CUDA and ROCm devices, not on {device.type!r}"
     if not _interpreted():
         return "CPU tensors need Triton's interpreter (set TRITON_INTERPRET=1 before Python starts)"
-    return ""
+    return interpreter_fault()
 
 
 @functools.cache
@@ -87,6 +87,34 @@ def _interpreted() -> bool:
     from sgp.kernels.launch import runs_interpreted  # noqa: PLC0415  (imports Triton)
 
     return bool(runs_interpreted())
+
+
+@functools.cache
+def interpreter_fault() -> str:
+    """Why Triton's interpreter cannot run the kernels, and what to install; empty if it can.
+
+    One small launch, the first time: with NumPy 2.4 the interpreters of Triton 3.5 and 3.6 fail at
+    every loop whose length is an argument.
+    """
+    import numpy as np  # noqa: PLC0415  (of use to the interpreter alone)
+    import triton  # noqa: PLC0415
+    from triton.runtime.errors import InterpreterError  # noqa: PLC0415
+
+    from sgp.kernels import launch, layout  # noqa: PLC0415  (imports Triton)
+
+    row, factor = torch.ones(1, 3, device="cpu"), torch.full((), 2.0, device="cpu")
+    call = launch.multiply(layout.matrix(row), None, factor, N=1, V=3, ignore_index=-100)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of NumPy 1.25 to 2.3, which made an error of it later
+            call.kernel[call.grid](*call.arguments, **call.constants)
+    except InterpreterError as error:
+        why = error.__cause__ or error
+        return (
+            f"the interpreter of Triton {triton.__version__} fails with NumPy {np.__version__} "
+            f"({type(why).__name__}: {why}): pip install 'numpy<2.4', or Triton 3.7 or newer"
+        )
+    return ""
 
 
 @functools.cache

@@ -40,10 +40,11 @@ class RowOutputs(NamedTuple):
         return log_prob, entropy, lse, is_top1
 
     def zero_(self) -> None:
-        """Zero what is there of the rows' numbers; the gradient is left alone."""
-        for values in self[:-1]:
-            if values is not None:
-                values.zero_()
+        """Zero what is there of the rows' numbers at once; the gradient is left alone."""
+        numbers = [x for x in self[:-2] if x is not None]
+        torch._foreach_zero_(numbers)  # one launch
+        if self.is_top1 is not None:
+            self.is_top1.zero_()
 
 
 def new_outputs(

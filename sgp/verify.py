@@ -138,6 +138,10 @@ def run(*, quick: bool = False, output: pathlib.Path | None = None) -> int:
     before = os.environ.get("SGP_BACKEND")
     os.environ["SGP_BACKEND"] = "triton"  # an error where the kernels cannot run, never a fallback
     try:
+        choice, why = backend.explain(device, torch.float32)
+        if choice == "error":
+            console.print(f"sgp verify: the kernels cannot run: {why}", soft_wrap=True)
+            return 2
         todo = list(cases(quick=quick))
         outcomes = _check_all(todo, device, console, results)
     finally:

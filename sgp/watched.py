@@ -7,8 +7,10 @@ raise the same errors.
 
 The operators have no kernel for autograd, which would be asked at every call: they are called
 where nothing is recorded (autograd.py), and what they write to is counted here. That is why they
-are defined by a Library and not by `custom_op`, which costs three times as much.
+are defined by a Library and not by `custom_op`, whose wrappers do both once more.
 """
+
+# ruff: noqa: SLF001  (what PyTorch knows of watchers has no public names)
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from functools import update_wrapper
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import _C, Tensor, nn
 from torch.autograd import profiler
 
 PLAIN = (Tensor, nn.Parameter)
@@ -35,16 +37,15 @@ def is_watched(*tensors: Tensor) -> bool:
     """
     if (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()  # noqa: SLF001  (no public names)
-        or torch._C._len_torch_function_stack()  # noqa: SLF001
-        or torch._C._are_functorch_transforms_active()  # noqa: SLF001
-        or torch._C._is_tracing()  # noqa: SLF001
-        or profiler._is_profiler_enabled  # noqa: SLF001
+        or _C._len_torch_dispatch_stack()
+        or _C._len_torch_function_stack()
+        or _C._are_functorch_transforms_active()
+        or _C._is_tracing()
+        or profiler._is_profiler_enabled
     ):
         return True
     for x in tensors:
-        wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # noqa: SLF001
-        if type(x) not in PLAIN or x.is_meta or wrapped(x):
+        if type(x) not in PLAIN or x.is_meta or _C._functorch.is_functorch_wrapped_tensor(x):
             return True
     return False
 

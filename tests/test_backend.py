@@ -1,6 +1,7 @@
 """Which implementation runs, that it does run, and that nothing falls back without a word."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 import sgp
 from bench.interpreter import watch_accesses
-from sgp import backend
+from sgp import backend, doctor, verify
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 interpreted_only = pytest.mark.skipif(
@@ -201,6 +202,68 @@ def test_a_cpu_needs_no_triton(how, interpret, tmp_path):
         words = "libfoo.so is missing" if interpret == "1" else "TRITON_INTERPRET=1"
     assert error.startswith("error: ")
     assert words in error
+
+
+# -- an interpreter that fails ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def old_interpreter(monkeypatch):
+    """Triton 3.6's on NumPy 2.4: no loop whose length is an argument."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def without_index(tensor, *scope):
+        patch(tensor, *scope)
+
+        def index(_):
+            raise TypeError("only 0-dimensional arrays can be converted to Python scalars")
+
+        tensor.__index__ = index
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", without_index)
+    monkeypatch.setenv("SGP_BACKEND", "triton")
+    backend.interpreter_fault.cache_clear()
+    yield
+    backend.interpreter_fault.cache_clear()
+
+
+SAYS = r"interpreter of Triton [\d.]+ fails with NumPy [\d.]+ .*0-dim.*pip install 'numpy<2.4', or"
+
+
+@interpreted_only
+@pytest.mark.usefixtures("old_interpreter")
+def test_an_interpreter_that_fails_says_what_to_install():
+    logits, target = batch()
+    with pytest.raises(RuntimeError, match=SAYS):
+        sgp.cross_entropy(logits, target)
+    with pytest.raises(RuntimeError, match=SAYS):
+        sgp.linear_cross_entropy(logits, torch.randn(3, 37), target.clamp(max=2))
+
+
+@interpreted_only
+@pytest.mark.usefixtures("old_interpreter")
+def test_verify_and_doctor_say_what_to_install(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    assert verify.run(quick=True) == 2
+    assert re.search(SAYS, capsys.readouterr().out)
+    assert doctor.run() == 1
+    assert re.search(SAYS, capsys.readouterr().out)
+
+
+@interpreted_only
+@pytest.mark.usefixtures("old_interpreter")
+def test_who_runs_pytorchs_operators_needs_no_interpreter(monkeypatch):
+    monkeypatch.setenv("SGP_BACKEND", "auto")
+    logits, target = batch()
+    sgp.cross_entropy(logits, target).backward()
+    assert backend.interpreter_fault.cache_info().misses == 0, "nor is it asked"
+
+
+@interpreted_only
+def test_the_interpreter_here_has_no_fault():
+    assert backend.interpreter_fault() == ""
 
 
 # -- explain() and choose() for machines that are not here -----------------------------------------

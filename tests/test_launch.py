@@ -160,7 +160,11 @@ def test_a_kept_launch_goes_through_call(kept, monkeypatch):
     kernel = Kernel(Compiled())
     put_once(kernel)
     calls = []
-    monkeypatch.setattr(Call, "launch", lambda self: calls.append(self))
+
+    def seen(self):
+        calls.append(self)
+
+    monkeypatch.setattr(Call, "launch", seen)
     put_once(kernel)
     ((seen_kernel, grid, arguments, constants, compiled, _),) = calls
     assert (seen_kernel, grid, arguments[1:]) == (kernel, (5,), (7, 9))

@@ -81,7 +81,7 @@ class _Patch:
         }
 
         def compute(hidden: Tensor, weight: Tensor, **head: Any) -> tuple[Tensor]:
-            scored = target.to(hidden.device)
+            scored = target if target.device == hidden.device else target.to(hidden.device)
             return (linear_cross_entropy(hidden, weight, scored, **options, **head),)
 
         self.selective.request = Request(compute)
