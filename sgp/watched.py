@@ -87,13 +87,12 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         """What the body returns, and None or an empty tensor for what was not asked for."""
-        if is_watched(*arguments[: self.looks_at]):
-            out = self.op(*arguments)
-        else:
-            out = self.body(*arguments)
-        if self.written and not torch.compiler.is_compiling():
-            for place in self.written:  # or autograd would not notice a second backward
-                torch.autograd.graph.increment_version(arguments[place])
+        if torch.compiler.is_compiling():  # the schema says what is written to
+            return self.op(*arguments)
+        watched = is_watched(*arguments[: self.looks_at])
+        out = self.op(*arguments) if watched else self.body(*arguments)
+        for place in self.written:  # or autograd would not notice a second backward
+            torch.autograd.graph.increment_version(arguments[place])
         return out
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
