@@ -126,15 +126,13 @@ def run(*, quick: bool = False, output: pathlib.Path | None = None) -> int:
     if not backend.has_triton():
         console.print("sgp verify: Triton is not installed; there is no kernel to verify")
         return 2
-    results = None
-    if output is not None:
-        folder = output.absolute().parent
-        try:
-            results = _Results(output, device)
-        except OSError as error:
-            why = error.strerror if folder.is_dir() else f"{folder} is no folder"
-            console.print(f"sgp verify: --output {output}: {why}", soft_wrap=True)
-            return 2
+    try:
+        results = None if output is None else _Results(output, device)
+    except OSError as error:
+        folder = output.absolute().parent if output is not None else None
+        why = error.strerror if folder and folder.is_dir() else f"{folder} is no folder"
+        console.print(f"sgp verify: --output {output}: {why}", soft_wrap=True)
+        return 2
     before = os.environ.get("SGP_BACKEND")
     os.environ["SGP_BACKEND"] = "triton"  # an error where the kernels cannot run, never a fallback
     try:
