@@ -48,8 +48,8 @@ def forward(
         launch.put(
             (
                 "forward", logits.device, recipe, V, _known(source), _known(sink),
-                out.saved is None, stats is None, weight is None, row_weight is None,
-                scale is None, os.environ.get("SGP_ROW_FORM"),
+                out.saved is None, stats is None, _dtype(weight), _dtype(row_weight),
+                _dtype(scale), os.environ.get("SGP_ROW_FORM"),
             ),
             (source.ptr, None if sink is None else sink.ptr, target, weight, row_weight, scale),
             N,
@@ -79,7 +79,7 @@ def backward(
         launch.put(
             (
                 "backward", logits.device, recipe, V, _known(source), _known(sink),
-                weight is None, row_weight is None, upstream.lse is None, upstream.entropy is None,
+                _dtype(weight), _dtype(row_weight), _dtype(upstream.lse), _dtype(upstream.entropy),
             ),
             (source.ptr, sink.ptr, target, saved, weight, row_weight, *upstream),
             N,
@@ -97,7 +97,7 @@ def multiply(dlogits: Tensor, target: Tensor | None, factor: Tensor, ignore_inde
         V = matrix_of_rows.shape[-1]
         N = dlogits.numel() // max(1, V)
         launch.put(
-            ("multiply", dlogits.device, ignore_index, V, _known(source), target is None),
+            ("multiply", dlogits.device, ignore_index, V, _known(source), _dtype(target)),
             (source.ptr, target, factor),
             N,
             (source, target, factor, ignore_index, V),
@@ -120,7 +120,7 @@ def mean_scale(
         options = (weight, row_weight, scale)
         launch.put(
             (
-                "mean_scale", target.device, ignore_index, V, weight is None, row_weight is None,
+                "mean_scale", target.device, ignore_index, V, _dtype(weight), _dtype(row_weight),
                 N < 1 << 31,
             ),
             (target, weight, row_weight),
@@ -157,6 +157,10 @@ def _copy_back(written: Matrix | None, x: Tensor | None) -> None:
     """Into x from the copy that was written in its place, if there is one."""
     if written is not None and x is not None and written.ptr is not x:
         x.copy_(written.ptr)
+
+
+def _dtype(x: Tensor | None) -> torch.dtype | None:
+    return None if x is None else x.dtype
 
 
 def _known(m: Matrix | None) -> tuple[object, ...] | None:
