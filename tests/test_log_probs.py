@@ -671,7 +671,7 @@ def test_frozen_sides(trained, dtype, backend, monkeypatch):
         else:
             assert leaf.grad is None, name
     (gradients,) = made
-    assert [g.numel() > 0 for g in gradients] == [i in trained for i in range(3)]
+    assert [g is not None for g in gradients] == [i in trained for i in range(3)]
 
 
 @BOTH
@@ -689,7 +689,7 @@ def test_evaluation_is_one_operator_without_gradients(how, linear, backend, monk
         result = functions(linear)[0](**tensors, target=target)
     (outputs,) = ran
     extra = [outputs[1], *outputs[6:]]
-    assert not any(x.numel() for x in extra), "nothing saved, no gradient allocated"
+    assert extra == [None] * len(extra), "nothing saved, no gradient allocated"
     assert not any(values.requires_grad for values in result)
 
 
