@@ -5,7 +5,7 @@
     python -m bench gpu --resume FILE.jsonl   # the phases that did not end well in that file
     python -m bench gpu --dry-run             # all of it, tiny, on a CPU: no time means anything
     python -m bench gpu --build DIR           # no GPU: compile clusters for a machine whose
-    python -m bench gpu --cubins DIR          # Triton is older than 3.9; there: sweep them too
+    python -m bench gpu --cubins DIR          # Triton is older than 3.8; there: sweep them too
 
 Each phase is a process of its own with a time limit; every record is in the file before the next
 is begun. A phase that crashes, or is ended at its limit, is recorded as that, and the next goes on.

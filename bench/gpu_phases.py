@@ -24,17 +24,17 @@ from torch.profiler import ProfilerActivity, profile
 import sgp
 from bench import cases, lines, machine, measure, right, rivals
 from bench.cases import Case, Model
+from bench.least import Least
 from bench.rivals import Rival
 from sgp import tolerance, verify
 from sgp.kernels import launch, table
-from sgp.kernels.layout import matrix
 from sgp.kernels.table import Line
 
 TINY = Model("tiny", 512, 32)
 TRIALS = (  # the row kernel: V, data
     *((V, "bf16") for V in lines.VOCABULARIES),
     *((V, "head") for V in (151_936, 128_256, 32_000)),
-    (50_257, "bf16"),  # no access of 16 bytes fits every row
+    (50_257, "bf16"),  # rows that begin and end between two accesses
     (128_256, "fp32"),
 )
 LOGITS = ("sgp", "sgp, in place", "PyTorch, all rows", "torch.compile", "Liger", "quack")
@@ -471,38 +471,10 @@ def _cases(phase: Phase, form: str, models: tuple[Model, ...]) -> Iterator[Case]
             yield Case(form, model, 64 if phase.dry else 8_192, kept)
 
 
-class _Least(torch.autograd.Function):
-    """The least that a fused loss takes: two tensors, a count, and one launch each way."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
-        gradient, loss = torch.empty_like(x), torch.empty(len(y), device=x.device)
-        scale = (y != lines.IGNORE).sum(dtype=torch.float32).reciprocal()
-        logits, dlogits = matrix(x), matrix(gradient)
-        assert logits is not None, "one stride between rows"  # noqa: S101
-        launch.row_forward(
-            logits, dlogits, y, loss, None, None, launch.Options(scale=scale),
-            V=x.shape[1], ignore_index=lines.IGNORE,
-        ).launch()  # fmt: skip
-        ctx.save_for_backward(gradient)
-        return loss.sum() * scale
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        dlogits = matrix(gradient)
-        assert dlogits is not None, "one stride between rows"  # noqa: S101
-        N, V = gradient.shape
-        launch.multiply(
-            dlogits, None, upstream, N=N, V=V, ignore_index=lines.IGNORE
-        ).launch()  # fmt: skip
-        return gradient, None
-
-
 LEAST = Rival(
     "least: one Function, one launch each way",
     "logits",
-    lambda p: _Least.apply(p.logits, p.labels),
+    lambda p: Least.apply(p.logits, p.labels),
     rivals.SGP._replace(gpu_only=True),
 )
 

@@ -5,7 +5,7 @@ checked: before each launch the loss and the gradient are filled with NaN; after
 left anywhere, ignored rows must be zero, and rows from all over the matrix are compared with
 float64, of which they may be no further than PyTorch's rows in the same dtype.
 
-Clusters need Triton 3.9: for a machine with an older one `build` compiles them elsewhere, and
+Clusters need Triton 3.8: for a machine with an older one `build` compiles them elsewhere, and
 `cubin.py` launches them.
 """
 

@@ -5,7 +5,8 @@
 
 No GPU is needed: the kernels are compiled for one that is named, and disassembled by a tool of
 Triton's package. An instruction counts where it stands in a loop that goes over the row, whether
-it is executed for every block or, as the comparison with the target, for one of them.
+it is executed for every block or, as the comparison with the target, for one of them. The file
+names the sources that it was made from, as that of `resources` does.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rich.console import Console
 from bench import files, tables
 from bench.binary import NamedTarget, read_nvidia
 from bench.kernel_cases import TARGETS, Case, call_of, target_of
+from bench.resources import fingerprint
 from sgp.kernels import launch
 
 VOCABULARIES = (32_000, 50_257, 128_256, 151_936, 262_144)
@@ -120,7 +122,12 @@ def main() -> int:
             r["kernel"], r["data"], str(r["V"]), *numbers, str(r["registers"]), str(r["spills"])
         )
     Console().print(table)
-    header = {"target": arguments.target, "triton": triton.__version__, "liger": _liger_version()}
+    header = {
+        "target": arguments.target,
+        "triton": triton.__version__,
+        "liger": _liger_version(),
+        "fingerprint": fingerprint(),
+    }
     lines = ",\n".join(json.dumps(record) for record in records)
     output.write_text(f'{json.dumps(header)[:-1]}, "records": [\n{lines}\n]}}\n')
     return 0

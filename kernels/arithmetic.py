@@ -1,4 +1,4 @@
-"""The formulas of the row kernels, one place for each; both forms and the backward call these.
+"""The formulas of the row kernels, one place for each; every form and the backward call these.
 
 A row of logits ``x`` with target ``y`` becomes ``s = cap * tanh(scale * x / cap)`` (scale and cap
 optional). With ``max = max_j s_j``, ``e_j = exp(s_j - max)``, ``s_o = sum_{j != y} e_j`` and

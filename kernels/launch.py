@@ -98,7 +98,7 @@ def put(
         key: of everything that the choice and Triton look at, except where tensors begin: device,
             dtypes, integers, and which arguments are None.
         tensors: those of the arguments that may begin anywhere; a launch is kept, and a kept one
-            used, only where all begin at 16 bytes.
+            used, only where all begin at 16 bytes. Outputs that were allocated for the call do.
         N: rows, a program each up to the most that was chosen.
         arguments: what the kernel is called with, as for `arranged`.
         choose: makes the Call where nothing is kept.

@@ -1,7 +1,7 @@
 """The streaming form of before: maximum and sums of every block meet over the whole program.
 
-What `row_blockwise` does with a barrier less; kept selectable (SGP_ROW_FORM=blockwise) until that
-one has been timed on a GPU.
+`row_streaming` does the same without barriers in its first loop. This form stays selectable
+(SGP_ROW_FORM=blockwise) until that one has been timed on a GPU.
 """
 
 import triton

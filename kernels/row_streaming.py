@@ -46,14 +46,16 @@ def start_of(i_block, blocks, BV: tl.constexpr, DESCENDS: tl.constexpr):
 
 
 @triton.jit
-def load_block(logits, p_body, start, columns, BV: tl.constexpr):
+def load_block(logits, p_body, start, columns, BV: tl.constexpr, AGAIN: tl.constexpr):
+    """A block of logits, kept in L2 if it is read AGAIN."""
     o_lane = tl.arange(0, BV)
-    return tl.load(
-        p_body + column_offset(logits, start) + column_offset(logits, o_lane),
-        mask=o_lane < columns - start,
-        other=float("-inf"),
-        eviction_policy="evict_last",
-    )
+    p_block = p_body + column_offset(logits, start) + column_offset(logits, o_lane)
+    m_col = o_lane < columns - start
+    if AGAIN:
+        b_x = tl.load(p_block, mask=m_col, other=float("-inf"), eviction_policy="evict_last")
+    else:
+        b_x = tl.load(p_block, mask=m_col, other=float("-inf"), eviction_policy="evict_first")
+    return b_x
 
 
 @triton.jit
@@ -112,19 +114,19 @@ def row_of_lanes(carry, opt, ENTROPY: tl.constexpr, LANES: tl.constexpr):
 def first_block(
     logits, i_row, m_row, V,
     BV: tl.constexpr, VECTOR: tl.constexpr, EDGES: tl.constexpr, DESCENDS: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     """What `row_sums` begins with; nothing is read where m_row is false."""
     p_body, _, columns = body(logits, i_row, V, ALIGN, VECTOR, EDGES)
     start = start_of(0, tl.cdiv(columns, BV), BV, DESCENDS)
-    return load_block(logits, p_body, start, tl.where(m_row, columns, 0), BV)
+    return load_block(logits, p_body, start, tl.where(m_row, columns, 0), BV, AGAIN)
 
 
 @triton.jit
 def row_sums(
     logits, i_row, y, b_ahead, reference, opt, V, ENTROPY: tl.constexpr,
     BV: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, EDGES: tl.constexpr,
-    DESCENDS: tl.constexpr, ALIGN: tl.constexpr,
+    DESCENDS: tl.constexpr, ALIGN: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     """(max, s_o, t_o, k) of a row; `b_ahead` is its first block where that was loaded before."""
     p_body, before, columns = body(logits, i_row, V, ALIGN, VECTOR, EDGES)
@@ -149,7 +151,7 @@ def row_sums(
     for i in range(i_begin, blocks):
         start = start_of(i, blocks, BV, DESCENDS)
         m_col = o_lane < columns - start
-        b_x = load_block(logits, p_body, start, columns, BV)
+        b_x = load_block(logits, p_body, start, columns, BV, AGAIN)
         b_w = load_class_weight(before + start + o_lane, m_col, opt)
         carry = accumulate(
             carry, b_x, m_col, y - before - start, reference, b_w, opt, ENTROPY, LANES, VECTOR
@@ -193,8 +195,9 @@ def row_streaming(
     if STAYS:
         rows = tl.cdiv(N - i_first, tl.num_programs(0))
         b_ahead = first_block(
-            logits, i_first.to(tl.int64), y != ignore_index, V, BV, VECTOR, EDGES, DESCENDS, ALIGN
-        )
+            logits, i_first.to(tl.int64), y != ignore_index, V,
+            BV, VECTOR, EDGES, DESCENDS, ALIGN, dlogits is not None,
+        )  # fmt: skip
     else:
         b_ahead = None
     for i in range(rows):
@@ -206,7 +209,10 @@ def row_streaming(
         if y == ignore_index:
             finish_ignored(i_row, loss, saved, stats)
             if STAYS:
-                b_ahead = first_block(logits, i_next, m_next, V, BV, VECTOR, EDGES, DESCENDS, ALIGN)
+                b_ahead = first_block(
+                    logits, i_next, m_next, V,
+                    BV, VECTOR, EDGES, DESCENDS, ALIGN, dlogits is not None,
+                )  # fmt: skip
             if dlogits is not None:
                 zero_row(dlogits, i_row, V, BV_2, LANES, VECTOR, EDGES, ALIGN)
         else:
@@ -219,13 +225,16 @@ def row_streaming(
             r, w_y, w_mean = load_row_scalars(i_row, i_y, m_y, opt)
             carry = row_sums(
                 logits, i_row, i_y, b_ahead, reference, opt, V, stats is not None,
-                BV, LANES, VECTOR, EDGES, DESCENDS, ALIGN,
+                BV, LANES, VECTOR, EDGES, DESCENDS, ALIGN, dlogits is not None,
             )  # fmt: skip
             top, inv_d, so_d = finish(
                 carry, s_y, reference, r, w_y, w_mean, i_row, loss, saved, stats, V, opt
             )
             if STAYS:
-                b_ahead = first_block(logits, i_next, m_next, V, BV, VECTOR, EDGES, DESCENDS, ALIGN)
+                b_ahead = first_block(
+                    logits, i_next, m_next, V,
+                    BV, VECTOR, EDGES, DESCENDS, ALIGN, dlogits is not None,
+                )  # fmt: skip
             if dlogits is not None:
                 write_gradient(
                     logits, dlogits, i_row, i_y, x_y, m_y, top, inv_d, so_d, r, w_y, w_mean, opt, V,

@@ -37,10 +37,7 @@ class Target(NamedTuple):
 
     @property
     def has_clusters(self) -> bool:
-        """Whether programs may share a row: on sm_90 and sm_100, from Triton 3.8 on.
-
-        Older ones abort on `num_ctas`.
-        """
+        """Whether programs may share a row: on sm_90 and sm_100, from Triton 3.8 on."""
         return self.backend == "cuda" and self.capability // 10 in (9, 10) and self.triton >= (3, 8)
 
     @property
@@ -102,14 +99,16 @@ ONE_BLOCK = (
 )
 # The head's float32 rows with a 16-bit gradient, in a cluster: up to 64 columns a thread in 128
 # registers, in pieces of 8. Anything else lost to streaming: bf16 at V = 32 000 has 45 % in a
-# cluster, at 128 256 64 %.
-PIECES = (5, 6, 8, 10)  # counts that are compiled; rows between two take the larger
+# cluster, at 128 256 64 %. Not timed on an H200 or on sm_100.
+PIECES = (6, 7, 8, 10)  # counts that are compiled; rows between two take the larger
 CLUSTERS = (
     Line("resident", 16_384, 256, 8, 8, 2),  # timed: H100 79 % at V = 128 256
     Line("resident", 16_384, 256, 10, 8, 2),  # timed: H100 83 % at V = 151 936
     Line("resident", 32_768, 512, 8, 8),  # timed: H100 68 % at V = 262 144
 )
-CLUSTERS_FROM = 65_536  # columns; at 50 264 72 %, at 32 000 60 %, where streaming has more
+# Columns. At 32 000 a cluster has 60 %, streaming 92; between there and 128 256 streaming was not
+# timed.
+CLUSTERS_FROM = 100_000
 
 # What is streamed, by bytes of a logit: (columns that a row must be shorter than, line).
 # 64 bytes of a row a thread and block: with fewer less is on its way from memory.
@@ -120,7 +119,7 @@ STREAMING = {
         # The second reading misses L2. Timed: H100 78 % at 262 144.
         (None, Line("streaming", 32_768, 1_024, BV_2=16_384, descends=True)),
     ),
-    4: (
+    4: (  # timed for the head's rows, with a 16-bit gradient in their place
         (100_000, Line("streaming", 16_384, 1_024, BV_2=8_192)),  # timed: H100 92 % at 32 000
         # timed: H100 74 % at 128 256, 71 at 151 936
         (None, Line("streaming", 16_384, 1_024, BV_2=8_192, descends=True)),
@@ -168,8 +167,9 @@ ONE_PASS = Line("streaming", 16_384, 1_024)
 ONE_PASS_HALVING = Line("streaming", 8_192, 1_024)
 ONE_PASS_HEAVY = Line("streaming", 8_192, 512)
 
-# The lines of the form of before.
-BLOCKWISE = Line("blockwise", 16_384, 1_024)  # timed: H100 66, 74, 67 % at 32 000, 128 256, 151 936
+# The lines of the form of before. Timed with its own second loop: H100 66 % at 32 000, 74 at
+# 128 256, 67 at 151 936.
+BLOCKWISE = Line("blockwise", 16_384, 1_024)
 BLOCKWISE_HALVING = Line("blockwise", 8_192, 1_024)
 BLOCKWISE_HEAVY = Line("blockwise", 8_192, 512)
 BLOCKWISE_NARROW = Line("blockwise", 4_096, 512)
@@ -209,8 +209,12 @@ def resident_lines(row: Row, target: Target) -> Iterator[Line]:
     """The lines that such a row may have, whatever its length, in the order of preference."""
     yield from ONE_BLOCK
     is_head = row.halving and row.light and row.wide and row.contiguous and not row.edges
-    if is_head and target.has_clusters and row.V >= CLUSTERS_FROM:
+    if not is_head or not target.has_clusters or row.V < CLUSTERS_FROM:
+        return
+    if target.triton >= (3, 9):
         yield from CLUSTERS
+    elif row.quiet:  # 3.8 fails on more sums, and on ten pieces ("PlanCTA")
+        yield from (line for line in CLUSTERS if line.pieces <= 8)
 
 
 def _small(row: Row, form: str) -> Line | None:
@@ -303,13 +307,16 @@ def _words(row: Row, target: Target) -> str:
         why.append("8 does not divide V, a stride between rows or the start in memory")
     if not row.light:
         why.append("softcap or class weights")
+    if not row.quiet and target.triton < (3, 9):
+        why.append("smoothing or statistics with Triton 3.8")
     if not target.has_clusters:
         why.append("no clusters")
     if row.V < CLUSTERS_FROM:
         why.append(f"clusters from {CLUSTERS_FROM} columns on")
+    reasons = f" ({'; '.join(why)})" if why else ""
     gpu = f"{target.backend} {target.capability or ''}".strip()
     version = ".".join(map(str, target.triton))
     return (
-        f"rows of {row.V} columns: {longest} is the most ({'; '.join(why)}) on {gpu} with Triton "
+        f"rows of {row.V} columns: {longest} is the most{reasons} on {gpu} with Triton "
         f"{version}; use 'auto' or 'streaming'"
     )

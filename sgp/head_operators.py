@@ -116,7 +116,7 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext()
 
 
-@operator(looks_at=2, tags=TAGS)
+@operator(tags=TAGS)
 def head_forward(
     input: Tensor,  # noqa: A002
     linear_weight: Tensor,
@@ -179,7 +179,7 @@ def _(
     return *out[:-1], *gradients
 
 
-@operator(looks_at=2, tags=TAGS)
+@operator(tags=TAGS)
 def head_backward(
     input: Tensor,  # noqa: A002
     linear_weight: Tensor,

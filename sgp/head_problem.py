@@ -37,7 +37,7 @@ def make_head_problem(
     Raises:
         ValueError, TypeError: with what was passed, what was expected, and what to do.
     """
-    recipe.check(name)
+    recipe = recipe.check(name)
     if linear_weight.dim() != 2:
         raise ValueError(
             f"{name}: linear_weight is {tuple(linear_weight.shape)}; expected (V, D) = "

@@ -76,10 +76,18 @@ def token_log_probs(
     refuse_forward_mode(LOG_PROBS, input)
     out: tuple[Tensor, ...]
     if torch.is_grad_enabled() and input.requires_grad:
-        out = apply(RowStatistics, problem.input, problem.target, recipe)[:4]
+        out = apply(RowStatistics, problem.input, problem.target, problem.recipe)[:4]
     else:
         _, _, *stats, _ = operators.row_forward(
-            problem.input.detach(), problem.target, None, None, None, *recipe, False, False, True
+            problem.input.detach(),
+            problem.target,
+            None,
+            None,
+            None,
+            *problem.recipe,
+            False,
+            False,
+            True,
         )
         out = tuple(stats)
     return TokenLogProbs(*map(problem.shaped, out))

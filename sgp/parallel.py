@@ -175,7 +175,7 @@ def cross_entropy(
     options = (reduction, inplace, return_stats)
     shard, rows = agree_on_logits(name, group, problem, target, vocab_size, scale, options)
     check_weight_length(name, weight, shard)
-    call = Call(shard, recipe, need_stats=return_stats, of_stats=False, inplace=inplace)
+    call = Call(shard, problem.recipe, need_stats=return_stats, of_stats=False, inplace=inplace)
     out: tuple[Tensor, ...] = apply(
         ShardLogits, problem.input, problem.target, rows, problem.weight, problem.token_weight, call
     )
@@ -351,7 +351,7 @@ def token_log_probs(
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
     problem = logits_problem(name, local_logits, target, None, recipe)
     shard, rows = agree_on_logits(name, group, problem, target, vocab_size, None, ())
-    call = Call(shard, recipe, need_stats=True, of_stats=True, inplace=False)
+    call = Call(shard, problem.recipe, need_stats=True, of_stats=True, inplace=False)
     out: tuple[Tensor, ...] = apply(
         ShardLogits, problem.input, problem.target, rows, None, None, call
     )

@@ -67,7 +67,7 @@ def make_problem(
         shape = tuple(target.shape)
         return Problem(input, target, shape, recipe.check(name), None, None, None, 1)
     check_input_and_target(name, input, target)
-    recipe.check(name)
+    recipe = recipe.check(name)
     classes = input.shape[1 if isinstance(target, Tensor) and input.dim() > 1 else -1]
     if classes == 0 and not part:
         raise ValueError(f"{name}: input {tuple(input.shape)} has a vocabulary of 0")

@@ -22,7 +22,11 @@ class Recipe(NamedTuple):
     temperature: float = 1.0
 
     def check(self, name: str) -> Recipe:
-        """Itself; raises ValueError or TypeError where a constant has no meaning."""
+        """Itself, with floats for other real numbers (NumPy's, fractions).
+
+        Raises:
+            ValueError, TypeError: where a constant has no meaning.
+        """
         for label, value in zip(self._fields, self, strict=True):
             usual = (int,) if label == "ignore_index" else (float, int)
             if type(value) in usual:  # without a look at abstract base classes
@@ -46,7 +50,14 @@ class Recipe(NamedTuple):
         ):
             if not -math.inf < value < math.inf:  # compiled, math.isfinite breaks the graph
                 raise ValueError(f"{name}: {label} = {value}; expected a finite number")
-        return self
+        return self._plain()
+
+    def _plain(self) -> Recipe:
+        """The same with Python's own numbers: kernels and operators take no others."""
+        if all(value is None or type(value) in (float, int) for value in self):
+            return self
+        first, *others = self
+        return Recipe(int(first), *(None if x is None else float(x) for x in others))  # type: ignore[arg-type]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -97,12 +97,15 @@ def multiply(dlogits: Tensor, target: Tensor | None, factor: Tensor, ignore_inde
         V = matrix_of_rows.shape[-1]
         N = dlogits.numel() // max(1, V)
         launch.put(
-            ("multiply", dlogits.device, ignore_index, V, _known(source), _dtype(target)),
+            (
+                "multiply", dlogits.device, ignore_index, V, _known(source), _dtype(target),
+                factor.dtype,
+            ),
             (source.ptr, target, factor),
             N,
             (source, target, factor, ignore_index, V),
             lambda: launch.multiply(source, target, factor, N=N, V=V, ignore_index=ignore_index),
-        )
+        )  # fmt: skip
         _copy_back(source, matrix_of_rows)
 
 
@@ -121,7 +124,7 @@ def mean_scale(
         launch.put(
             (
                 "mean_scale", target.device, ignore_index, V, _dtype(weight), _dtype(row_weight),
-                N < 1 << 31,
+                dtype, N < 1 << 31,
             ),
             (target, weight, row_weight),
             1,
@@ -184,9 +187,9 @@ def _options(
         float(recipe.label_smoothing) or None,
         float(recipe.lse_square_scale) or None,
         None if recipe.softcap is None else float(recipe.softcap),
-        None if recipe.softcap is None else 1 / recipe.softcap,
+        None if recipe.softcap is None else 1 / float(recipe.softcap),
         None if recipe.logit_scale == 1.0 else float(recipe.logit_scale),
-        None if recipe.temperature == 1.0 else 1 / recipe.temperature,
+        None if recipe.temperature == 1.0 else 1 / float(recipe.temperature),
         upstream.lse,
         upstream.entropy,
         upstream.entropy_value,

@@ -27,13 +27,13 @@ PLAIN = (Tensor, nn.Parameter)
 LIBRARY = torch.library.Library("sgp", "FRAGMENT")
 
 
-def is_watched(*tensors: Tensor) -> bool:
+def is_watched(*tensors: Tensor | None) -> bool:
     """Whether more than autograd looks at what happens to these tensors.
 
     That is torch.compile and torch.export, dispatch modes (fake tensors, make_fx, selective
     checkpointing) and function modes, `torch.func` transforms, `torch.jit.trace`, profilers,
-    tensor subclasses, and tensors without memory: those on the meta device, and those that a
-    transform has left behind.
+    tensor subclasses, and tensors without memory: those on the meta device, those that a transform
+    has left behind, and the batches of `torch.autograd.grad(is_grads_batched=True)`.
     """
     if (
         torch.compiler.is_compiling()
@@ -44,8 +44,14 @@ def is_watched(*tensors: Tensor) -> bool:
         or profiler._is_profiler_enabled
     ):
         return True
+    functorch = _C._functorch
     for x in tensors:
-        if type(x) not in PLAIN or x.is_meta or _C._functorch.is_functorch_wrapped_tensor(x):
+        if x is not None and (
+            type(x) not in PLAIN
+            or x.is_meta
+            or functorch.is_functorch_wrapped_tensor(x)
+            or functorch.is_legacy_batchedtensor(x)
+        ):
             return True
     return False
 
@@ -62,7 +68,6 @@ class Operator:
         body: Callable[..., Any],
         *,
         mutates_args: tuple[str, ...] = (),
-        looks_at: int = 1,
         tags: Sequence[torch.Tag] = (),
     ) -> None:
         """Define sgp::name of the body's name.
@@ -70,10 +75,9 @@ class Operator:
         Args:
             body: what it computes; its annotations become the schema.
             mutates_args: the parameters that are written to.
-            looks_at: how many of the first arguments are tensors that somebody may be watching.
             tags: for torch.compile.
         """
-        self.body, self.looks_at = body, looks_at
+        self.body = body
         update_wrapper(self, body)
         name = body.__name__
         self.kernel = _filling(body)
@@ -82,14 +86,17 @@ class Operator:
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         LIBRARY.impl(name, self.kernel, "CompositeExplicitAutograd")
         self.op = getattr(torch.ops.sgp, name).default
-        parameters = list(inspect.signature(body).parameters)
-        self.written = [parameters.index(argument) for argument in mutates_args]
+        parameters = inspect.signature(body, eval_str=True).parameters
+        # Tensors come first. Anyone of them may be watched: autograd batches upstream gradients
+        # alone, and labels may be gathered asynchronously.
+        self.tensors = sum(p.annotation in (Tensor, Tensor | None) for p in parameters.values())
+        self.written = [list(parameters).index(argument) for argument in mutates_args]
 
     def __call__(self, *arguments: Any) -> Any:
         """What the body returns, and None or an empty tensor for what was not asked for."""
         if torch.compiler.is_compiling():  # the schema says what is written to
             return self.op(*arguments)
-        watched = is_watched(*arguments[: self.looks_at])
+        watched = is_watched(*arguments[: self.tensors])
         out = self.op(*arguments) if watched else self.body(*arguments)
         for place in self.written:  # or autograd would not notice a second backward
             torch.autograd.graph.increment_version(arguments[place])

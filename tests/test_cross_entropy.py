@@ -31,7 +31,7 @@ IMPLEMENTATIONS = pytest.mark.parametrize(
     ("backend", "row_form"),
     [("torch", "auto"), ("triton", "auto"), ("triton", "staying")],
     indirect=True,
-    ids=["torch", "resident", "streaming"],
+    ids=["torch", "auto-resident", "staying-streaming"],
 )
 
 

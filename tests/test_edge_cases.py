@@ -33,7 +33,7 @@ REDUCTIONS = ["mean", "sum", "none", "sequence_sum", "sequence_mean"]
 
 # Left alone, the launch table holds rows of up to 4096 columns on chip and streams longer ones.
 TORCH, RESIDENT, STREAMING = ("torch", "auto"), ("triton", "auto"), ("triton", "staying")
-NAMES = {TORCH: "torch", RESIDENT: "resident", STREAMING: "streaming"}
+NAMES = {TORCH: "torch", RESIDENT: "auto-resident", STREAMING: "staying-streaming"}
 
 
 @pytest.fixture(autouse=True, params=NAMES, ids=NAMES.values())

@@ -2,6 +2,9 @@
 
 # ruff: noqa: ARG001  (fixtures are asked for by name, for what they do)
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 from torch import func
@@ -9,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -319,3 +323,77 @@ def test_vjp_after_its_transform_has_ended(reduction, target, backend):
     leaf = logits.clone().requires_grad_()
     sgp.cross_entropy(leaf, target, reduction=reduction).sum().backward()
     torch.testing.assert_close(gradient, leaf.grad)
+
+
+@pytest.mark.parametrize("loss", ["none", "log-probs", "head"])
+def test_batches_of_upstream_gradients(loss, backend):
+    """`is_grads_batched`, and so `jacobian(vectorize=True)`: autograd batches these alone."""
+    torch.manual_seed(4)
+    logits = torch.randn(4, 7, requires_grad=True)
+    hidden, weight = torch.randn(4, 3, requires_grad=True), torch.randn(7, 3)
+    target = torch.tensor([1, 0, -100, 6])
+
+    def rows(x):
+        if loss == "none":
+            return sgp.cross_entropy(x, target, reduction="none")
+        if loss == "log-probs":
+            return sgp.token_log_probs(x, target).log_prob
+        return sgp.linear_cross_entropy(x, weight, target, reduction="none")
+
+    x = hidden if loss == "head" else logits
+    found = torch.autograd.grad(rows(x), x, torch.eye(4), is_grads_batched=True)[0]
+    one_by_one = [torch.autograd.grad(rows(x), x, upstream)[0] for upstream in torch.eye(4)]
+    torch.testing.assert_close(found, torch.stack(one_by_one), rtol=1e-6, atol=1e-7)
+
+
+class Wrapped(torch.Tensor):
+    """A tensor without memory of its own, as collectives return it until they have ended."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, dtype=inner.dtype, device=inner.device, strides=inner.stride()
+        )
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), keywords=None):
+        def plain(x):
+            return x.inner if isinstance(x, cls) else x
+
+        return function(*tree_map(plain, arguments), **tree_map(plain, keywords or {}))
+
+
+def test_any_tensor_may_be_a_subclass(backend):
+    """Labels, weights and upstream gradients beside plain logits."""
+    torch.manual_seed(5)
+    logits = torch.randn(6, 11, requires_grad=True)
+    target = torch.tensor([1, -100, 10, 0, -100, 4])
+    weight, upstream = torch.rand(11), torch.tensor(2.0)
+    expected = sgp.cross_entropy(logits, target, weight)
+    for found in (
+        sgp.cross_entropy(logits, Wrapped(target), weight),
+        sgp.cross_entropy(logits, target, Wrapped(weight)),
+    ):
+        assert torch.equal(found, expected)
+    (gradient,) = torch.autograd.grad(expected, logits, Wrapped(upstream))
+    again = sgp.cross_entropy(logits, target, weight)
+    assert torch.equal(gradient, torch.autograd.grad(again, logits, upstream)[0])
+    hidden, head = torch.randn(6, 8), torch.randn(11, 8)
+    expected = sgp.linear_cross_entropy(hidden, head, target)
+    assert torch.equal(sgp.linear_cross_entropy(hidden, head, Wrapped(target)), expected)
+
+
+@pytest.mark.parametrize("make", [np.float32, Fraction], ids=["NumPy", "fraction"])
+def test_any_real_number_is_a_constant(make, backend):
+    logits, target = torch.randn(3, 8), torch.tensor([1, 2, -100])
+    options = {"softcap": 30, "logit_scale": 0.5, "label_smoothing": 0.25}
+    expected = sgp.cross_entropy(logits, target, **options)
+    found = sgp.cross_entropy(logits, target, **{k: make(v) for k, v in options.items()})
+    assert torch.equal(found, expected)
+    found = sgp.token_log_probs(logits, target, temperature=make(2))
+    assert torch.equal(found.lse, sgp.token_log_probs(logits, target, temperature=2).lse)
