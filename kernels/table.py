@@ -4,8 +4,7 @@ Every choice is made from shapes, dtypes, the options that are on and the GPU's 
 waits for a device. `python -m bench resources` compiles every line ahead of time, without a GPU,
 into bench/results/resources.json: registers, stack, access widths, instructions an element. No line
 spills there, on sm_80, sm_90, sm_100 and gfx942 with Triton 3.9, and where rows are wide, accesses
-are 16 bytes. The figures beside the lines are from that file: the most registers of any of the
-line's kernels on sm_90 | sm_100.
+are 16 bytes.
 
 "timed" beside a line is its share of a copy's bandwidth with 8192 rows (float32: 4096), all kept,
 on 2026-11-27 with Triton 3.6, for the kernel that `row_streaming` was designed after
@@ -92,10 +91,10 @@ class Line(NamedTuple):
 
 # Rows of one block: 8 or 16 columns a thread, room for every option. Not timed.
 ONE_BLOCK = (
-    Line("resident", 256, 32),  # 76 | 77
-    Line("resident", 1_024, 64),  # 163 | 139
-    Line("resident", 2_048, 128),  # 144 | 140
-    Line("resident", 4_096, 256),  # 145 | 138
+    Line("resident", 256, 32),
+    Line("resident", 1_024, 64),
+    Line("resident", 2_048, 128),
+    Line("resident", 4_096, 256),
 )
 # The head's float32 rows with a 16-bit gradient, in a cluster: up to 64 columns a thread in 128
 # registers, in pieces of 8. Anything else lost to streaming: bf16 at V = 32 000 has 45 % in a
