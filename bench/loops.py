@@ -130,6 +130,7 @@ def main() -> int:
     }
     lines = ",\n".join(json.dumps(record) for record in records)
     output.write_text(f'{json.dumps(header)[:-1]}, "records": [\n{lines}\n]}}\n')
+    print(f"written: {output}")
     return 0
 
 
