@@ -106,7 +106,7 @@ def test_forward_writes_the_bits_of_a_separate_buffer(dtype, options, V, fits):
     assert torch.equal(rows.place, separate)
     assert not rows.place[rows.target == IGNORE].view(torch.int16).any()
     for name, values, others in zip(out._fields, out, expected, strict=True):
-        assert torch.equal(values, others), name
+        assert (values is None and others is None) or torch.equal(values, others), name
     rows.assert_only_first_halves_changed()
 
 
@@ -162,7 +162,7 @@ for case in json.loads(sys.argv[1]):
 # (kernel, V, dtype of the logits, options, layout, form)
 COMPILED = [
     ("forward", 256, "fp32", "plain", "head"),  # one warp holds the row
-    ("forward", 8_192, "fp32", "logged", "head"),  # four pieces
+    ("forward", 8_192, "fp32", "logged", "head"),  # streamed
     ("forward", 151_936, "fp32", "plain", "head"),  # a cluster
     ("forward", 151_936, "bf16", "logged", "rows"),
     ("forward", 151_936, "fp32", "plain", "head", "streaming"),
@@ -201,7 +201,8 @@ def accesses(sass, *, wide):
 def test_all_is_loaded_before_anything_is_stored(tmp_path):
     """In the code for an H100, of every kernel that writes gradients.
 
-    Block by block, a barrier stands between a block's loads and its stores: without it a thread may
+    Where the gradient is narrower than the logits it lies over, a barrier stands between a block's
+    loads and its stores (for some blocks, as `wait_for_loads` has it): without it a thread may
     store over logits that another has still to load, a race that no test on a CPU, and hardly one
     on a GPU, would see. A resident row's stores depend on a sum over all that was loaded, which all
     warps, and all programs of a cluster, have met for. The target's gradient comes after a barrier,
@@ -221,7 +222,7 @@ def test_all_is_loaded_before_anything_is_stored(tmp_path):
     for case, (name, num_warps, ttgir, sass) in zip(COMPILED, kernels, strict=True):
         wide = case[1] % 8 == 0
         word = accesses(sass, wide=wide)
-        if wide:
+        if wide and name == "row_resident":
             assert re.search(r"B+T+S?[BC]*\^?X", word), f"{name} {case}: {word}"
         stores = re.findall(r"ttg?\.store .*tensor<(\w+)x!tt\.ptr<bf16>, (#\w+)>", ttgir)
         assert len(set(stores)) == 1, f"{name} {case}: stores of more than one layout, {stores}"
@@ -230,7 +231,10 @@ def test_all_is_loaded_before_anything_is_stored(tmp_path):
             meeting += ".*C" if 'num-ctas" = 1 ' not in ttgir else ""
             assert re.search(rf"L+[^LS]*{meeting}[^L]*S+B+T", word), f"{name} {case}: {word}"
             assert not re.search(r"[ST].*L", word[word.index("L") :]), f"{name} {case}: {word}"
-        else:
+            continue
+        # The loop that stores, then a barrier, then the target's gradient, by one thread.
+        assert re.search(r"S+\^+B+[ST]+", word), f"{name} {case}: {word}"
+        if case[4] == "head":
             assert not re.search(r"L[^BX]*S", word), (
                 f"{name} {case}: a store may pass a load, {word}"
             )
