@@ -127,7 +127,7 @@ def main() -> int:
         f'{{"N": {N}, "records": [\n{lines}\n], "rivals": [\n{rivals}\n]}}\n'
     )
     ours = [c for c in others if c.name == "sgp"]
-    fine = all(c.asked is not None and c.asked <= SLACK * c.least for c in ours)
+    fine = all(c.asked is not None and c.asked <= SLACK * (1 + 2 * c.kept) for c in ours)
     return 0 if fine and all(c.within_budget for c in counts) else 1
 
 

@@ -321,10 +321,10 @@ def log_of_sum(inv_d, so_d):
 
 @triton.jit
 def coefficients(i_row, top, inv_d, so_d, m_y, r, w_y, w_mean, V, opt):
-    """(a, a - b, b s_o / d, c / V, h, H - log d, l, l max): where every option of the loss meets.
+    """(a, a - b, b s_o / d, c / V, h, H - log d, l, l max, rest): where every option meets.
 
-    a, a - b and h multiply 2^(l s - l max) and have taken 1 / d and what `exponent_of` left with
-    them, and so has H - log d; NaN for a bad target.
+    a, a - b and h multiply 2^(l s - l max) and have taken 1 / d and the `rest` of `exponent_of`
+    with them; NaN for a bad target.
     """
     if opt.scale is not None:
         r = r * tl.load(opt.scale)
@@ -350,12 +350,11 @@ def coefficients(i_row, top, inv_d, so_d, m_y, r, w_y, w_mean, V, opt):
     a = b + a_minus_b
     l, c, rest = exponent_of(top)  # noqa: E741
     inv_d = inv_d * tl.exp2(-rest)
-    h_origin = h_origin - rest * LN2
-    return a * inv_d, a_minus_b * inv_d, b * so_d, c_over_v, h * inv_d, h_origin, l, c
+    return a * inv_d, a_minus_b * inv_d, b * so_d, c_over_v, h * inv_d, h_origin, l, c, rest
 
 
 @triton.jit
-def gradient(b_x, l, c, factor, offset, c_w_over_v, h, h_origin, opt):  # noqa: E741
+def gradient(b_x, l, c, rest, factor, offset, c_w_over_v, h, h_origin, opt):  # noqa: E741
     """The gradient, float32: factor p - offset, and what the options add, from `coefficients`.
 
     With factor a and offset 0 it is every column's but the target's; with (a - b, b s_o / d) the
@@ -367,7 +366,8 @@ def gradient(b_x, l, c, factor, offset, c_w_over_v, h, h_origin, opt):  # noqa: 
     if opt.label_smoothing is not None:
         b_g -= c_w_over_v
     if opt.entropy_weight is not None:
-        b_g -= h * (b_e * (finite(b_z) * LN2 + h_origin))
+        # Less the rest first: where a class is nearly certain, log p + H is far smaller than it.
+        b_g -= h * (b_e * (finite(b_z - rest) * LN2 + h_origin))
     if opt.softcap is not None:
         b_g = b_g * transform_slope(b_x, opt)
     if opt.logit_scale is not None:

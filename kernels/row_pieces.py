@@ -69,7 +69,7 @@ def write_gradient(
 ):  # fmt: skip
     p_x, before, columns = body(logits, i_row, V, ALIGN, VECTOR, EDGES)
     p_g, _, _ = body(dlogits, i_row, V, ALIGN, VECTOR, EDGES)
-    a, a_minus_b, b_so_d, c_over_v, h, h_origin, l, c = coefficients(  # noqa: E741
+    a, a_minus_b, b_so_d, c_over_v, h, h_origin, l, c, rest = coefficients(  # noqa: E741
         i_row, top, inv_d, so_d, m_y, r, w_y, w_mean, V, opt
     )
     o_lane = tl.arange(0, BV)
@@ -82,7 +82,7 @@ def write_gradient(
             eviction_policy="evict_first",
         )
         b_w = load_class_weight(before + start + o_lane, m_col, opt)
-        b_g = gradient(b_x, l, c, a, 0.0, c_over_v * b_w, h, h_origin, opt)
+        b_g = gradient(b_x, l, c, rest, a, 0.0, c_over_v * b_w, h, h_origin, opt)
         wait_for_loads(k, p_x, p_g)
         tl.store(
             p_g + column_offset(dlogits, start) + column_offset(dlogits, o_lane),
@@ -95,9 +95,9 @@ def write_gradient(
         o_col, m_col = edge_columns(before, columns, V, VECTOR, LANES)
         b_x = tl.load(row_pointer(logits, i_row, 1) + o_col, mask=m_col)
         b_w = load_class_weight(o_col, m_col, opt)
-        b_g = gradient(b_x, l, c, a, 0.0, c_over_v * b_w, h, h_origin, opt)
+        b_g = gradient(b_x, l, c, rest, a, 0.0, c_over_v * b_w, h, h_origin, opt)
         tl.store(p_row + o_col, b_g.to(p_g.dtype.element_ty), mask=m_col)
     # The target's gradient, over what has been stored for its column, maybe by another thread.
-    g_y = gradient(x_y, l, c, a_minus_b, b_so_d, c_over_v * w_y, h, h_origin, opt)
+    g_y = gradient(x_y, l, c, rest, a_minus_b, b_so_d, c_over_v * w_y, h, h_origin, opt)
     tl.debug_barrier()
     tl.store(p_row + column_offset(dlogits, y), g_y.to(p_g.dtype.element_ty))

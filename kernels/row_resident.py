@@ -136,7 +136,7 @@ def row_resident(  # noqa: PLR0915
             carry, s_y, reference, r, w_y, w_mean, i_row, loss, saved, stats, V, opt
         )
         if dlogits is not None:
-            a, a_minus_b, b_so_d, c_over_v, h, h_origin, l, c = coefficients(  # noqa: E741
+            a, a_minus_b, b_so_d, c_over_v, h, h_origin, l, c, rest = coefficients(  # noqa: E741
                 i_row, top, inv_d, so_d, m_y, r, w_y, w_mean, V, opt
             )
             p_g = row_pointer(dlogits, i_row, ALIGN)
@@ -144,11 +144,11 @@ def row_resident(  # noqa: PLR0915
                 o_col = k * BV + o_lane
                 m_col = o_col < V
                 b_w = load_class_weight(o_col, m_col, late)
-                b_g = gradient(row[k], l, c, a, 0.0, c_over_v * b_w, h, h_origin, late)
+                b_g = gradient(row[k], l, c, rest, a, 0.0, c_over_v * b_w, h, h_origin, late)
                 tl.store(
                     p_g + column_offset(dlogits, o_col), b_g.to(p_g.dtype.element_ty), mask=m_col
                 )
-            g_y = gradient(x_y, l, c, a_minus_b, b_so_d, c_over_v * w_y, h, h_origin, late)
+            g_y = gradient(x_y, l, c, rest, a_minus_b, b_so_d, c_over_v * w_y, h, h_origin, late)
             # The target's gradient, over what has been stored for its column, by the same thread:
             # all stores of BV columns are laid out alike. The barrier is for a compiler that gives
             # them two layouts; it is one of the program, not of a cluster.

@@ -271,7 +271,7 @@ def test_predict_shows_what_was_measured(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("name", "task", "asked"),
     [
-        ("sgp", "loss", (2.0, 1.25)),
+        ("sgp", "loss", (3.0, 1.5)),
         ("Liger", "loss", (3.0, 1.5)),
         ("flash-linear-attention", "loss", (3.0, 3.0)),
         ("sgp", "log-probs", (3.0, 1.5)),
