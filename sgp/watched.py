@@ -24,7 +24,8 @@ from torch import _C, Tensor, nn
 from torch.autograd import profiler
 
 PLAIN = (Tensor, nn.Parameter)
-LIBRARY = torch.library.Library("sgp", "FRAGMENT")
+NAMESPACE = "sgp::".removesuffix("::")  # a copy of the package gets another (huggingface/hub.py)
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def is_watched(*tensors: Tensor | None) -> bool:
@@ -85,7 +86,7 @@ class Operator:
         schema = torch.library.infer_schema(self.kernel, mutates_args=mutates_args)
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         LIBRARY.impl(name, self.kernel, "CompositeExplicitAutograd")
-        self.op = getattr(torch.ops.sgp, name).default
+        self.op = getattr(getattr(torch.ops, NAMESPACE), name).default
         parameters = inspect.signature(body, eval_str=True).parameters
         # Tensors come first. Anyone of them may be watched: autograd batches upstream gradients
         # alone, and labels may be gathered asynchronously.
@@ -104,7 +105,9 @@ class Operator:
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """Give the operator its fake, which like the body may return None for a tensor."""
-        torch.library.register_fake(f"sgp::{self.body.__name__}", _filling(fake), lib=LIBRARY)
+        torch.library.register_fake(
+            f"{NAMESPACE}::{self.body.__name__}", _filling(fake), lib=LIBRARY
+        )
         return fake
 
 

@@ -305,7 +305,7 @@ def blind(put, missing):
         elif missing == "recipe":
             key = tuple(part for part in key if not isinstance(part, Recipe))
         elif missing == "options":  # which of them are None
-            key = tuple(part for part in key if not isinstance(part, bool))
+            key = tuple(x for x in key if not isinstance(x, (bool, torch.dtype, type(None))))
         elif missing == "strides":
             key = tuple(part if not isinstance(part, tuple) else part[:1] for part in key)
         return put(key, tensors, *rest)
