@@ -11,6 +11,9 @@ optional). With ``max = max_j s_j``, ``e_j = exp(s_j - max)``, ``s_o = sum_{j !=
     grad_y = (a - b) p_y - b s_o / d - c w_y / V
     b = r (1 - eps) w_y,   c = r eps,   a = b + c mean(w) + 2 zeta lse r
 
+(Where the target has most of the mass, what smoothing adds to ``grad_y`` is written as
+``c (mean(w) - w_y / V) - c mean(w) s_o / d``: with one class it is 0, and z-loss alone is left.)
+
 Log-probability, entropy ``H = log(d) - sum_j p_j (s_j - max)`` and lse are differentiated by the
 same formula: an upstream gradient ``u`` of the log-probability is ``r = -u``, ``l`` of lse adds to
 ``a``, and ``h`` of the entropy adds ``-h p_j (log p_j + H)``. A temperature divides s, after the
@@ -35,6 +38,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 MINUS_2_LOG2E = tl.constexpr(-2.8853900817779268)
 # From here on, float32 numbers that differ do so by more than 2^15.
 COARSE = tl.constexpr(2.0**40)
+LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
+# Columns of NaN are counted from the lowest int32, so that they come before all others.
+FIRST_NAN = tl.constexpr(-(2**31))
+NOWHERE = tl.constexpr(2**31 - 1)
 
 
 class Options(NamedTuple):
@@ -61,7 +68,7 @@ class Statistics(NamedTuple):
     log_prob: object  # (N,) fp32, nats
     entropy: object  # (N,) fp32, nats
     lse: object  # (N,) fp32
-    is_top1: object  # (N,) bool
+    is_top1: object  # (N,) bool: no score of the row is larger than the target's, and none is NaN
 
 
 @triton.jit
@@ -144,6 +151,18 @@ def finite_or_zero(x):
 
 
 @triton.jit
+def origin_of(top, STATISTICS: tl.constexpr):
+    """The point that a row's exponents are taken from, a finite one where statistics are wanted.
+
+    Then s_o is inf where another column than the target's is, and NaN only where one is NaN: lse
+    and is_top1 tell them apart.
+    """
+    if STATISTICS:
+        top = tl.minimum(top, LARGEST)
+    return finite_or_zero(top)
+
+
+@triton.jit
 def finite(b_z):
     # A factor of exp(z): 0 x -inf must be 0. Where z is NaN, so is exp(z).
     return tl.maximum(b_z, -3.0e38)
@@ -201,6 +220,8 @@ def smoothing_term(b_s, m_col, reference, b_w, opt):
 @triton.jit
 def rescaled(top, s_o, t_o, origin, ENTROPY: tl.constexpr):
     """(s_o, t_o) that were taken from the maximum `top`, as taken from `origin`, no smaller."""
+    if ENTROPY:
+        top = tl.minimum(top, LARGEST)  # as in origin_of
     shrink = exp(top - origin)  # 0 as long as nothing was seen
     if ENTROPY:
         # Where all that was seen vanishes, so does its term: 0 x (a difference of 1e38) is 0.
@@ -213,7 +234,7 @@ def rescaled(top, s_o, t_o, origin, ENTROPY: tl.constexpr):
 def joined(top_a, s_a, t_a, k_a, top_b, s_b, t_b, k_b):
     """(max, s_o, t_o, k) of two parts of a row; t_o and k are 0 where nobody asks."""
     top = tl.maximum(top_a, top_b)
-    origin = finite_or_zero(top)
+    origin = origin_of(top, True)
     s_a, t_a = rescaled(top_a, s_a, t_a, origin, True)
     s_b, t_b = rescaled(top_b, s_b, t_b, origin, True)
     return top, s_a + s_b, t_a + t_b, k_a + k_b
@@ -225,6 +246,25 @@ def joined_plain(top_a, s_a, top_b, s_b):
     top = tl.maximum(top_a, top_b)
     origin = finite_or_zero(top)
     return top, s_a * exp(top_a - origin) + s_b * exp(top_b - origin)
+
+
+@triton.jit
+def candidates(b_s, top, o_col):
+    """What `argmax` of a block is the least of: the columns of its largest score, NaN before all.
+
+    `top` may be passed by a rounding, in a resident row.
+    """
+    b_i = tl.where(b_s >= top, o_col, NOWHERE)
+    is_nan = b_s != b_s  # noqa: PLR0124
+    return tl.where(is_nan, o_col + FIRST_NAN, b_i)
+
+
+@triton.jit
+def leading(top_a, i_a, top_b, i_b):
+    """The least candidate of two parts of a row, from their largest scores and candidates."""
+    i = tl.minimum(i_a, i_b)
+    i_of_larger = tl.where(top_a > top_b, i_a, i_b)
+    return tl.where((top_a == top_b) | (i < 0), i, i_of_larger)
 
 
 @triton.jit
@@ -242,14 +282,18 @@ def load_row_scalars(i_row, y, m_y, opt):
 
 
 @triton.jit
-def finish(carry, s_y, reference, r, w_y, w_mean, i_row, p_loss, p_saved, stats, V, opt):
+def finish(
+    carry, s_y, reference, r, w_y, w_mean, i_row, p_loss, p_saved, stats, argmax, V, opt
+):  # fmt: skip
     """Write the row's loss, what the backward needs, and its statistics; return the latter two."""
-    top, s_o, t_o, k = carry
+    top, s_o, t_o, k, i_top = carry
     e_y = exp(s_y - finite_or_zero(top))
     d = s_o + e_y
     # A resident row's max is the largest logit's score, which another's may pass by a rounding.
     log_d = tl.where(s_y >= top, log1p(s_o), tl.log(d))
     nll = (top - s_y) + log_d  # top - s_y is exactly 0 or, for a row of infinities, NaN
+    if stats is not None:
+        nll = tl.where(s_o == float("inf"), float("nan"), nll)  # as PyTorch: inf - inf
     inv_d = 1.0 / d
     so_d = s_o * inv_d
     loss = nll
@@ -272,12 +316,15 @@ def finish(carry, s_y, reference, r, w_y, w_mean, i_row, p_loss, p_saved, stats,
         tl.store(stats.log_prob + i_row, -nll)
         tl.store(stats.entropy + i_row, log_d - t * inv_d)
         tl.store(stats.lse + i_row, top + log_d)
-        tl.store(stats.is_top1 + i_row, s_y >= top)
+        has_nan = s_o != s_o  # noqa: PLR0124
+        tl.store(stats.is_top1 + i_row, (s_y >= top) & ~has_nan)
+    if argmax is not None:
+        tl.store(argmax + i_row, tl.where(i_top < 0, i_top - FIRST_NAN, i_top).to(tl.int64))
     return top, inv_d, so_d
 
 
 @triton.jit
-def finish_ignored(i_row, p_loss, p_saved, stats):
+def finish_ignored(i_row, p_loss, p_saved, stats, argmax):
     """Zeros in every output of an ignored row: no output is left as it was allocated."""
     tl.store(p_loss + i_row, 0.0)
     if p_saved is not None:
@@ -289,6 +336,8 @@ def finish_ignored(i_row, p_loss, p_saved, stats):
         tl.store(stats.entropy + i_row, 0.0)
         tl.store(stats.lse + i_row, 0.0)
         tl.store(stats.is_top1 + i_row, False)
+    if argmax is not None:
+        tl.store(argmax + i_row, 0)
 
 
 @triton.jit
@@ -321,27 +370,40 @@ def log_of_sum(inv_d, so_d):
 
 @triton.jit
 def coefficients(i_row, top, inv_d, so_d, m_y, r, w_y, w_mean, V, opt):
-    """(a, a - b, b s_o / d, c / V, h, H - log d, l, l max, rest): where every option meets.
+    """(a, a_y, b_y, c / V, c_y, h, H - log d, l, l max, rest): where every option meets.
 
-    a, a - b and h multiply 2^(l s - l max) and have taken 1 / d and the `rest` of `exponent_of`
-    with them; NaN for a bad target.
+    The target's gradient is a_y e_y - b_y - c_y, with (a - b, b s_o / d, c w_y / V) in their places
+    or, where it has most of the mass, c mean(w) moved between them. a, a_y and h multiply
+    2^(l s - l max) and have taken 1 / d and the `rest` of `exponent_of` with them; NaN for a bad
+    target.
     """
     if opt.scale is not None:
         r = r * tl.load(opt.scale)
     r = tl.where(m_y, r, float("nan"))
     b = r
-    a_minus_b = 0.0 * r
-    c_over_v = 0.0
     if opt.weight is not None:
         b = b * w_y
     if opt.label_smoothing is not None:
         b = b * (1.0 - opt.label_smoothing)
-        a_minus_b = r * opt.label_smoothing * w_mean
-        c_over_v = r * opt.label_smoothing / V
+    from_lse = 0.0 * r
     if opt.lse_square_scale is not None:
-        a_minus_b += 2.0 * opt.lse_square_scale * (top + log_of_sum(inv_d, so_d)) * r
+        from_lse += 2.0 * opt.lse_square_scale * (top + log_of_sum(inv_d, so_d)) * r
     if opt.lse_weight is not None:
-        a_minus_b += tl.load(opt.lse_weight + i_row)
+        from_lse += tl.load(opt.lse_weight + i_row)
+    a_minus_b = from_lse
+    a_y = from_lse
+    b_so_d = b * so_d
+    c_over_v = 0.0
+    c_y = 0.0
+    if opt.label_smoothing is not None:
+        c_over_v = r * opt.label_smoothing / V
+        c_mean = r * opt.label_smoothing * w_mean
+        a_minus_b = c_mean + from_lse
+        # Where the target has most of the mass, c mean(w) p_y is c mean(w) (1 - s_o / d).
+        moved = tl.where(so_d < 0.5, c_mean, 0.0)
+        a_y = tl.where(so_d < 0.5, from_lse, a_minus_b)
+        b_so_d = (b + moved) * so_d
+        c_y = c_over_v * w_y - moved
     h = 0.0
     h_origin = 0.0
     if opt.entropy_weight is not None:
@@ -350,14 +412,14 @@ def coefficients(i_row, top, inv_d, so_d, m_y, r, w_y, w_mean, V, opt):
     a = b + a_minus_b
     l, c, rest = exponent_of(top)  # noqa: E741
     inv_d = inv_d * tl.exp2(-rest)
-    return a * inv_d, a_minus_b * inv_d, b * so_d, c_over_v, h * inv_d, h_origin, l, c, rest
+    return a * inv_d, a_y * inv_d, b_so_d, c_over_v, c_y, h * inv_d, h_origin, l, c, rest
 
 
 @triton.jit
 def gradient(b_x, l, c, rest, factor, offset, c_w_over_v, h, h_origin, opt):  # noqa: E741
     """The gradient, float32: factor p - offset, and what the options add, from `coefficients`.
 
-    With factor a and offset 0 it is every column's but the target's; with (a - b, b s_o / d) the
+    With factor a and offset 0 it is every column's but the target's; with (a_y, b_y) and c_y the
     target's. Scale, softcap and temperature multiply last.
     """
     b_z = fma(transform(b_x, opt), l, -c)

@@ -125,11 +125,11 @@ def put(
 def arranged(kernel: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments as this kernel takes them.
 
-    Those of a row's forward are (logits, dlogits, target, loss, saved, stats, opt, ignore_index, V,
-    N): a resident row takes the options twice, and only a streamed one takes N.
+    Those of a row's forward are (logits, dlogits, target, loss, saved, stats, argmax, opt,
+    ignore_index, V, N): a resident row takes the options twice, and only a streamed one takes N.
     """
     if kernel is row_resident:
-        return (*arguments[:7], *arguments[6:-1])
+        return (*arguments[:8], *arguments[7:-1])
     return arguments[:-1] if kernel is row_blockwise else arguments
 
 
@@ -144,12 +144,14 @@ def row_forward(
     *,
     V: int,
     ignore_index: int,
+    argmax: torch.Tensor | None = None,
     on: Target | None = None,
     form: str | None = None,
     line: Line | None = None,
 ) -> Call:
     """Loss and, where asked for, statistics and gradient of every row.
 
+    `argmax` (N,) int64 takes the column of the largest score; only together with `stats`.
     `on` is what to compile for where that is not the tensors' own device; `form` forces one, and
     `line` a line that the table need not have.
     """
@@ -157,7 +159,7 @@ def row_forward(
     on = on or table.target_of(logits.ptr.device)
     line = line or table.choose(row, on, form)
     N = target.numel()
-    arguments = (logits, dlogits, target, loss, saved, stats, opt, ignore_index, V, N)
+    arguments = (logits, dlogits, target, loss, saved, stats, argmax, opt, ignore_index, V, N)
     constants = _constants(line, row, on)
     if line.form == "resident":
         constants |= {"PIECES": line.pieces}

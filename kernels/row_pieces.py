@@ -69,7 +69,7 @@ def write_gradient(
 ):  # fmt: skip
     p_x, before, columns = body(logits, i_row, V, ALIGN, VECTOR, EDGES)
     p_g, _, _ = body(dlogits, i_row, V, ALIGN, VECTOR, EDGES)
-    a, a_minus_b, b_so_d, c_over_v, h, h_origin, l, c, rest = coefficients(  # noqa: E741
+    a, a_y, b_y, c_over_v, c_y, h, h_origin, l, c, rest = coefficients(  # noqa: E741
         i_row, top, inv_d, so_d, m_y, r, w_y, w_mean, V, opt
     )
     o_lane = tl.arange(0, BV)
@@ -98,6 +98,6 @@ def write_gradient(
         b_g = gradient(b_x, l, c, rest, a, 0.0, c_over_v * b_w, h, h_origin, opt)
         tl.store(p_row + o_col, b_g.to(p_g.dtype.element_ty), mask=m_col)
     # The target's gradient, over what has been stored for its column, maybe by another thread.
-    g_y = gradient(x_y, l, c, rest, a_minus_b, b_so_d, c_over_v * w_y, h, h_origin, opt)
+    g_y = gradient(x_y, l, c, rest, a_y, b_y, c_y, h, h_origin, opt)
     tl.debug_barrier()
     tl.store(p_row + column_offset(dlogits, y), g_y.to(p_g.dtype.element_ty))

@@ -14,8 +14,9 @@ the first pass computed from the same ones; and the target's gradient, a scalar,
 the others instead of being selected in every lane.
 
 Every thread's stores depend on sums over the pieces that all threads of the row have loaded, so no
-store, in place or into the first half of a float32 row, reaches a logit that is still to be loaded;
-the target's own logit, a scalar, is loaded before the barriers that those sums meet at.
+store, in place or into the first half of a float32 row, reaches a logit that is still to be loaded.
+The target's own logit, a scalar, is loaded before the threads meet for those sums: at barriers or,
+where one warp has the whole row, in shuffles, which its threads do together.
 Rows whose target is `ignore_index` are not read; their gradient is written as zero.
 """
 
@@ -23,6 +24,8 @@ import triton
 import triton.language as tl
 
 from sgp.kernels.arithmetic import (
+    NOWHERE,
+    candidates,
     coefficients,
     entropy_term,
     exp,
@@ -32,6 +35,7 @@ from sgp.kernels.arithmetic import (
     gradient,
     load_row_scalars,
     ordered,
+    origin_of,
     score,
     score_of_largest,
     smoothing_term,
@@ -69,13 +73,14 @@ def sums(b_so, b_to, b_ks, BV: tl.constexpr, ENTROPY: tl.constexpr, SMOOTHING: t
 
 
 @triton.jit
-def row_resident(  # noqa: PLR0915
+def row_resident(  # noqa: C901, PLR0915
     logits,  # Matrix (N, V) bf16 | fp16 | fp32
     dlogits,  # Matrix (N, V), may be `logits`; None: loss and statistics only
     target,  # (N,) int64
     loss,  # (N,) fp32, written
     saved,  # (N, 3) fp32: max, 1/d, s_o/d, written; None: not wanted
     stats,  # Statistics, written; None: not wanted
+    argmax,  # (N,) int64, written; None: not wanted, as it is where stats is None
     opt,  # Options
     late,  # Options, equal to opt
     ignore_index,
@@ -88,7 +93,7 @@ def row_resident(  # noqa: PLR0915
     V = aligned(V, ALIGN)
     y = tl.load(target + i_row)
     if y == ignore_index:
-        finish_ignored(i_row, loss, saved, stats)
+        finish_ignored(i_row, loss, saved, stats, argmax)
         if dlogits is not None:
             zero_row(dlogits, i_row, V, BV, 32, 1, False, ALIGN)
     else:
@@ -110,11 +115,12 @@ def row_resident(  # noqa: PLR0915
 
         s_y = transform(x_y, opt)
         reference = finite_or_zero(s_y)
-        origin = finite_or_zero(top)
+        origin = origin_of(top, stats is not None)
         r, w_y, w_mean = load_row_scalars(i_row, i_y, m_y, opt)
         b_so = tl.zeros([BV], tl.float32)
         b_to = tl.zeros([BV], tl.float32)
         b_ks = tl.zeros([BV], tl.float32)
+        b_i = tl.full([BV], NOWHERE, tl.int32)
         for k in tl.static_range(PIECES):
             m_col = k * BV + o_lane < V
             b_w = load_class_weight(k * BV + o_lane, m_col, opt)
@@ -127,16 +133,21 @@ def row_resident(  # noqa: PLR0915
                 b_to += entropy_term(b_z, b_e)
             if opt.label_smoothing is not None:
                 b_ks += smoothing_term(b_s, m_col, reference, b_w, opt)
+            if argmax is not None:
+                b_i = tl.minimum(b_i, candidates(b_s, top, k * BV + o_lane))
         s_o, t_o, k_all = sums(
             b_so, b_to, b_ks, BV, stats is not None, opt.label_smoothing is not None
         )
+        i_top = NOWHERE
+        if argmax is not None:
+            i_top = tl.min(b_i, 0)
 
-        carry = (top, s_o, t_o, k_all)
+        carry = (top, s_o, t_o, k_all, i_top)
         top, inv_d, so_d = finish(
-            carry, s_y, reference, r, w_y, w_mean, i_row, loss, saved, stats, V, opt
+            carry, s_y, reference, r, w_y, w_mean, i_row, loss, saved, stats, argmax, V, opt
         )
         if dlogits is not None:
-            a, a_minus_b, b_so_d, c_over_v, h, h_origin, l, c, rest = coefficients(  # noqa: E741
+            a, a_y, b_y, c_over_v, c_y, h, h_origin, l, c, rest = coefficients(  # noqa: E741
                 i_row, top, inv_d, so_d, m_y, r, w_y, w_mean, V, opt
             )
             p_g = row_pointer(dlogits, i_row, ALIGN)
@@ -148,7 +159,7 @@ def row_resident(  # noqa: PLR0915
                 tl.store(
                     p_g + column_offset(dlogits, o_col), b_g.to(p_g.dtype.element_ty), mask=m_col
                 )
-            g_y = gradient(x_y, l, c, rest, a_minus_b, b_so_d, c_over_v * w_y, h, h_origin, late)
+            g_y = gradient(x_y, l, c, rest, a_y, b_y, c_y, h, h_origin, late)
             # The target's gradient, over what has been stored for its column, by the same thread:
             # all stores of BV columns are laid out alike. The barrier is for a compiler that gives
             # them two layouts; it is one of the program, not of a cluster.

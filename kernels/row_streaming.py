@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 
 from sgp.kernels.arithmetic import (
+    NOWHERE,
+    candidates,
     entropy_term,
     exp,
     finish,
@@ -26,7 +28,9 @@ from sgp.kernels.arithmetic import (
     finite_or_zero,
     joined,
     joined_plain,
+    leading,
     load_row_scalars,
+    origin_of,
     rescaled,
     score,
     smoothing_term,
@@ -60,17 +64,22 @@ def load_block(logits, p_body, start, columns, BV: tl.constexpr, AGAIN: tl.const
 
 @triton.jit
 def accumulate(
-    carry, b_x, m_col, y, reference, b_w, opt,
-    ENTROPY: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    carry, b_x, o_col, m_col, y, reference, b_w, opt,
+    ENTROPY: tl.constexpr, ARGMAX: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """One block more into the (max, s_o, t_o, k) of each lane; the target is the block's y-th."""
+    """One block more into each lane's (max, s_o, t_o, k, argmax); the target is the y-th of it."""
     BV: tl.constexpr = b_x.shape[0]
     REPEATS: tl.constexpr = BV // (LANES * VECTOR)
-    top, s_o, t_o, k = carry
+    top, s_o, t_o, k, i_top = carry
     b_s = score(b_x, m_col, opt)
     b_lanes = tl.reshape(b_s, [REPEATS, LANES, VECTOR])
-    top_new = tl.maximum(top, tl.max(tl.max(b_lanes, 2), 0))
-    origin = finite_or_zero(top_new)
+    b_top = tl.max(tl.max(b_lanes, 2), 0)
+    if ARGMAX:
+        b_col = tl.reshape(o_col, [REPEATS, LANES, VECTOR])
+        b_i = candidates(b_lanes, b_top[None, :, None], b_col)
+        i_top = leading(top, i_top, b_top, tl.min(tl.min(b_i, 2), 0))
+    top_new = tl.maximum(top, b_top)
+    origin = origin_of(top_new, ENTROPY)
     b_z = b_lanes - origin[None, :, None]
     b_e = exp(b_z)
     if (y >= 0) & (y < BV):
@@ -84,16 +93,21 @@ def accumulate(
     if opt.label_smoothing is not None:
         b_k = smoothing_term(b_s, m_col, reference, b_w, opt)
         k += tl.sum(tl.sum(tl.reshape(b_k, [REPEATS, LANES, VECTOR]), 2), 0)
-    return top_new, s_o, t_o, k
+    return top_new, s_o, t_o, k, i_top
 
 
 @triton.jit
-def row_of_lanes(carry, opt, ENTROPY: tl.constexpr, LANES: tl.constexpr):
-    """(max, s_o, t_o, k) of the row: by shuffles to one a warp, then in one exchange."""
+def row_of_lanes(
+    carry, opt, ENTROPY: tl.constexpr, ARGMAX: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """(max, s_o, t_o, k, argmax) of the row: by shuffles to one a warp, then in one exchange."""
     SMOOTHING: tl.constexpr = opt.label_smoothing is not None
-    top, s_o, t_o, k = carry
+    top, s_o, t_o, k, i_top = carry
+    if ARGMAX:
+        is_first = (top == tl.max(top, 0)) | (i_top < 0)
+        i_top = tl.min(tl.where(is_first, i_top, NOWHERE), 0)
     b_top = tl.max(tl.reshape(top, [LANES // 32, 32]), 1)
-    b_origin = tl.broadcast_to(finite_or_zero(b_top)[:, None], [LANES // 32, 32])
+    b_origin = tl.broadcast_to(origin_of(b_top, ENTROPY)[:, None], [LANES // 32, 32])
     s_o, t_o = rescaled(top, s_o, t_o, tl.reshape(b_origin, [LANES]), ENTROPY)
     b_so = tl.sum(tl.reshape(s_o, [LANES // 32, 32]), 1)
     if ENTROPY or SMOOTHING:
@@ -104,10 +118,10 @@ def row_of_lanes(carry, opt, ENTROPY: tl.constexpr, LANES: tl.constexpr):
         if SMOOTHING:
             b_k = tl.sum(tl.reshape(k, [LANES // 32, 32]), 1)
         top, s_o, t_o, k = tl.reduce((b_top, b_so, b_to, b_k), 0, joined)
-        return top, s_o, t_o, k
+        return top, s_o, t_o, k, i_top
     else:
         top, s_o = tl.reduce((b_top, b_so), 0, joined_plain)
-        return top, s_o, 0.0, 0.0
+        return top, s_o, 0.0, 0.0, i_top
 
 
 @triton.jit
@@ -124,11 +138,11 @@ def first_block(
 
 @triton.jit
 def row_sums(
-    logits, i_row, y, b_ahead, reference, opt, V, ENTROPY: tl.constexpr,
+    logits, i_row, y, b_ahead, reference, opt, V, ENTROPY: tl.constexpr, ARGMAX: tl.constexpr,
     BV: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, EDGES: tl.constexpr,
     DESCENDS: tl.constexpr, ALIGN: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
-    """(max, s_o, t_o, k) of a row; `b_ahead` is its first block where that was loaded before."""
+    """(max, s_o, t_o, k, argmax) of a row; `b_ahead` is its first block where that was loaded."""
     p_body, before, columns = body(logits, i_row, V, ALIGN, VECTOR, EDGES)
     blocks = tl.cdiv(columns, BV)
     o_lane = tl.arange(0, BV)
@@ -138,7 +152,11 @@ def row_sums(
         t_o = tl.zeros([LANES], tl.float32)
     if opt.label_smoothing is not None:
         k = tl.zeros([LANES], tl.float32)
-    carry = (tl.full([LANES], float("-inf"), tl.float32), tl.zeros([LANES], tl.float32), t_o, k)
+    i_top = NOWHERE
+    if ARGMAX:
+        i_top = tl.full([LANES], NOWHERE, tl.int32)
+    top = tl.full([LANES], float("-inf"), tl.float32)
+    carry = (top, tl.zeros([LANES], tl.float32), t_o, k, i_top)
     i_begin = 0
     if b_ahead is not None:
         i_begin = 1
@@ -146,16 +164,18 @@ def row_sums(
         m_col = o_lane < columns - start
         b_w = load_class_weight(before + start + o_lane, m_col, opt)
         carry = accumulate(
-            carry, b_ahead, m_col, y - before - start, reference, b_w, opt, ENTROPY, LANES, VECTOR
-        )
+            carry, b_ahead, before + start + o_lane, m_col, y - before - start, reference, b_w, opt,
+            ENTROPY, ARGMAX, LANES, VECTOR,
+        )  # fmt: skip
     for i in range(i_begin, blocks):
         start = start_of(i, blocks, BV, DESCENDS)
         m_col = o_lane < columns - start
         b_x = load_block(logits, p_body, start, columns, BV, AGAIN)
         b_w = load_class_weight(before + start + o_lane, m_col, opt)
         carry = accumulate(
-            carry, b_x, m_col, y - before - start, reference, b_w, opt, ENTROPY, LANES, VECTOR
-        )
+            carry, b_x, before + start + o_lane, m_col, y - before - start, reference, b_w, opt,
+            ENTROPY, ARGMAX, LANES, VECTOR,
+        )  # fmt: skip
     if EDGES:
         o_col, m_col = edge_columns(before, columns, V, VECTOR, LANES)
         p_row = row_pointer(logits, i_row, 1)
@@ -163,8 +183,10 @@ def row_sums(
         b_w = load_class_weight(o_col, m_col, opt)
         i_y = tl.where(y < before, y, y - before - columns + VECTOR)
         i_y = tl.where((y < before) | (i_y >= VECTOR), i_y, -1)
-        carry = accumulate(carry, b_x, m_col, i_y, reference, b_w, opt, ENTROPY, LANES, 1)
-    return row_of_lanes(carry, opt, ENTROPY, LANES)
+        carry = accumulate(
+            carry, b_x, o_col, m_col, i_y, reference, b_w, opt, ENTROPY, ARGMAX, LANES, 1
+        )
+    return row_of_lanes(carry, opt, ENTROPY, ARGMAX, LANES)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -175,6 +197,7 @@ def row_streaming(
     loss,  # (N,) fp32, written
     saved,  # (N, 3) fp32: max, 1/d, s_o/d, written; None: not wanted
     stats,  # Statistics, written; None: not wanted
+    argmax,  # (N,) int64, written; None: not wanted, as it is where stats is None
     opt,  # Options
     ignore_index,
     V,
@@ -207,7 +230,7 @@ def row_streaming(
             y_next = tl.load(target + i_next, mask=i_next < N, other=ignore_index)
             m_next = y_next != ignore_index
         if y == ignore_index:
-            finish_ignored(i_row, loss, saved, stats)
+            finish_ignored(i_row, loss, saved, stats, argmax)
             if STAYS:
                 b_ahead = first_block(
                     logits, i_next, m_next, V,
@@ -224,11 +247,12 @@ def row_streaming(
             reference = finite_or_zero(s_y)
             r, w_y, w_mean = load_row_scalars(i_row, i_y, m_y, opt)
             carry = row_sums(
-                logits, i_row, i_y, b_ahead, reference, opt, V, stats is not None,
+                logits, i_row, i_y, b_ahead, reference, opt, V,
+                stats is not None, argmax is not None,
                 BV, LANES, VECTOR, EDGES, DESCENDS, ALIGN, dlogits is not None,
             )  # fmt: skip
             top, inv_d, so_d = finish(
-                carry, s_y, reference, r, w_y, w_mean, i_row, loss, saved, stats, V, opt
+                carry, s_y, reference, r, w_y, w_mean, i_row, loss, saved, stats, argmax, V, opt
             )
             if STAYS:
                 b_ahead = first_block(

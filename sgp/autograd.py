@@ -122,7 +122,7 @@ def saved_tensors(ctx: Any, name: str, what: str) -> tuple[Any, ...]:
 
 
 class ScalarLoss(torch.autograd.Function):
-    """(loss (), 4 statistics (N,), gradient) of sum over rows, times `scale`."""
+    """(loss (), 5 statistics (N,), gradient) of sum over rows, times `scale`."""
 
     @staticmethod
     def forward(
@@ -133,23 +133,25 @@ class ScalarLoss(torch.autograd.Function):
         scale: Tensor | None,
         recipe: Recipe,
         need_stats: bool,
+        need_argmax: bool,
         inplace: bool,
     ) -> tuple[Tensor, ...]:
+        wanted = (need_stats, need_argmax)
         if inplace:
             # A detached alias shares the version counter, so autograd sees the change.
             loss, _, *rest = operators.row_forward_(
-                logits.detach(), target, weight, row_weight, scale, *recipe, need_stats
+                logits.detach(), target, weight, row_weight, scale, *recipe, *wanted
             )
         else:
             loss, _, *rest = operators.row_forward(
-                logits, target, weight, row_weight, scale, *recipe, True, False, need_stats
+                logits, target, weight, row_weight, scale, *recipe, True, False, *wanted
             )
         total = loss.sum()
         return total if scale is None else total * scale, *rest
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, target, *_, recipe, _, inplace = inputs
+        logits, target, *_, recipe, _, _, inplace = inputs
         _, *stats, dlogits = output
         mark_constant(ctx, *stats, origin=dlogits)
         ctx.set_materialize_grads(False)
@@ -159,16 +161,16 @@ class ScalarLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
-            return (None,) * 8
+            return (None,) * 9
         origin, target = saved_tensors(ctx, CROSS_ENTROPY, "'mean' or 'sum' loss")
         dlogits = origin.detach()
         with torch.no_grad():
             operators.multiply_rows_(dlogits, target, grads[0], ctx.ignore_index)
-        return (once(CROSS_ENTROPY, dlogits, origin, grads[0]), *(None,) * 7)
+        return (once(CROSS_ENTROPY, dlogits, origin, grads[0]), *(None,) * 8)
 
 
 class RowLoss(torch.autograd.Function):
-    """(losses (N,), 4 statistics (N,), saved (N, 3)), each row's loss times its weight."""
+    """(losses (N,), 5 statistics (N,), saved (N, 3)), each row's loss times its weight."""
 
     @staticmethod
     def forward(
@@ -178,16 +180,17 @@ class RowLoss(torch.autograd.Function):
         row_weight: Tensor | None,
         recipe: Recipe,
         need_stats: bool,
+        need_argmax: bool,
         inplace: bool,
     ) -> tuple[Tensor, ...]:
         loss, saved, *stats, _ = operators.row_forward(
-            logits, target, weight, row_weight, None, *recipe, False, True, need_stats
+            logits, target, weight, row_weight, None, *recipe, False, True, need_stats, need_argmax
         )
         return loss, *stats, saved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, target, weight, row_weight, recipe, _, inplace = inputs
+        logits, target, weight, row_weight, recipe, _, _, inplace = inputs
         _, *stats, saved = output
         mark_constant(ctx, *stats, origin=saved)
         ctx.set_materialize_grads(False)
@@ -197,7 +200,7 @@ class RowLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
-            return (None,) * 7
+            return (None,) * 8
         what = "loss with inplace=True"
         logits, target, weight, row_weight, saved = (
             saved_tensors(ctx, CROSS_ENTROPY, what) if ctx.inplace else ctx.saved_tensors
@@ -211,24 +214,26 @@ class RowLoss(torch.autograd.Function):
                 operators.row_backward_(dlogits, *arguments)
             else:
                 dlogits = operators.row_backward(logits, *arguments)
-        return (once(CROSS_ENTROPY, dlogits, saved, grads[0]), *(None,) * 6)
+        return (once(CROSS_ENTROPY, dlogits, saved, grads[0]), *(None,) * 7)
 
 
 class RowStatistics(torch.autograd.Function):
-    """(log_prob, entropy, lse, is_top1, saved) of every row; the first three differentiable."""
+    """(5 statistics, saved) of every row; the first three statistics are differentiable."""
 
     @staticmethod
-    def forward(logits: Tensor, target: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:
+    def forward(
+        logits: Tensor, target: Tensor, recipe: Recipe, need_argmax: bool
+    ) -> tuple[Tensor, ...]:
         _, saved, *stats, _ = operators.row_forward(
-            logits, target, None, None, None, *recipe, False, True, True
+            logits, target, None, None, None, *recipe, False, True, True, need_argmax
         )
         return *stats, saved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, target, recipe = inputs
-        _, entropy, _, is_top1, saved = output
-        mark_constant(ctx, is_top1, origin=saved)
+        logits, target, recipe, _ = inputs
+        _, entropy, _, is_top1, argmax, saved = output
+        mark_constant(ctx, is_top1, argmax, origin=saved)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, saved, entropy)
         ctx.recipe = recipe
@@ -237,13 +242,13 @@ class RowStatistics(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         upstream = grads[:3]
         if all(gradient is None for gradient in upstream):
-            return (None,) * 3
+            return (None,) * 4
         logits, target, saved, entropy = ctx.saved_tensors
         with torch.no_grad():
             dlogits = operators.row_backward(
                 logits, target, saved, None, *row_upstream(upstream, saved, entropy), *ctx.recipe
             )
-        return once(LOG_PROBS, dlogits, saved, *upstream), None, None
+        return once(LOG_PROBS, dlogits, saved, *upstream), None, None, None
 
 
 def row_upstream(

@@ -165,7 +165,7 @@ def _replicated(result: Any, like: Tensor) -> Any:
     if not isinstance(like, DTensor):
         return result
     if isinstance(result, TokenLogProbs):
-        return TokenLogProbs(*(_replicated(value, like) for value in result))
+        return TokenLogProbs(*(_replicated(x, like) for x in result if x is not None))
     if isinstance(result, tuple):
         return tuple(_replicated(value, like) for value in result)
     everywhere = (Replicate(),) * like.device_mesh.ndim

@@ -124,6 +124,7 @@ def forward(
     wide: bool,
     need_saved: bool,
     need_stats: bool,
+    need_argmax: bool,
 ) -> tuple[RowOutputs, Gradients]:
     """Loss, saved and reported statistics of every row (N,), and the gradients of the head.
 
@@ -133,10 +134,13 @@ def forward(
         scale: () multiplies the gradients only.
         needs: which gradients are wanted.
         wide: gradients in float32 although the operands are float16.
-        need_saved, need_stats: which row outputs are wanted.
+        need_saved, need_stats, need_argmax: which row outputs are wanted.
     """
     N = head.target.numel()
-    out = new_outputs(head.input, N, need_grad=False, need_saved=need_saved, need_stats=need_stats)
+    out = new_outputs(
+        head.input, N, need_grad=False, need_saved=need_saved, need_stats=need_stats,
+        need_argmax=need_argmax,
+    )  # fmt: skip
     out.zero_()
     factors = _Factors.of_forward(head, row_weight, scale) if head.is_half and any(needs) else None
     sums = _Sums(head, needs, factors, wide=wide)
@@ -162,7 +166,7 @@ def _forward_chunk(
     some, logits = chunk.rows, chunk.logits
     here = new_outputs(
         logits, some.numel(), need_grad=False, need_saved=out.saved is not None,
-        need_stats=out.statistics is not None,
+        need_stats=out.statistics is not None, need_argmax=out.argmax is not None,
     )  # fmt: skip
     g = None if sums is None else _place_of_gradient(head, logits)
     weights = None if row_weight is None else row_weight.index_select(0, some)

@@ -38,6 +38,7 @@ class HeadOptions(NamedTuple):
     chunk_rows: int
     needs: Needs
     need_stats: bool
+    need_argmax: bool
     shard: Shard | None = None  # of the vocabulary
 
     @property
@@ -89,6 +90,7 @@ def head_options(
     chunk_rows: int | None,
     *,
     need_stats: bool,
+    need_argmax: bool,
     shard: Shard | None = None,
 ) -> HeadOptions:
     """What this call computes, in which dtype, and how many rows at a time."""
@@ -105,6 +107,7 @@ def head_options(
         chunk_rows=min(chunk_rows or default_chunk_rows(V, x.device.type), MOST_ROWS),
         needs=Needs(needed(x), needed(head.weight), needed(head.bias)),
         need_stats=need_stats,
+        need_argmax=need_argmax,
         shard=shard,
     )
 
@@ -128,7 +131,7 @@ def _give(
 
 
 class HeadScalarLoss(torch.autograd.Function):
-    """(loss (), 4 statistics (N,), 3 gradients) of the sum over rows, times `scale`."""
+    """(loss (), 5 statistics (N,), 3 gradients) of the sum over rows, times `scale`."""
 
     @staticmethod
     def forward(
@@ -147,6 +150,7 @@ class HeadScalarLoss(torch.autograd.Function):
         loss, _, *rest = o.forward(
             input, linear_weight, linear_bias, target, rows, count, weight, row_weight, scale,
             *o.recipe, o.compute_dtype, o.chunk_rows, *o.needs, o.is_wide, False, o.need_stats,
+            o.need_argmax,
         )  # fmt: skip
         total = loss.sum()
         return total if scale is None else total * scale, *rest
@@ -191,7 +195,7 @@ class HeadScalarLoss(torch.autograd.Function):
 
 
 class HeadRowLoss(torch.autograd.Function):
-    """(losses (N,), 4 statistics (N,), saved (N, 3), d_input) of each row, times its weight."""
+    """(losses (N,), 5 statistics (N,), saved (N, 3), d_input) of each row, times its weight."""
 
     @staticmethod
     def forward(
@@ -210,7 +214,7 @@ class HeadRowLoss(torch.autograd.Function):
         loss, saved, *stats, d_input, _, _ = o.forward(
             input, linear_weight, linear_bias, target, rows, count, weight, row_weight, None,
             *o.recipe, o.compute_dtype, o.chunk_rows,
-            scaled, False, False, o.is_wide, not scaled, o.need_stats,
+            scaled, False, False, o.is_wide, not scaled, o.need_stats, o.need_argmax,
         )  # fmt: skip
         return loss, *stats, saved, d_input
 
@@ -251,7 +255,7 @@ class HeadRowLoss(torch.autograd.Function):
 
 
 class HeadStatistics(torch.autograd.Function):
-    """(log_prob, entropy, lse, is_top1, saved) of every row; the first three differentiable."""
+    """(5 statistics, saved) of every row; the first three statistics are differentiable."""
 
     @staticmethod
     def forward(
@@ -267,14 +271,15 @@ class HeadStatistics(torch.autograd.Function):
         _, saved, *stats, _, _, _ = o.forward(
             input, linear_weight, linear_bias, target, rows, count, None, None, None,
             *o.recipe, o.compute_dtype, o.chunk_rows, False, False, False, False, True, True,
+            o.need_argmax,
         )  # fmt: skip
         return *stats, saved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, options = inputs
-        _, entropy, _, is_top1, saved = output
-        mark_constant(ctx, is_top1, origin=saved)
+        _, entropy, _, is_top1, argmax, saved = output
+        mark_constant(ctx, is_top1, argmax, origin=saved)
         ctx.set_materialize_grads(False)
         ctx.options = options
         ctx.save_for_backward(*tensors, saved, entropy)

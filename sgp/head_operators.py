@@ -25,8 +25,8 @@ from sgp.watched import operator
 
 RowsAndGradients = tuple[
     Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None,
-    Tensor | None, Tensor | None, Tensor | None,
-]  # loss, saved, log_prob, entropy, lse, is_top1; gradients of input, weight, bias  # fmt: skip
+    Tensor | None, Tensor | None, Tensor | None, Tensor | None,
+]  # loss, saved, the 5 statistics; gradients of input, weight, bias  # fmt: skip
 
 
 # The number of kept rows is read on the host: a captured graph would replay the number of its
@@ -66,8 +66,8 @@ def forward(
     The ranks must call it alike; `linear_weight` and `linear_bias` are the rank's own, `target` and
     `weight` are of the whole vocabulary.
     """
-    *constants, compute_dtype, chunk_rows = options[:-6]
-    of_input, of_weight, of_bias, wide, saved, stats = options[-6:]
+    *constants, compute_dtype, chunk_rows = options[:-7]
+    of_input, of_weight, of_bias, wide, saved, stats, argmax = options[-7:]
     recipe = Recipe(*constants)
     V = linear_weight.shape[0] if shard is None else shard.V
     check_targets("sgp" if shard is None else shard.name, target, V, recipe.ignore_index)
@@ -78,8 +78,9 @@ def forward(
     needs = Needs(of_input, of_weight, of_bias)
     with _without_autocast(input):
         out, gradients = head.forward(
-            whole, row_weight, scale, needs, wide=wide, need_saved=saved, need_stats=stats
-        )
+            whole, row_weight, scale, needs, wide=wide, need_saved=saved, need_stats=stats,
+            need_argmax=argmax,
+        )  # fmt: skip
     return *out[:-1], *gradients
 
 
@@ -141,6 +142,7 @@ def head_forward(
     wide: bool,
     need_saved: bool,
     need_stats: bool,
+    need_argmax: bool,
 ) -> RowsAndGradients:
     """Loss, saved and reported statistics of every row, and the gradients of their weighted sum.
 
@@ -154,12 +156,13 @@ def head_forward(
         need_input, need_weight, need_bias: which gradients are wanted; the rest are None, and
             empty from the operator.
         wide: gradients in float32, for float16 operands whose upstream factor comes later.
-        need_saved, need_stats: which row outputs are wanted.
+        need_saved, need_stats, need_argmax: which row outputs are wanted.
     """
     return forward(
         None, input, linear_weight, linear_bias, target, rows, count, weight, row_weight, scale,
         ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, temperature,
         compute_dtype, chunk_rows, need_input, need_weight, need_bias, wide, need_saved, need_stats,
+        need_argmax,
     )  # fmt: skip
 
 
@@ -171,10 +174,11 @@ def _(
     target: Tensor,
     *options: Any,
 ) -> RowsAndGradients:
-    *needs, wide, need_saved, need_stats = options[-6:]
+    *needs, wide, need_saved, need_stats, need_argmax = options[-7:]
     out = new_outputs(
-        input, target.numel(), need_grad=False, need_saved=need_saved, need_stats=need_stats
-    )
+        input, target.numel(), need_grad=False, need_saved=need_saved, need_stats=need_stats,
+        need_argmax=need_argmax,
+    )  # fmt: skip
     gradients = head.new_gradients(input, linear_weight, linear_bias, Needs(*needs), wide=wide)
     return *out[:-1], *gradients
 

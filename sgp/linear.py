@@ -22,7 +22,7 @@ from sgp.head_autograd import (
     linear_head,
 )
 from sgp.head_problem import check_head, make_head_problem
-from sgp.losses import cross_entropy
+from sgp.losses import check_argmax, cross_entropy, token_statistics
 from sgp.problem import Problem, check_tensor
 from sgp.recipe import Recipe
 from sgp.reduction import check_reduction, reduce_rows
@@ -52,6 +52,7 @@ def linear_cross_entropy(
     shift: bool = False,
     chunk_rows: int | None = None,
     return_stats: Literal[False] = False,
+    return_argmax: Literal[False] = False,
     options: object = None,
 ) -> Tensor: ...
 
@@ -75,6 +76,7 @@ def linear_cross_entropy(
     shift: bool = False,
     chunk_rows: int | None = None,
     return_stats: Literal[True],
+    return_argmax: bool = False,
     options: object = None,
 ) -> tuple[Tensor, TokenLogProbs]: ...
 
@@ -97,6 +99,7 @@ def linear_cross_entropy(
     shift: bool = False,
     chunk_rows: int | None = None,
     return_stats: bool = False,
+    return_argmax: bool = False,
     options: object = None,
 ) -> Tensor | tuple[Tensor, TokenLogProbs]:
     """`cross_entropy(input @ linear_weight.T + linear_bias, target)` without the N x V logits.
@@ -136,7 +139,8 @@ def linear_cross_entropy(
             token stand at the row that predicts it, so that the last of a sequence is 0.
         chunk_rows: the most rows of logits held at once, `4 V` bytes each. None: 4096, fewer where
             these would take more than 4 GiB; on a CPU what fits 256 MiB (`sgp/chunks.py`).
-        return_stats: return (loss, TokenLogProbs), detached, from the same pass.
+        return_stats, return_argmax: return (loss, TokenLogProbs), detached, from the same pass; as
+            in `cross_entropy`.
         options: PyTorch's, accepted and ignored.
 
     Returns:
@@ -172,9 +176,10 @@ def linear_cross_entropy(
             ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
             token_weight=token_weight, denominator=denominator, softcap=softcap,
             logit_scale=logit_scale, lse_square_scale=lse_square_scale, shift=shift,
-            chunk_rows=chunk_rows, return_stats=return_stats,
+            chunk_rows=chunk_rows, return_stats=return_stats, return_argmax=return_argmax,
         )  # fmt: skip
     check_reduction(NAME, reduction, denominator)
+    check_argmax(NAME, return_stats, return_argmax)
     check_chunk_rows(NAME, chunk_rows)
     check_head(NAME, input, linear_weight, linear_bias, target)
     refuse_forward_mode(NAME, input, linear_weight, linear_bias)
@@ -184,13 +189,16 @@ def linear_cross_entropy(
             ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
             token_weight=token_weight, denominator=denominator, softcap=softcap,
             logit_scale=logit_scale, lse_square_scale=lse_square_scale, return_stats=return_stats,
+            return_argmax=return_argmax,
         )  # fmt: skip
     problem = make_head_problem(
         NAME, input, linear_weight, target, weight, token_weight, recipe, shift=shift
     )
     scale = scale_of_mean(NAME, problem, denominator) if reduction == "mean" else None
     head = linear_head(linear_weight, linear_bias, target, problem)
-    chosen = head_options(problem, head, chunk_rows, need_stats=return_stats)
+    chosen = head_options(
+        problem, head, chunk_rows, need_stats=return_stats, need_argmax=return_argmax
+    )
     return head_loss(problem, head, scale, chosen, reduction)
 
 
@@ -209,25 +217,25 @@ def head_loss(
         loss = reduce_rows(problem, rows, reduction, scale)
     if not options.need_stats:
         return loss
-    return loss, TokenLogProbs(*map(problem.shaped, stats))
+    return loss, token_statistics(problem, stats, options.need_argmax)
 
 
 def _scalar_loss(
     problem: Problem, head: LinearHead, scale: Tensor | None, options: HeadOptions
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(loss (), the four statistics), the gradients computed with them."""
+    """(loss (), the statistics), the gradients computed with them."""
     p = problem
     out: tuple[Tensor, ...] = apply(
         HeadScalarLoss, p.input, head.weight, head.bias, p.target, head.rows, head.num_kept,
         p.weight, p.token_weight, scale, options,
     )  # fmt: skip
-    return out[0], out[1:5]
+    return out[0], out[1:6]
 
 
 def _row_losses(
     problem: Problem, head: LinearHead, options: HeadOptions
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(one loss a row (N,), the four statistics), the gradients computed in backward."""
+    """(one loss a row (N,), the statistics), the gradients computed in backward."""
     p, o = problem, options
     out: tuple[Tensor, ...]
     if any(o.needs):
@@ -235,12 +243,12 @@ def _row_losses(
             HeadRowLoss, p.input, head.weight, head.bias, p.target, head.rows, head.num_kept,
             p.weight, p.token_weight, o,
         )  # fmt: skip
-        return out[0], out[1:5]
+        return out[0], out[1:6]
     bias = None if head.bias is None else head.bias.detach()
     loss, _, *stats, _, _, _ = o.forward(
         p.input.detach(), head.weight.detach(), bias, p.target, head.rows, head.num_kept, p.weight,
         p.token_weight, None, *o.recipe, o.compute_dtype, o.chunk_rows, *o.needs, False, False,
-        o.need_stats,
+        o.need_stats, o.need_argmax,
     )  # fmt: skip
     return loss, tuple(stats)
 
@@ -295,7 +303,7 @@ class LinearCrossEntropyLoss(nn.Module):
         device, dtype: of the head.
         weight: (V,) class weights, a buffer that moves with the module.
         reduction, ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, shift,
-            chunk_rows, return_stats, options: as in `linear_cross_entropy`.
+            chunk_rows, return_stats, return_argmax, options: as in `linear_cross_entropy`.
 
     `token_weight` and `denominator` change from batch to batch: give them to the call.
     """
@@ -321,11 +329,13 @@ class LinearCrossEntropyLoss(nn.Module):
         shift: bool = False,
         chunk_rows: int | None = None,
         return_stats: bool = False,
+        return_argmax: bool = False,
         options: object = None,
     ) -> None:
         super().__init__()
         name = "sgp.LinearCrossEntropyLoss"
         check_reduction(name, reduction, None)
+        check_argmax(name, return_stats, return_argmax)
         check_chunk_rows(name, chunk_rows)
         ignore = -100 if ignore_index is None else ignore_index
         Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale).check(name)
@@ -342,7 +352,8 @@ class LinearCrossEntropyLoss(nn.Module):
         self.reduction, self.ignore_index = reduction, ignore_index
         self.label_smoothing, self.softcap = label_smoothing, softcap
         self.logit_scale, self.lse_square_scale = logit_scale, lse_square_scale
-        self.shift, self.chunk_rows, self.return_stats = shift, chunk_rows, return_stats
+        self.shift, self.chunk_rows = shift, chunk_rows
+        self.return_stats, self.return_argmax = return_stats, return_argmax
         self.options = options
 
     def forward(
@@ -376,6 +387,7 @@ class LinearCrossEntropyLoss(nn.Module):
             shift=self.shift,
             chunk_rows=self.chunk_rows,
             return_stats=self.return_stats,
+            return_argmax=self.return_argmax,
         )
 
     def extra_repr(self) -> str:
@@ -391,6 +403,7 @@ class LinearCrossEntropyLoss(nn.Module):
             "shift": False,
             "chunk_rows": None,
             "return_stats": False,
+            "return_argmax": False,
         }
         shown = {k: getattr(self, k) for k, v in defaults.items() if getattr(self, k) != v}
         return ", ".join(f"{k}={v!r}" for k, v in shown.items())

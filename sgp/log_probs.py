@@ -17,6 +17,7 @@ from sgp.head_autograd import (
     linear_head,
 )
 from sgp.head_problem import check_head, make_head_problem
+from sgp.losses import token_statistics
 from sgp.problem import Problem, make_problem
 from sgp.recipe import Recipe
 from sgp.reference import TokenLogProbs
@@ -32,6 +33,7 @@ def token_log_probs(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    return_argmax: bool = False,
 ) -> TokenLogProbs:
     """What each row of logits says about its target, from one read of the kept rows.
 
@@ -50,11 +52,13 @@ def token_log_probs(
         ignore_index: targets of this value get zeros; None means -100.
         temperature: divides the scored logits, after scale and softcap.
         softcap, logit_scale: as in `sgp.cross_entropy`.
+        return_argmax: fill `argmax`, the most probable class, from the same read of the logits.
 
     Returns:
         TokenLogProbs of the target's shape: `log_prob`, `entropy` and `lse` in nats, float32
         (float64 for float64 input), differentiable; `is_top1`, whether no class is more probable
-        than the target. Zero (False) where ignored. The backward reads the logits once more and
+        than the target (see TokenLogProbs for ties); `argmax`, None where it is not asked for.
+        Zero (False) where ignored. The backward reads the logits once more and
         serves any upstream gradient of the three; it can be repeated with retain_graph=True.
 
     Raises:
@@ -66,7 +70,7 @@ def token_log_probs(
     if is_dtensor(input, target):
         return dtensor_module().of_logits(  # type: ignore[no-any-return]
             token_log_probs, input, target, ignore_index=ignore_index, temperature=temperature,
-            softcap=softcap, logit_scale=logit_scale,
+            softcap=softcap, logit_scale=logit_scale, return_argmax=return_argmax,
         )  # fmt: skip
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
@@ -76,7 +80,7 @@ def token_log_probs(
     refuse_forward_mode(LOG_PROBS, input)
     out: tuple[Tensor, ...]
     if torch.is_grad_enabled() and input.requires_grad:
-        out = apply(RowStatistics, problem.input, problem.target, problem.recipe)[:4]
+        out = apply(RowStatistics, problem.input, problem.target, problem.recipe, return_argmax)
     else:
         _, _, *stats, _ = operators.row_forward(
             problem.input.detach(),
@@ -88,9 +92,10 @@ def token_log_probs(
             False,
             False,
             True,
+            return_argmax,
         )
         out = tuple(stats)
-    return TokenLogProbs(*map(problem.shaped, out))
+    return token_statistics(problem, out, return_argmax)
 
 
 def linear_token_log_probs(
@@ -105,6 +110,7 @@ def linear_token_log_probs(
     logit_scale: float = 1.0,
     shift: bool = False,
     chunk_rows: int | None = None,
+    return_argmax: bool = False,
 ) -> TokenLogProbs:
     """`token_log_probs(input @ linear_weight.T + linear_bias, target)` without N x V logits.
 
@@ -119,7 +125,7 @@ def linear_token_log_probs(
     Args:
         input, linear_weight, target, linear_bias, shift, chunk_rows: as in
             `sgp.linear_cross_entropy`, class indices or a Selection only.
-        ignore_index, temperature, softcap, logit_scale: as in `token_log_probs`.
+        ignore_index, temperature, softcap, logit_scale, return_argmax: as in `token_log_probs`.
 
     Returns:
         TokenLogProbs as `token_log_probs`. Numbers stand at the row that predicts the token: after
@@ -136,6 +142,7 @@ def linear_token_log_probs(
             linear_token_log_probs, input, linear_weight, target, linear_bias,
             ignore_index=ignore_index, temperature=temperature, softcap=softcap,
             logit_scale=logit_scale, shift=shift, chunk_rows=chunk_rows,
+            return_argmax=return_argmax,
         )  # fmt: skip
     name = LINEAR_LOG_PROBS
     ignore = -100 if ignore_index is None else ignore_index
@@ -145,7 +152,8 @@ def linear_token_log_probs(
     problem = make_head_problem(name, input, linear_weight, target, None, None, recipe, shift=shift)
     refuse_forward_mode(name, input, linear_weight, linear_bias)
     head = linear_head(linear_weight, linear_bias, target, problem)
-    return head_statistics(problem, head, head_options(problem, head, chunk_rows, need_stats=True))
+    chosen = head_options(problem, head, chunk_rows, need_stats=True, need_argmax=return_argmax)
+    return head_statistics(problem, head, chosen)
 
 
 def head_statistics(problem: Problem, head: LinearHead, options: HeadOptions) -> TokenLogProbs:
@@ -154,12 +162,13 @@ def head_statistics(problem: Problem, head: LinearHead, options: HeadOptions) ->
     shared = (p.target, head.rows, head.num_kept)
     out: tuple[Tensor, ...]
     if any(o.needs):
-        out = apply(HeadStatistics, p.input, head.weight, head.bias, *shared, o)[:4]
+        out = apply(HeadStatistics, p.input, head.weight, head.bias, *shared, o)
     else:
         bias = None if head.bias is None else head.bias.detach()
         _, _, *stats, _, _, _ = o.forward(
             p.input.detach(), head.weight.detach(), bias, *shared, None, None, None,
             *o.recipe, o.compute_dtype, o.chunk_rows, *o.needs, False, False, True,
+            o.need_argmax,
         )  # fmt: skip
         out = tuple(stats)
-    return TokenLogProbs(*map(p.shaped, out))
+    return token_statistics(p, out, o.need_argmax)

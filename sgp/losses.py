@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
@@ -36,6 +37,7 @@ def cross_entropy(
     lse_square_scale: float = 0.0,
     inplace: bool = False,
     return_stats: Literal[False] = False,
+    return_argmax: Literal[False] = False,
 ) -> Tensor: ...
 
 
@@ -55,6 +57,7 @@ def cross_entropy(
     lse_square_scale: float = 0.0,
     inplace: bool = False,
     return_stats: Literal[True],
+    return_argmax: bool = False,
 ) -> tuple[Tensor, TokenLogProbs]: ...
 
 
@@ -73,6 +76,7 @@ def cross_entropy(
     lse_square_scale: float = 0.0,
     inplace: bool = False,
     return_stats: bool = False,
+    return_argmax: bool = False,
 ) -> Tensor | tuple[Tensor, TokenLogProbs]:
     """Cross-entropy between logits and targets, for the price of the tokens that carry loss.
 
@@ -111,6 +115,7 @@ def cross_entropy(
             not be used afterwards (autograd notices where it is), and not be a leaf.
         return_stats: return (loss, TokenLogProbs): log-probability, entropy, log-sum-exp and
             is-top-1 of each token, detached, from the same launch.
+        return_argmax: fill `argmax` of these statistics: the most probable class of each token.
 
     Returns:
         The loss in nats: float32 (float64 for float64 input), never rounded to `input`'s dtype.
@@ -136,11 +141,13 @@ def cross_entropy(
             reduction=reduction, label_smoothing=label_smoothing, token_weight=token_weight,
             denominator=denominator, softcap=softcap, logit_scale=logit_scale,
             lse_square_scale=lse_square_scale, inplace=inplace, return_stats=return_stats,
+            return_argmax=return_argmax,
         )  # fmt: skip
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
     problem = make_problem(NAME, input, target, weight, token_weight, recipe)
     check_reduction(NAME, reduction, denominator)
+    check_argmax(NAME, return_stats, return_argmax)
     need_grad = torch.is_grad_enabled() and input.requires_grad
     if not torch.compiler.is_compiling():
         refuse_forward_mode(NAME, input)
@@ -163,12 +170,13 @@ def cross_entropy(
         and input.dtype != torch.float16
         and not torch._C._are_functorch_transforms_active()  # noqa: SLF001  (no public name)
     )
-    loss, stats = _row_losses(problem, scale, fused, need_grad, return_stats, inplace)
+    wanted = (return_stats, return_argmax)
+    loss, stats = _row_losses(problem, scale, fused, need_grad, wanted, inplace)
     if not fused:
         loss = reduce_rows(problem, loss, reduction, scale)
     if not return_stats:
         return loss
-    return loss, TokenLogProbs(*map(problem.shaped, stats))
+    return loss, token_statistics(problem, stats, return_argmax)
 
 
 def _row_losses(
@@ -176,28 +184,42 @@ def _row_losses(
     scale: Tensor | None,
     fused: bool,
     need_grad: bool,
-    need_stats: bool,
+    wanted: tuple[bool, bool],
     inplace: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(reduced loss if fused, else one loss a row; the four statistics)."""
+    """(reduced loss if fused, else one loss a row; the statistics); `wanted`: these, argmax too."""
     p = problem
     out: tuple[Tensor, ...]
     if fused:
         out = apply(
-            ScalarLoss, p.input, p.target, p.weight, p.token_weight, scale, p.recipe, need_stats,
+            ScalarLoss, p.input, p.target, p.weight, p.token_weight, scale, p.recipe, *wanted,
             inplace,
         )  # fmt: skip
-        return out[0], out[1:5]
+        return out[0], out[1:6]
     if need_grad:
         out = apply(
-            RowLoss, p.input, p.target, p.weight, p.token_weight, p.recipe, need_stats, inplace
+            RowLoss, p.input, p.target, p.weight, p.token_weight, p.recipe, *wanted, inplace
         )
-        return out[0], out[1:5]
+        return out[0], out[1:6]
     loss, _, *stats, _ = operators.row_forward(
         p.input.detach(), p.target, p.weight, p.token_weight, None, *p.recipe,
-        False, False, need_stats,
+        False, False, *wanted,
     )  # fmt: skip
     return loss, tuple(stats)
+
+
+def token_statistics(problem: Problem, stats: Sequence[Tensor], need_argmax: bool) -> TokenLogProbs:
+    """The statistics of rows (N,), of which the last is `argmax`, in the shape of the target."""
+    return TokenLogProbs(*map(problem.shaped, stats[: 4 + need_argmax]))
+
+
+def check_argmax(name: str, return_stats: bool, return_argmax: bool) -> None:
+    """Refuse to find an argmax that would not be returned."""
+    if return_argmax and not return_stats:
+        raise ValueError(
+            f"{name}: return_argmax=True fills a field of the statistics; pass return_stats=True "
+            "too"
+        )
 
 
 def _probability_loss(
@@ -257,7 +279,7 @@ class CrossEntropyLoss(nn.Module):
     Args:
         weight: (V,) class weights, a buffer that moves with the module.
         ignore_index, reduction, label_smoothing, softcap, logit_scale, lse_square_scale, inplace,
-            return_stats: as in `cross_entropy`.
+            return_stats, return_argmax: as in `cross_entropy`.
 
     `token_weight` and `denominator` change from batch to batch: give them to the call.
     """
@@ -276,6 +298,7 @@ class CrossEntropyLoss(nn.Module):
         lse_square_scale: float = 0.0,
         inplace: bool = False,
         return_stats: bool = False,
+        return_argmax: bool = False,
     ) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
@@ -286,8 +309,9 @@ class CrossEntropyLoss(nn.Module):
         self.logit_scale = logit_scale
         self.lse_square_scale = lse_square_scale
         self.inplace = inplace
-        self.return_stats = return_stats
+        self.return_stats, self.return_argmax = return_stats, return_argmax
         check_reduction("sgp.CrossEntropyLoss", reduction, None)
+        check_argmax("sgp.CrossEntropyLoss", return_stats, return_argmax)
         Recipe(self.ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale).check(
             "sgp.CrossEntropyLoss"
         )
@@ -315,6 +339,7 @@ class CrossEntropyLoss(nn.Module):
             lse_square_scale=self.lse_square_scale,
             inplace=self.inplace,
             return_stats=self.return_stats,
+            return_argmax=self.return_argmax,
         )
 
     def extra_repr(self) -> str:
@@ -328,6 +353,7 @@ class CrossEntropyLoss(nn.Module):
             "lse_square_scale": 0.0,
             "inplace": False,
             "return_stats": False,
+            "return_argmax": False,
         }
         shown = {k: getattr(self, k) for k, v in defaults.items() if getattr(self, k) != v}
         return ", ".join(f"{k}={v!r}" for k, v in shown.items())

@@ -51,6 +51,7 @@ def row_forward(
     need_grad: bool,
     need_saved: bool,
     need_stats: bool,
+    need_argmax: bool,
 ) -> RowOutputs:
     """Loss, saved statistics, reported statistics and gradient of every row, as RowOutputs.
 
@@ -62,16 +63,17 @@ def row_forward(
         scale: () in the accumulation dtype; multiplies the gradient only.
         ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, temperature: the
             Recipe.
-        need_grad, need_saved, need_stats: which outputs are wanted; the rest are None, and
-            empty from the operator.
+        need_grad, need_saved, need_stats, need_argmax: which outputs are wanted, the last only
+            together with the statistics; the rest are None, and empty from the operator.
     """
     recipe = Recipe(
         ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, temperature
     )
     check_targets("sgp", target, logits.shape[-1], ignore_index)
     out = new_outputs(
-        logits, target.numel(), need_grad=need_grad, need_saved=need_saved, need_stats=need_stats
-    )
+        logits, target.numel(), need_grad=need_grad, need_saved=need_saved, need_stats=need_stats,
+        need_argmax=need_argmax,
+    )  # fmt: skip
     implementation(logits).forward(
         logits, out.dlogits, target, weight, row_weight, scale, recipe, out
     )
@@ -80,10 +82,11 @@ def row_forward(
 
 @row_forward.register_fake
 def _(logits: Tensor, target: Tensor, *options: Any) -> RowOutputs:
-    need_grad, need_saved, need_stats = options[-3:]
+    need_grad, need_saved, need_stats, need_argmax = options[-4:]
     return new_outputs(
-        logits, target.numel(), need_grad=need_grad, need_saved=need_saved, need_stats=need_stats
-    )
+        logits, target.numel(), need_grad=need_grad, need_saved=need_saved, need_stats=need_stats,
+        need_argmax=need_argmax,
+    )  # fmt: skip
 
 
 @operator(mutates_args=("logits",))
@@ -100,6 +103,7 @@ def row_forward_(
     lse_square_scale: float,
     temperature: float,
     need_stats: bool,
+    need_argmax: bool,
 ) -> RowOutputs:
     """As row_forward with need_grad, the gradient written over the logits."""
     recipe = Recipe(
@@ -107,17 +111,20 @@ def row_forward_(
     )
     check_targets("sgp", target, logits.shape[-1], ignore_index)
     out = new_outputs(
-        logits, target.numel(), need_grad=False, need_saved=False, need_stats=need_stats
-    )
+        logits, target.numel(), need_grad=False, need_saved=False, need_stats=need_stats,
+        need_argmax=need_argmax,
+    )  # fmt: skip
     implementation(logits).forward(logits, logits, target, weight, row_weight, scale, recipe, out)
     return out
 
 
 @row_forward_.register_fake
 def _(logits: Tensor, target: Tensor, *options: Any) -> RowOutputs:
+    need_stats, need_argmax = options[-2:]
     return new_outputs(
-        logits, target.numel(), need_grad=False, need_saved=False, need_stats=options[-1]
-    )
+        logits, target.numel(), need_grad=False, need_saved=False, need_stats=need_stats,
+        need_argmax=need_argmax,
+    )  # fmt: skip
 
 
 @operator()

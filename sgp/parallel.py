@@ -21,7 +21,7 @@ from sgp.divisor import scale_of_mean
 from sgp.head_autograd import head_options
 from sgp.linear import head_loss
 from sgp.log_probs import head_statistics
-from sgp.losses import check_inplace
+from sgp.losses import check_argmax, check_inplace, token_statistics
 from sgp.recipe import Recipe
 from sgp.reduction import check_reduction, reduce_rows
 from sgp.reference import TokenLogProbs
@@ -79,6 +79,7 @@ def cross_entropy(
     lse_square_scale: float = 0.0,
     inplace: bool = False,
     return_stats: Literal[False] = False,
+    return_argmax: Literal[False] = False,
 ) -> Tensor: ...
 
 
@@ -100,6 +101,7 @@ def cross_entropy(
     lse_square_scale: float = 0.0,
     inplace: bool = False,
     return_stats: Literal[True],
+    return_argmax: bool = False,
 ) -> tuple[Tensor, TokenLogProbs]: ...
 
 
@@ -121,6 +123,7 @@ def cross_entropy(
     lse_square_scale: float = 0.0,
     inplace: bool = False,
     return_stats: bool = False,
+    return_argmax: bool = False,
 ) -> Tensor | tuple[Tensor, TokenLogProbs]:
     """`sgp.cross_entropy` of logits whose vocabulary is split over the ranks of a group.
 
@@ -139,17 +142,17 @@ def cross_entropy(
         vocab_size: V, where the shards together have more columns: the last ones are padding, are
             not read, and get a gradient of zero. None: all columns count.
         ignore_index, reduction, label_smoothing, token_weight, denominator, softcap, logit_scale,
-            lse_square_scale, inplace, return_stats: as in `sgp.cross_entropy`. Class probabilities
-            are refused.
+            lse_square_scale, inplace, return_stats, return_argmax: as in `sgp.cross_entropy`. Class
+            probabilities are refused.
 
     Returns:
         As `sgp.cross_entropy`, the same bits on every rank. The gradient is computed in backward,
         which needs no exchange and reads the kept logits again: `(1 + 2 f) N V_r` elements in all.
 
-    Exchanged: 88 bytes a call, and 16 bytes a kept row (8 more with `return_stats`, 4 more with
-    `label_smoothing`; twice as many for float64), sent by each rank to every other in one
-    all-gather. Labels on a GPU cost one wait for the device, which counts them; a Selection costs
-    none but that of the first call, which learns the shards' sizes.
+    Exchanged: 88 bytes a call, and 16 bytes a kept row (8 more with `return_stats`, 4 more each
+    with `return_argmax` and `label_smoothing`; twice as many for float64), sent by each rank to
+    every other in one all-gather. Labels on a GPU cost one wait for the device, which counts them;
+    a Selection costs none but that of the first call, which learns the shards' sizes.
 
     Raises:
         ValueError, TypeError, IndexError: as `sgp.cross_entropy`; and ValueError on every rank
@@ -166,23 +169,24 @@ def cross_entropy(
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
     check_reduction(name, reduction, denominator)
+    check_argmax(name, return_stats, return_argmax)
     problem = logits_problem(name, local_logits, target, token_weight, recipe)
     need_grad = torch.is_grad_enabled() and local_logits.requires_grad
     if inplace and need_grad:
         check_inplace(name, local_logits)
     problem = problem._replace(weight=weight_of_any_length(name, weight, local_logits))
     scale = scale_of_mean(name, problem, denominator) if reduction == "mean" else None
-    options = (reduction, inplace, return_stats)
+    options = (reduction, inplace, return_stats, return_argmax)
     shard, rows = agree_on_logits(name, group, problem, target, vocab_size, scale, options)
     check_weight_length(name, weight, shard)
-    call = Call(shard, problem.recipe, need_stats=return_stats, of_stats=False, inplace=inplace)
+    call = Call(shard, problem.recipe, return_stats, return_argmax, of_stats=False, inplace=inplace)
     out: tuple[Tensor, ...] = apply(
         ShardLogits, problem.input, problem.target, rows, problem.weight, problem.token_weight, call
     )
     loss = shard.checked(reduce_rows(problem, out[0], reduction, scale))
     if not return_stats:
         return loss
-    return loss, TokenLogProbs(*map(problem.shaped, out[1:5]))
+    return loss, token_statistics(problem, out[1:6], return_argmax)
 
 
 @overload
@@ -207,6 +211,7 @@ def linear_cross_entropy(
     shift: bool = False,
     chunk_rows: int | None = None,
     return_stats: Literal[False] = False,
+    return_argmax: Literal[False] = False,
     options: object = None,
 ) -> Tensor: ...
 
@@ -233,6 +238,7 @@ def linear_cross_entropy(
     shift: bool = False,
     chunk_rows: int | None = None,
     return_stats: Literal[True],
+    return_argmax: bool = False,
     options: object = None,
 ) -> tuple[Tensor, TokenLogProbs]: ...
 
@@ -259,6 +265,7 @@ def linear_cross_entropy(
     shift: bool = False,
     chunk_rows: int | None = None,
     return_stats: bool = False,
+    return_argmax: bool = False,
     options: object = None,
 ) -> Tensor | tuple[Tensor, TokenLogProbs]:
     """`sgp.linear_cross_entropy` with a head whose rows are split over the ranks of a group.
@@ -279,8 +286,8 @@ def linear_cross_entropy(
         linear_bias: this rank's part (V_r,) or None.
         weight: class weights of the whole vocabulary (V,).
         ignore_index, reduction, label_smoothing, token_weight, denominator, softcap, logit_scale,
-            lse_square_scale, shift, chunk_rows, return_stats: as in `sgp.linear_cross_entropy`.
-            `chunk_rows` None takes the largest shard's.
+            lse_square_scale, shift, chunk_rows, return_stats, return_argmax: as in
+            `sgp.linear_cross_entropy`. `chunk_rows` None takes the largest shard's.
         options: PyTorch's, accepted and ignored.
 
     Returns:
@@ -302,17 +309,20 @@ def linear_cross_entropy(
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
     check_reduction(name, reduction, denominator)
+    check_argmax(name, return_stats, return_argmax)
     problem, head = head_problem(
         name, input, local_weight, linear_bias, target, token_weight, recipe, chunk_rows, shift
     )
     problem = problem._replace(weight=weight_of_any_length(name, weight, input))
     scale = scale_of_mean(name, problem, denominator) if reduction == "mean" else None
-    asked = (reduction, return_stats, chunk_rows, sum_input_grad)
+    asked = (reduction, return_stats, return_argmax, chunk_rows, sum_input_grad)
     shard, head = agree_on_head(
         name, group, problem, head, vocab_size, scale, asked, sums_input_grad=sum_input_grad
     )
     check_weight_length(name, weight, shard)
-    chosen = head_options(problem, head, chunk_rows, need_stats=return_stats, shard=shard)
+    chosen = head_options(
+        problem, head, chunk_rows, need_stats=return_stats, need_argmax=return_argmax, shard=shard
+    )
     result = head_loss(problem, head, scale, chosen, reduction)
     if isinstance(result, Tensor):
         return shard.checked(result)
@@ -330,6 +340,7 @@ def token_log_probs(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    return_argmax: bool = False,
 ) -> TokenLogProbs:
     """`sgp.token_log_probs` of logits whose vocabulary is split over the ranks of a group.
 
@@ -338,10 +349,12 @@ def token_log_probs(
 
     Args:
         local_logits, target, group, vocab_size: as in `cross_entropy`.
-        ignore_index, temperature, softcap, logit_scale: as in `sgp.token_log_probs`.
+        ignore_index, temperature, softcap, logit_scale, return_argmax: as in
+            `sgp.token_log_probs`.
 
     Returns:
-        As `sgp.token_log_probs`, the same bits on every rank; 24 bytes exchanged a kept row.
+        As `sgp.token_log_probs`, the same bits on every rank; 24 bytes exchanged a kept row, 28
+        with `return_argmax`.
 
     Raises:
         As `cross_entropy`.
@@ -350,12 +363,12 @@ def token_log_probs(
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
     problem = logits_problem(name, local_logits, target, None, recipe)
-    shard, rows = agree_on_logits(name, group, problem, target, vocab_size, None, ())
-    call = Call(shard, problem.recipe, need_stats=True, of_stats=True, inplace=False)
+    shard, rows = agree_on_logits(name, group, problem, target, vocab_size, None, (return_argmax,))
+    call = Call(shard, problem.recipe, True, return_argmax, of_stats=True, inplace=False)
     out: tuple[Tensor, ...] = apply(
         ShardLogits, problem.input, problem.target, rows, None, None, call
     )
-    return TokenLogProbs(*map(problem.shaped, out[1:5]))
+    return token_statistics(problem, out[1:6], return_argmax)
 
 
 @_not_compiled
@@ -374,6 +387,7 @@ def linear_token_log_probs(
     logit_scale: float = 1.0,
     shift: bool = False,
     chunk_rows: int | None = None,
+    return_argmax: bool = False,
 ) -> TokenLogProbs:
     """`sgp.linear_token_log_probs` with a head whose rows are split over the ranks of a group.
 
@@ -384,7 +398,7 @@ def linear_token_log_probs(
     Args:
         input, local_weight, target, group, vocab_size, sum_input_grad, linear_bias: as in
             `linear_cross_entropy`.
-        ignore_index, temperature, softcap, logit_scale, shift, chunk_rows: as in
+        ignore_index, temperature, softcap, logit_scale, shift, chunk_rows, return_argmax: as in
             `sgp.linear_token_log_probs`.
 
     Returns:
@@ -400,9 +414,11 @@ def linear_token_log_probs(
     problem, head = head_problem(
         name, input, local_weight, linear_bias, target, None, recipe, chunk_rows, shift
     )
-    asked = (chunk_rows, sum_input_grad)
+    asked = (chunk_rows, sum_input_grad, return_argmax)
     shard, head = agree_on_head(
         name, group, problem, head, vocab_size, None, asked, sums_input_grad=sum_input_grad
     )
-    chosen = head_options(problem, head, chunk_rows, need_stats=True, shard=shard)
+    chosen = head_options(
+        problem, head, chunk_rows, need_stats=True, need_argmax=return_argmax, shard=shard
+    )
     return head_statistics(problem, head, chosen)

@@ -28,13 +28,17 @@ from sgp.selection import Selection
 class TokenLogProbs(NamedTuple):
     """What a row of logits says about its target; every field has the shape of the target.
 
-    Zero (False) where the target is ignored.
+    Zero (False) where the target is ignored. `is_top1` is True where no other class has a larger
+    score (a logit after scale, softcap and temperature), so that of tied classes every one is;
+    a row with a NaN has none. 16-bit logits tie often: where one class a row must win, ask for
+    `argmax`, the lowest of tied classes, and compare `argmax == target`.
     """
 
     log_prob: Tensor  # nats, float32
     entropy: Tensor  # nats, float32
     lse: Tensor  # float32
     is_top1: Tensor  # bool: no token is more probable than the target
+    argmax: Tensor | None = None  # int64: as torch.argmax of the scores; a NaN counts as largest
 
 
 def cross_entropy(
@@ -131,6 +135,7 @@ def token_log_probs(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    return_argmax: bool = False,
 ) -> TokenLogProbs:
     """The definition of `sgp.token_log_probs`; the first three fields are differentiable.
 
@@ -155,12 +160,14 @@ def token_log_probs(
     s = _score(logits[kept], recipe) / temperature
     log_p = F.log_softmax(s, -1)
     p = log_p.exp()
-    values = (
+    values = [
         log_p.gather(1, y[:, None]).squeeze(1),
         -(p * log_p.masked_fill(p == 0, 0)).sum(1),  # 0 log 0 is 0, in the gradient too
         s.logsumexp(1),
         s.gather(1, y[:, None]).squeeze(1) == s.amax(1),
-    )
+    ]
+    if return_argmax:
+        values.append(s.argmax(1))
     return TokenLogProbs(*(_scatter(problem, kept, value).view(problem.shape) for value in values))
 
 
@@ -175,6 +182,7 @@ def linear_token_log_probs(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    return_argmax: bool = False,
 ) -> TokenLogProbs:
     """`token_log_probs` of `input @ linear_weight.T + linear_bias`, on the kept rows.
 
@@ -188,9 +196,10 @@ def linear_token_log_probs(
     selection = _select(name, input, target, ignore_index, shift, None)
     logits = _head(name, input, linear_weight, linear_bias, selection)
     values = token_log_probs(
-        logits, selection, temperature=temperature, softcap=softcap, logit_scale=logit_scale
-    )
-    return TokenLogProbs(*(value.reshape(target.shape) for value in values))
+        logits, selection, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
+        return_argmax=return_argmax,
+    )  # fmt: skip
+    return TokenLogProbs(*(x.reshape(target.shape) for x in values if x is not None))
 
 
 def _score(logits: Tensor, recipe: Recipe) -> Tensor:

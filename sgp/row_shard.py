@@ -35,12 +35,14 @@ from sgp.row_torch import (
     new_outputs,
     row_index,
     score_,
+    smoothing_of_target,
 )
 from sgp.selection import IGNORE
 from sgp.shard import Shard
 
 RECORD = 4  # numbers a kept row: maximum, sum, sum without the target, the target's nll
 WITH_STATISTICS = 2  # and entropy, is_top1
+WITH_ARGMAX = 1  # and the bits of the largest score's column, among the rank's own
 WITH_SMOOTHING = 1  # and the mean of lse - s_j
 
 
@@ -80,7 +82,10 @@ class ShardRows:
         targets = self._targets(target, weight, recipe)
         statistics = out.statistics
         need_stats = statistics is not None
-        sent = self._record(logits, targets, weight, recipe, need_stats=need_stats)
+        need_argmax = out.argmax is not None
+        sent = self._record(
+            logits, targets, weight, recipe, need_stats=need_stats, need_argmax=need_argmax
+        )
         table = self.shard.gather(sent, "the exchange of row statistics")
         kept = _Targets(*(self._kept(x) for x in targets))
         joined = self._join(table, kept, weight, recipe, need_stats=need_stats)
@@ -91,6 +96,8 @@ class ShardRows:
         if statistics is not None:
             for whole, values in zip(statistics, joined.statistics, strict=True):
                 self._put(whole, values)
+        if out.argmax is not None:
+            self._put(out.argmax, self._argmax(table))
         if dlogits is not None:
             if scale is not None:
                 ones = torch.ones_like(out.loss)
@@ -121,15 +128,16 @@ class ShardRows:
         r = r.masked_fill(t.is_bad, torch.nan)
         w_y = 1.0 if weight is None else weight[t.clamped]
         b, c = r * w_y * (1 - recipe.label_smoothing), r * recipe.label_smoothing
-        rest = c if weight is None else c * weight.mean()  # a - b
+        c_mean = c if weight is None else c * weight.mean()
+        of_lse = torch.zeros_like(r)
         if recipe.lse_square_scale:
-            rest = rest + 2 * recipe.lse_square_scale * (top + log_d) * r
+            of_lse = 2 * recipe.lse_square_scale * (top + log_d) * r
         if upstream.lse is not None:
-            rest = rest + upstream.lse
+            of_lse = of_lse + upstream.lse
         own = _weight_of(self.shard, weight) if recipe.label_smoothing else None
         # With smoothing 1, b is 0 there: every column gets a p_j - c w_j / V.
         spread = c * (size / V)
-        a = b + rest - spread * (1.0 if own is None else own.mean())
+        a = b + (c_mean + of_lse) - spread * (1.0 if own is None else own.mean())
         at = self._kept(t.local)
         place = (*row_index(logits, self._numbers(target)), at)
         x_y = logits[place].to(accumulation_dtype(logits.dtype))  # before it may be overwritten
@@ -137,12 +145,15 @@ class ShardRows:
             logits, dlogits, t.local, saved, own, spread, _of_shard(recipe),
             Upstream(a, upstream.entropy, upstream.entropy_value),
         )  # fmt: skip
-        top, inv_d, so_d, log_d, b, c, rest = (
-            self._kept(x) for x in (top, inv_d, so_d, log_d, b, c, rest)
+        top, inv_d, so_d, log_d, b, c, c_mean, of_lse = (
+            self._kept(x) for x in (top, inv_d, so_d, log_d, b, c, c_mean, of_lse)
         )
         z = score_(x_y.clone(), recipe) - top
         p_y = z.exp() * inv_d
-        g = rest * p_y - b * so_d - c * (1.0 if own is None else own[at]) / V
+        g = of_lse * p_y - b * so_d
+        if recipe.label_smoothing:
+            spread_y = c / V if own is None else c / V * own[at]
+            g = g + smoothing_of_target(c_mean, spread_y, p_y, so_d)
         if upstream.entropy is not None and upstream.entropy_value is not None:
             h, H = self._kept(upstream.entropy), self._kept(upstream.entropy_value)
             g = g - torch.where(p_y == 0, 0.0, h * p_y * (z - log_d + H))
@@ -195,11 +206,13 @@ class ShardRows:
         recipe: Recipe,
         *,
         need_stats: bool,
+        need_argmax: bool,
     ) -> Tensor:
         """(F, M): what this rank tells the others of its columns."""
         kept = _Targets(*(self._kept(x) for x in targets))
         smooth = recipe.label_smoothing > 0
-        fields = RECORD + WITH_STATISTICS * need_stats + WITH_SMOOTHING * smooth
+        fields = RECORD + WITH_STATISTICS * need_stats + WITH_ARGMAX * need_argmax
+        fields += WITH_SMOOTHING * smooth
         M = kept.local.numel()
         record = logits.new_zeros(fields, M, dtype=accumulation_dtype(logits.dtype))
         if not self.shard.size:
@@ -207,7 +220,7 @@ class ShardRows:
             return record
         out = new_outputs(
             logits, targets.local.numel(), need_grad=False, need_saved=True,
-            need_stats=need_stats or smooth,
+            need_stats=need_stats or smooth, need_argmax=need_argmax,
         )  # fmt: skip
         own = _weight_of(self.shard, weight) if smooth else None
         implementation(logits).forward(
@@ -223,9 +236,14 @@ class ShardRows:
         record[2] = torch.where(kept.is_mine, so_d * d, d).masked_fill_(nothing, 0)
         record[3] = torch.where(kept.is_mine, torch.where(nothing, torch.inf, nll), 0)
         if need_stats and statistics is not None:
-            _, entropy, _, is_top1 = statistics
+            _, entropy, lse, is_top1 = statistics
+            # The kernels' maximum passes over a NaN; PyTorch's, over the ranks, will not.
+            record[0].masked_fill_(self._kept(lse).isnan(), torch.nan)
             record[4] = self._kept(entropy)
             record[5] = self._kept(is_top1) & kept.is_mine
+        if out.argmax is not None:
+            integer = torch.int64 if record.dtype == torch.float64 else torch.int32
+            record[6] = self._kept(out.argmax).to(integer).view(record.dtype)
         if smooth:
             mean = self._kept(out.loss)
             # 0 x inf: the stand-in, or the target itself, is -inf and has a weight.
@@ -250,7 +268,8 @@ class ShardRows:
         inv_d = 1 / D
         so_d = (so * grown).sum(0) * inv_d
         log_d = log_of_sum(inv_d, so_d)
-        lse = top + log_d
+        # An infinite logit: the sum is NaN, lse is not, unless the maximum is.
+        lse = torch.where((top == torch.inf) & ~kept.is_bad, top, top + log_d)
         # -log of each rank's share of the probability
         part = torch.where(m == top, (_of_others(sums) / d).log1p(), (top - m) + D.log() - d.log())
         part = part.masked_fill(kept.is_bad, torch.nan)
@@ -270,6 +289,20 @@ class ShardRows:
         first = (table[:, 5] != 0) & (m == top)
         is_top1 = first.gather(0, owner[None])[0]
         return _Joined(loss, saved, (-nll, entropy, lse, is_top1))
+
+    def _argmax(self, table: Tensor) -> Tensor:
+        """(M,) the first column of the largest score, or of a NaN, of all ranks (P, F, M)."""
+        m = table[:, 0]
+        is_first = (m == m.amax(0)) | m.isnan()
+        integer = torch.int64 if table.dtype == torch.float64 else torch.int32
+        found = table[:, 6].view(integer).to(torch.int64)
+        least = torch.full_like(found[0], self.shard.V)
+        start = 0
+        for q, size in enumerate(self.shard.sizes):
+            if size:
+                least = torch.where(is_first[q], (found[q] + start).clamp(max=least), least)
+            start += size
+        return least
 
     def _owner(self, target: Tensor) -> Tensor:
         """The rank that holds each target (M,)."""

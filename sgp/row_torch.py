@@ -29,28 +29,36 @@ class RowOutputs(NamedTuple):
     entropy: Tensor | None  # (N,)
     lse: Tensor | None  # (N,)
     is_top1: Tensor | None  # (N,) bool
+    argmax: Tensor | None  # (N,) int64; not without the others
     dlogits: Tensor | None  # (..., V)
 
     @property
     def statistics(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """(log_prob, entropy, lse, is_top1); all of them are wanted, or none."""
-        _, _, log_prob, entropy, lse, is_top1, _ = self
+        _, _, log_prob, entropy, lse, is_top1, *_ = self
         if log_prob is None or entropy is None or lse is None or is_top1 is None:
             return None
         return log_prob, entropy, lse, is_top1
 
     def zero_(self) -> None:
         """Zero what is there of the rows' numbers at once; the gradient is left alone."""
-        numbers = [x for x in self[:-2] if x is not None]
+        numbers = [x for x in self[:-3] if x is not None]
         torch._foreach_zero_(numbers)  # one launch
-        if self.is_top1 is not None:
-            self.is_top1.zero_()
+        for x in (self.is_top1, self.argmax):
+            if x is not None:
+                x.zero_()
 
 
 def new_outputs(
-    logits: Tensor, N: int, *, need_saved: bool, need_stats: bool, need_grad: bool
+    logits: Tensor,
+    N: int,
+    *,
+    need_saved: bool,
+    need_stats: bool,
+    need_grad: bool,
+    need_argmax: bool = False,
 ) -> RowOutputs:
-    """Uninitialised outputs, None where not wanted."""
+    """Uninitialised outputs, None where not wanted; `need_argmax` needs `need_stats`."""
     dtype = accumulation_dtype(logits.dtype)
     return RowOutputs(
         logits.new_empty(N, dtype=dtype),
@@ -59,6 +67,7 @@ def new_outputs(
         logits.new_empty(N, dtype=dtype) if need_stats else None,
         logits.new_empty(N, dtype=dtype) if need_stats else None,
         logits.new_empty(N, dtype=torch.bool) if need_stats else None,
+        logits.new_empty(N, dtype=torch.int64) if need_argmax else None,
         logits.new_empty(logits.shape) if need_grad else None,
     )
 
@@ -103,6 +112,8 @@ def forward(
         smooth = None
         if recipe.label_smoothing:
             smooth = _smoothing_sum(s, reference, weight)
+        if out.argmax is not None:
+            out.argmax[rows] = s.argmax(1)
         origin = top.masked_fill(top == -torch.inf, 0.0)  # a row, or a rank's part, of nothing
         s.sub_(origin)
         t = None if statistics is None else _entropy_sum(s)
@@ -128,7 +139,9 @@ def forward(
         if out.saved is not None:
             out.saved[rows] = torch.cat([top, inv_d, s_o * inv_d], 1)
         if statistics is not None and t is not None:
-            found = (-nll, log_d - t * inv_d, top + log_d, s_y == top)
+            # An infinite logit: the exponentials are NaN, lse is not, unless the maximum is.
+            lse = torch.where(top == torch.inf, top, top + log_d)
+            found = (-nll, log_d - t * inv_d, lse, s_y == top)
             for whole, column in zip(statistics, found, strict=True):
                 whole[rows] = column.squeeze(1)
         if dlogits is not None:
@@ -304,6 +317,12 @@ def log_of_sum(inv_d: Tensor, so_d: Tensor) -> Tensor:
     return torch.where(so_d < 0.5, (so_d / inv_d).log1p(), -inv_d.log())
 
 
+def smoothing_of_target(c_mean: Tensor, spread_y: Tensor, p_y: Tensor, so_d: Tensor) -> Tensor:
+    """`c mean(w) p_y - c w_y / V`, in which p_y is 1 - s_o / d where that is most of the mass."""
+    near = (c_mean - spread_y) - c_mean * so_d
+    return torch.where(so_d < 0.5, near, c_mean * p_y - spread_y)
+
+
 def _gradient(
     p: Tensor,
     x: Tensor,
@@ -323,20 +342,23 @@ def _gradient(
     V = x.shape[1]
     r = torch.where(valid, r, torch.nan)
     b = r if weight is None else r * weight[y]
-    a_minus_b = torch.zeros_like(r)
+    of_lse = torch.zeros_like(r)
+    if recipe.lse_square_scale:
+        of_lse = 2 * recipe.lse_square_scale * (top + log_of_sum(inv_d, so_d)) * r
+    if from_lse is not None:
+        of_lse = of_lse + from_lse
     if recipe.label_smoothing:
         b = b * (1 - recipe.label_smoothing)
-        w_mean = 1.0 if weight is None else weight.mean()
-        a_minus_b = r * recipe.label_smoothing * w_mean
-    if recipe.lse_square_scale:
-        lse = top + log_of_sum(inv_d, so_d)
-        a_minus_b = a_minus_b + 2 * recipe.lse_square_scale * lse * r
-    if from_lse is not None:
-        a_minus_b = a_minus_b + from_lse
-    g = p.mul_(b + a_minus_b)
-    g.scatter_(1, y, a_minus_b * p_y - b * so_d)
-    if recipe.label_smoothing:
-        g.sub_(r * (recipe.label_smoothing / V) * (1.0 if weight is None else weight))
+        c = r * recipe.label_smoothing
+        c_mean = c if weight is None else c * weight.mean()
+        spread = c / V if weight is None else c / V * weight
+        g = p.mul_(b + (c_mean + of_lse)).sub_(spread)
+        spread_y = spread if weight is None else spread.gather(1, y)
+        g_y = of_lse * p_y - b * so_d + smoothing_of_target(c_mean, spread_y, p_y, so_d)
+    else:
+        g = p.mul_(b + of_lse)
+        g_y = of_lse * p_y - b * so_d
+    g.scatter_(1, y, g_y)
     if from_entropy is not None:
         g.sub_(from_entropy)
     return multiply_by_slope_(g, x, recipe)

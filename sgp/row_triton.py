@@ -44,17 +44,20 @@ def forward(
         stats = None if statistics is None else launch.Statistics(*statistics)
         options = _options(weight, row_weight, scale, recipe)
         V, N, ignored = logits.shape[-1], target.numel(), recipe.ignore_index
-        rows = (source, sink, target, out.loss, out.saved, stats, options)
+        rows = (source, sink, target, out.loss, out.saved, stats)
+        argmax = out.argmax
         launch.put(
             (
                 "forward", logits.device, recipe, V, _known(source), _known(sink),
-                out.saved is None, stats is None, _dtype(weight), _dtype(row_weight),
-                _dtype(scale), os.environ.get("SGP_ROW_FORM"),
+                out.saved is None, stats is None, argmax is None, _dtype(weight),
+                _dtype(row_weight), _dtype(scale), os.environ.get("SGP_ROW_FORM"),
             ),
             (source.ptr, None if sink is None else sink.ptr, target, weight, row_weight, scale),
             N,
-            (*rows, ignored, V, N),
-            lambda: launch.row_forward(*rows, V=V, ignore_index=ignored),
+            (*rows, argmax, options, ignored, V, N),
+            lambda: launch.row_forward(
+                *rows, options, V=V, ignore_index=ignored, argmax=argmax
+            ),
         )  # fmt: skip
         _copy_back(sink, dlogits)
 

@@ -24,12 +24,13 @@ class Call(NamedTuple):
     shard: Shard
     recipe: Recipe
     need_stats: bool
+    need_argmax: bool
     of_stats: bool  # whether the statistics are differentiable, and not the loss
     inplace: bool
 
 
 class ShardLogits(torch.autograd.Function):
-    """(loss, log_prob, entropy, lse, is_top1, saved) of each row (N,), the same on every rank."""
+    """(loss, 5 statistics, saved) of each row (N,), the same on every rank."""
 
     @staticmethod
     def forward(
@@ -41,8 +42,9 @@ class ShardLogits(torch.autograd.Function):
         call: Call,
     ) -> tuple[Tensor | None, ...]:
         out = new_outputs(
-            logits, target.numel(), need_grad=False, need_saved=True, need_stats=call.need_stats
-        )
+            logits, target.numel(), need_grad=False, need_saved=True, need_stats=call.need_stats,
+            need_argmax=call.need_argmax,
+        )  # fmt: skip
         columns = logits[..., : call.shard.size]
         operations = ShardRows(call.shard, rows)
         operations.forward(columns, None, target, weight, row_weight, None, call.recipe, out)
@@ -52,9 +54,9 @@ class ShardLogits(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         logits, target, rows, weight, row_weight, call = inputs
-        loss, log_prob, entropy, lse, is_top1, saved = output
+        loss, log_prob, entropy, lse, is_top1, argmax, saved = output
         constants = (loss,) if call.of_stats else (log_prob, entropy, lse)
-        mark_constant(ctx, *constants, is_top1, origin=saved)
+        mark_constant(ctx, *constants, is_top1, argmax, origin=saved)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, rows, weight, row_weight, saved, entropy)
         ctx.call = call
