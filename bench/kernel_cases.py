@@ -31,7 +31,8 @@ class Case(NamedTuple):
     kernel: str  # forward | statistics | loss | backward | factor
     V: int
     dtype: str
-    options: str  # plain | weighted | reported | logged | log-probs | all, or one option's name
+    options: str  # plain | weighted | reported | logged | predicted | log-probs | all, or an option
+    # logged: with statistics; predicted: with their argmax too, as is all
     layout: str = "rows"  # rows | slice | strided | in place (strided, so is the gradient) | head
     # slice: logits[:, :-1], two strides between rows
     # head: a bf16 gradient in the first half of float32 rows, as the linear head has it
@@ -63,7 +64,16 @@ DATA = (("bf16", "rows"), ("fp32", "rows"), ("fp32", "head"))
 WIDE = ("bf16", "fp32")  # fp16 has bf16's width and another conversion
 # Rows of a multiple of 16, and rows that begin and end between two accesses, by each line.
 LENGTHS = (32_000, 50_257, 151_936, 151_937, 262_144)
-OPTIONS = ("weighted", "softcap", "smoothing", "class weight", "reported", "logged", "all")
+OPTIONS = (
+    "weighted",
+    "softcap",
+    "smoothing",
+    "class weight",
+    "reported",
+    "logged",
+    "predicted",
+    "all",
+)
 
 
 def target_of(name: str) -> Target:
@@ -97,7 +107,10 @@ def _is_telling(case: Case) -> bool:
     """Whether a case is one of those that are likely to spill, or to be the first to break."""
     if case.V in (256, 1_024, 2_048, 50_264) or case.gpu:
         return False
-    return case.options in ("logged", "all") or (case.options, case.dtype) == ("plain", "bf16")
+    return case.options in ("logged", "predicted", "all") or (case.options, case.dtype) == (
+        "plain",
+        "bf16",
+    )
 
 
 def _is_longest(case: Case) -> bool:
@@ -156,11 +169,13 @@ def streaming_cases() -> Iterator[Case]:
     for V, dtype in itertools.product((50_257, 151_936), WIDE):
         for options in OPTIONS:
             yield Case("forward", V, dtype, options, form="streaming")
-        for options, form in itertools.product(("logged", "all"), ("staying", "blockwise")):
+        for options, form in itertools.product(
+            ("logged", "predicted", "all"), ("staying", "blockwise")
+        ):
             yield Case("forward", V, dtype, options, form=form)
         yield Case("forward", V, dtype, "plain", form="blockwise")
         for kernel, options in itertools.product(
-            ("statistics", "loss"), ("plain", "logged", "all")
+            ("statistics", "loss"), ("plain", "logged", "predicted", "all")
         ):
             yield Case(kernel, V, dtype, options, form="streaming")
     for dtype, options in itertools.product(WIDE, ("plain", "logged", "all")):
@@ -173,7 +188,7 @@ def streaming_cases() -> Iterator[Case]:
 def head_cases() -> Iterator[Case]:
     """Float32 rows whose gradient is bf16, in their place."""
     for V, form, options in itertools.product(
-        (32_000, 50_257, 151_936), ("streaming", "staying"), ("plain", "logged", "all")
+        (32_000, 50_257, 151_936), ("streaming", "staying"), ("plain", "logged", "predicted", "all")
     ):
         yield Case("forward", V, "fp32", options, "head", form=form)
     for V in (32_000, 151_936):
@@ -219,6 +234,7 @@ def call_of(case: Case, on: Target) -> launch.Call:
         "plain": Options(scale=empty()),
         "reported": Options(scale=empty()),
         "logged": light,
+        "predicted": light,
         "weighted": light._replace(label_smoothing=None),
         "softcap": Options(scale=empty(), softcap=30.0, inverse_softcap=1 / 30.0),
         "smoothing": Options(scale=empty(), label_smoothing=0.1),
@@ -233,11 +249,13 @@ def call_of(case: Case, on: Target) -> launch.Call:
         return launch.row_gradient(logits, dlogits, target, empty(N, 3), options, **shared)
     if case.kernel == "factor":
         return launch.multiply(dlogits, target, empty(), N=N, **shared)
-    with_stats = case.options in ("all", "logged", "reported")
+    with_argmax = case.options in ("all", "predicted")
+    with_stats = with_argmax or case.options in ("logged", "reported")
     stats = Statistics(row, row, row, empty(N, dtype=torch.bool)) if with_stats else None
     sink = dlogits if case.kernel == "forward" else None
     saved = empty(N, 3) if case.kernel == "statistics" else None
     shared["form"] = case.form
+    shared["argmax"] = empty(N, dtype=torch.int64) if with_argmax else None
     return launch.row_forward(logits, sink, target, row, saved, stats, options, **shared)
 
 

@@ -155,7 +155,7 @@ def row_forward(
     `on` is what to compile for where that is not the tensors' own device; `form` forces one, and
     `line` a line that the table need not have.
     """
-    row = _row(V, opt, logits, dlogits, stats=stats is not None)
+    row = _row(V, opt, logits, dlogits, stats=stats is not None, argmax=argmax is not None)
     on = on or table.target_of(logits.ptr.device)
     line = line or table.choose(row, on, form)
     N = target.numel()
@@ -241,7 +241,13 @@ def runs_interpreted() -> bool:
 
 
 def _row(
-    V: int, opt: Options, logits: Matrix, dlogits: Matrix | None, *, stats: bool = False
+    V: int,
+    opt: Options,
+    logits: Matrix,
+    dlogits: Matrix | None,
+    *,
+    stats: bool = False,
+    argmax: bool = False,
 ) -> Row:
     light = opt.softcap is None and opt.weight is None
     quiet = opt.label_smoothing is None and opt.entropy_weight is None and not stats
@@ -263,6 +269,7 @@ def _row(
         itemsize=logits.ptr.dtype.itemsize,
         halving=halving,
         gradient=dlogits is not None,
+        argmax=argmax,
         align=align,
     )
 

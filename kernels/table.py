@@ -57,6 +57,7 @@ class Row(NamedTuple):
     itemsize: int = 2  # bytes of a logit
     halving: bool = False  # a bf16 or fp16 gradient of float32 logits
     gradient: bool = True  # False: loss and statistics only
+    argmax: bool = False  # wanted with the statistics
     align: int = 8  # the largest power of two up to 16 that divides V and every stride
 
     @property
@@ -98,7 +99,7 @@ ONE_BLOCK = (
 )
 # The head's float32 rows with a 16-bit gradient, in a cluster: up to 64 columns a thread in 128
 # registers, in pieces of 8. Anything else lost to streaming: bf16 at V = 32 000 has 45 % in a
-# cluster, at 128 256 64 %. Not timed on an H200 or on sm_100.
+# cluster, at 128 256 64 %. With argmax they spilled. Not timed on an H200 or on sm_100.
 PIECES = (6, 7, 8, 10)  # counts that are compiled; rows between two take the larger
 CLUSTERS = (
     Line("resident", 16_384, 256, 8, 8, 2),  # timed: H100 79 % at V = 128 256
@@ -168,7 +169,8 @@ OPTIONS = {
     ),
 }
 OPTIONS_LOSS = {size: ((None, lines[0][1]),) for size, lines in OPTIONS.items()}
-# Softcap or class weights, and smoothing or statistics; on sm_100 the latter alone. Not timed.
+# Softcap, class weights or argmax, and smoothing or statistics; on sm_100 the latter alone. Not
+# timed.
 EVERYTHING = {
     2: ((None, Line("streaming", 8_192, 512)),),
     4: ((None, Line("streaming", 4_096, 512)),),
@@ -223,7 +225,7 @@ def resident_lines(row: Row, target: Target) -> Iterator[Line]:
     """The lines that such a row may have, whatever its length, in the order of preference."""
     yield from ONE_BLOCK
     is_head = row.halving and row.light and row.wide and row.contiguous and not row.edges
-    if not is_head or not target.has_clusters or row.V < CLUSTERS_FROM:
+    if not is_head or row.argmax or not target.has_clusters or row.V < CLUSTERS_FROM:
         return
     if target.triton >= (3, 9):
         yield from CLUSTERS
@@ -240,7 +242,7 @@ def _small(row: Row, form: str) -> Line | None:
 def streaming(row: Row, target: Target) -> Line:
     """The line of a row's loss that is streamed."""
     is_blackwell = target.capability // 10 == 10
-    if not row.quiet and (not row.light or is_blackwell):
+    if not row.quiet and (not row.light or row.argmax or is_blackwell):
         lines = EVERYTHING
     elif not row.plain:
         lines = OPTIONS if row.gradient else OPTIONS_LOSS
@@ -337,6 +339,8 @@ def _words(row: Row, target: Target) -> str:
         why.append("8 does not divide V, a stride between rows or the start in memory")
     if not row.light:
         why.append("softcap or class weights")
+    if row.argmax:
+        why.append("argmax")
     if not row.quiet and target.triton < (3, 9):
         why.append("smoothing or statistics with Triton 3.8")
     if not target.has_clusters:

@@ -45,6 +45,7 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "scale": (None, None, 0, 0, 4, 1),
     "saved": (0, 0, 0, 0, 4, 1),
     "statistics": (False, False, True),
+    "argmax": (False, True),  # together with these
     "need_saved": (False, True),
     "lse": (None, None, 0, 0, 1),
     "entropy": (None, None, 0, 0, 1),
@@ -199,8 +200,9 @@ class Case(NamedTuple):
         upstream = row_torch.Upstream(vector(N, f["lse"]), entropy, vector(N, f["entropy"]))
         factor = vector(1, f["scale"])
         out = row_torch.new_outputs(
-            logits, N, need_grad=False, need_saved=f["need_saved"], need_stats=f["statistics"]
-        )
+            logits, N, need_grad=False, need_saved=f["need_saved"], need_stats=f["statistics"],
+            need_argmax=f["statistics"] and f["argmax"],
+        )  # fmt: skip
         return Case(
             operation=f["operation"],
             logits=logits,

@@ -68,12 +68,14 @@ def cases():
             yield Case(function, {"reduction": reduction}, second=logits)
             yield Case(function, {**ALL, "reduction": reduction}, second=logits)
         yield Case(function, {"return_stats": True, **ALL}, second=logits)
+        asked = {"return_stats": True, "return_argmax": True}
+        yield Case(function, {**asked, "label_smoothing": 0.3}, second=logits)
         yield Case(function, ALL, second=logits, nothing=True)
         yield Case(function, {"label_smoothing": 0.1}, selection=True)
         yield Case(function, {"label_smoothing": 0.1}, padding=5)
     yield Case("cross_entropy", {"inplace": True, **ALL}, second=True)
     for options in ({"softcap": 4.0}, {"temperature": 0.7, "logit_scale": 2.0}):
-        yield Case("token_log_probs", options, second=True)
+        yield Case("token_log_probs", {"return_argmax": True, **options}, second=True)
         yield Case("linear_token_log_probs", options)
     head = "linear_cross_entropy"
     yield Case(head, {"linear_bias": True, **ALL})
@@ -160,8 +162,8 @@ def flat(result):
     if isinstance(result, torch.Tensor):
         return [result]
     if isinstance(result, sgp.TokenLogProbs):
-        return list(result)
-    return [result[0], *result[1]]
+        return [x for x in result if x is not None]
+    return [result[0], *flat(result[1])]
 
 
 def backward(outputs):

@@ -196,7 +196,7 @@ def test_loss_divided_in_place(reduction, backend, logits, target):
 
 
 def test_unused_loss_gives_no_gradient(backend, logits, target):
-    _, stats = sgp.cross_entropy(logits, target, return_stats=True)
+    _, stats = sgp.cross_entropy(logits, target, return_stats=True, return_argmax=True)
     assert not any(value.requires_grad for value in stats)
     (grad,) = torch.autograd.grad(logits.sum(), logits)
     assert torch.equal(grad, torch.ones_like(grad))
@@ -400,25 +400,25 @@ def operator_samples():
     off = (IGNORE, 0.0, None, 1.0, 0.0, 1.0)
     on = (IGNORE, 0.1, 5.0, 2.0, 0.1, 0.7)
     _, saved, _, entropy, *_ = operators.row_forward(
-        x, y, None, None, None, *off, False, True, True
+        x, y, None, None, None, *off, False, True, True, False
     )
     return {
-        "row_forward, plain": (operators.row_forward, (x, y, None, None, None, *off, *[True] * 3)),
+        "row_forward, plain": (operators.row_forward, (x, y, None, None, None, *off, *[True] * 4)),
         "row_forward, all": (
             operators.row_forward,
-            (x.view(1, N, V), y, weight, row_weight, scale, *on, True, True, True),
+            (x.view(1, N, V), y, weight, row_weight, scale, *on, True, True, True, False),
         ),
         "row_forward, loss only": (
             operators.row_forward,
-            (x, y, weight, None, None, *off, False, False, False),
+            (x, y, weight, None, None, *off, False, False, False, False),
         ),
         "row_forward, strided": (
             operators.row_forward,
-            (torch.randn(V, N).t(), y, None, None, None, *off, True, False, False),
+            (torch.randn(V, N).t(), y, None, None, None, *off, True, False, False, False),
         ),
         "row_forward_": (
             operators.row_forward_,
-            (x.clone(), y, weight, row_weight, scale, *on, True),
+            (x.clone(), y, weight, row_weight, scale, *on, True, True),
         ),
         "row_backward": (
             operators.row_backward,
@@ -435,7 +435,7 @@ def operator_samples():
         ),
         "row_forward, bf16": (
             operators.row_forward,
-            (x.bfloat16(), y, weight, row_weight, scale, *on, True, True, True),
+            (x.bfloat16(), y, weight, row_weight, scale, *on, True, True, True, True),
         ),
         "mean_scale, bf16": (
             operators.mean_scale,

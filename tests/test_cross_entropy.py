@@ -500,14 +500,17 @@ def test_statistics_are_those_of_the_reference(reduction, dtype, backend, row_fo
     plain = sgp.reference.token_log_probs(logits, target, **options)
     leaf = logits.clone().requires_grad_()
     loss, stats = sgp.cross_entropy(
-        leaf, target, reduction=reduction, return_stats=True, label_smoothing=0.1, **options
-    )
+        leaf, target, reduction=reduction, return_stats=True, return_argmax=True,
+        label_smoothing=0.1, **options,
+    )  # fmt: skip
     alone = sgp.cross_entropy(leaf, target, reduction=reduction, label_smoothing=0.1, **options)
     assert torch.equal(loss, alone), "asking for statistics changed the loss"
     assert isinstance(stats, sgp.TokenLogProbs)
     assert stats.is_top1.dtype == torch.bool
     assert torch.equal(stats.is_top1, truth.is_top1)
     assert stats.is_top1[1, 0]
+    scores = sgp.reference.token_log_probs(logits, target, return_argmax=True, **options)
+    assert torch.equal(stats.argmax, scores.argmax)
     for field in ("log_prob", "entropy", "lse"):
         value = getattr(stats, field)
         assert value.shape == target.shape
@@ -521,7 +524,8 @@ def test_statistics_are_those_of_the_reference(reduction, dtype, backend, row_fo
             )
     loss.sum().backward()
     with torch.no_grad():
-        _, frozen = sgp.cross_entropy(logits, target, return_stats=True, **options)
+        asked = {"return_stats": True, "return_argmax": True}
+        _, frozen = sgp.cross_entropy(logits, target, **asked, **options)
     for field in stats._fields:
         assert torch.equal(getattr(stats, field), getattr(frozen, field))
 

@@ -225,7 +225,7 @@ def test_row_04_everything_ignored(inplace, dtype, reduction, device):
     target = torch.full((2,), IGNORE, device=device)
     logits = leaf * 1
     loss, stats = sgp.cross_entropy(
-        logits, target, reduction=reduction, return_stats=True, inplace=inplace
+        logits, target, reduction=reduction, return_stats=True, return_argmax=True, inplace=inplace
     )
     assert loss.requires_grad, "the loss stays connected: data parallelism waits for this gradient"
     assert not loss.any()
@@ -627,7 +627,8 @@ def test_row_17_shapes_are_known_without_values(kind, reduction):
     def run(device):
         logits = torch.empty(4, 9, device=device, dtype=torch.bfloat16, requires_grad=True)
         target = torch.zeros(4, device=device, dtype=torch.int64)
-        loss, stats = sgp.cross_entropy(logits, target, reduction=reduction, return_stats=True)
+        asked = {"reduction": reduction, "return_stats": True, "return_argmax": True}
+        loss, stats = sgp.cross_entropy(logits, target, **asked)
         loss.sum().backward()
         assert tuple(loss.shape) == shape
         assert loss.dtype == torch.float32
@@ -878,8 +879,9 @@ def test_row_21_deterministic_algorithms(inplace, reduction, device):
 
     def run():
         loss, stats = sgp.cross_entropy(
-            leaf * 1, selection, reduction=reduction, inplace=inplace, return_stats=True
-        )
+            leaf * 1, selection, reduction=reduction, inplace=inplace, return_stats=True,
+            return_argmax=True,
+        )  # fmt: skip
         (grad,) = torch.autograd.grad(2 * loss.sum(), leaf)
         return loss.detach(), grad, *stats
 

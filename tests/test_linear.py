@@ -385,7 +385,7 @@ def test_nothing_kept(reduction, dtype, backend, tensors, device):
     hidden, head, bias = leaves_of(cast([tensors[0].view(2, 3, D) * NAN, *tensors[1:]], dtype))
     loss, stats = sgp.linear_cross_entropy(
         hidden, head, torch.full((2, 3), IGNORE, device=device), linear_bias=bias,
-        reduction=reduction, return_stats=True,
+        reduction=reduction, return_stats=True, return_argmax=True,
     )  # fmt: skip
     assert not loss.any()
     assert not any(values.any() for values in stats)
@@ -659,10 +659,12 @@ def test_statistics(backend, tensors, target):
     (hidden, head, bias), y = leaves_of(tensors), target.view(2, 3)
     hidden = hidden.view(2, 3, D)
     options = {"softcap": 4.0, "logit_scale": 1.5}
-    truth = sgp.reference.linear_token_log_probs(hidden, head, y, linear_bias=bias, **options)
+    truth = sgp.reference.linear_token_log_probs(
+        hidden, head, y, linear_bias=bias, return_argmax=True, **options
+    )
     loss_of = partial(
         sgp.linear_cross_entropy, hidden, head, y, linear_bias=bias, chunk_rows=2,
-        return_stats=True, **options,
+        return_stats=True, return_argmax=True, **options,
     )  # fmt: skip
     with torch.no_grad():
         _, frozen = loss_of()
@@ -1150,21 +1152,23 @@ def operator_samples():
     off, on = (IGNORE, 0.0, None, 1.0, 0.0, 1.0), (IGNORE, 0.1, 5.0, 2.0, 0.1, 0.7)
     single, half, brain = ((dtype, 2) for dtype in (torch.float32, torch.float16, torch.bfloat16))
     no3, no4, no5 = [None] * 3, [False] * 4, [None] * 5
-    _, saved, _, entropy, *_ = forward(x, w, None, *some, *no3, *off, *single, *no4, True, True)
+    _, saved, _, entropy, *_ = forward(
+        x, w, None, *some, *no3, *off, *single, *no4, True, True, False
+    )
     batch, everything = x.view(2, 3, D), (torch.rand(V), row, torch.tensor(0.5))
     # fmt: off
     return {
         "kept_rows": (kept_rows, (y, IGNORE)),
         "kept_rows, none": (kept_rows, (torch.full((3,), 2), 2)),
         "head_forward, all": (
-            forward, (batch, w, b, *some, *everything, *on, *single, *ALL, False, True, True)),
+            forward, (batch, w, b, *some, *everything, *on, *single, *ALL, False, *ALL)),
         "head_forward, loss only": (
-            forward, (x, w, None, *some, *no3, *off, *single, *no4, False, False)),
+            forward, (x, w, None, *some, *no3, *off, *single, *no4, False, False, False)),
         "head_forward, wide": (
             forward, (*cast((x, w, b), torch.float16), *some, *everything, *off, *half, *ALL,
-                      True, False, False)),
+                      True, False, False, False)),
         "head_forward, autocast": (
-            forward, (x, w.bfloat16(), b, *some, *no3, *off, *brain, *ALL, False, False, False)),
+            forward, (x, w.bfloat16(), b, *some, *no3, *off, *brain, *ALL, *no4)),
         "head_backward, all": (
             backward, (batch, w, b, *some, saved, everything[0], row, row, row, entropy, *on,
                        *single, *ALL)),

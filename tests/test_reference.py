@@ -568,10 +568,10 @@ def test_linear_is_the_same_under_autocast():
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 def test_token_log_probs_formulas(temperature):
     logits, target = make()
-    values = reference.token_log_probs(logits, target, temperature=temperature)
+    values = reference.token_log_probs(logits, target, temperature=temperature, return_argmax=True)
     for i, y in enumerate(target.tolist()):
         if y == X:
-            assert [value[i].item() for value in values] == [0, 0, 0, False]
+            assert [value[i].item() for value in values] == [0, 0, 0, False, 0]
             continue
         row = logits[i].detach() / temperature
         p = row.exp() / row.exp().sum()
@@ -579,6 +579,7 @@ def test_token_log_probs_formulas(temperature):
         close(values.entropy[i].detach(), -(p * p.log()).sum())
         close(values.lse[i].detach(), row.exp().sum().log())
         assert bool(values.is_top1[i]) == (int(row.argmax()) == y)
+        assert values.argmax[i] == row.argmax()
     assert values.is_top1.dtype == torch.bool
     assert not values.is_top1.requires_grad
 
@@ -600,8 +601,9 @@ def test_a_tie_for_the_first_place_is_top1():
     ("layout", "lead"), [((5,), ()), ((4, 5), (4,)), ((2, 5, 3), (2, 3))], ids=str
 )
 def test_token_log_probs_has_the_targets_shape(layout, lead):
-    values = reference.token_log_probs(torch.randn(layout), torch.zeros(lead, dtype=torch.int64))
-    assert [value.shape for value in values] == [torch.Size(lead)] * 4
+    labels = torch.zeros(lead, dtype=torch.int64)
+    values = reference.token_log_probs(torch.randn(layout), labels, return_argmax=True)
+    assert [value.shape for value in values] == [torch.Size(lead)] * 5
 
 
 @pytest.mark.parametrize("poison", [NAN, INF], ids=str)
@@ -647,12 +649,13 @@ def test_linear_token_log_probs(biased):
     hidden, head = torch.randn(2, 4, 3).double(), torch.randn(5, 3).double()
     bias = torch.randn(5).double() if biased else None
     labels = torch.tensor([[X, 1, 2, X], [4, X, 0, 3]])
+    options = {"temperature": 0.7, "softcap": 3.0, "return_argmax": True}
     ours = reference.linear_token_log_probs(
-        hidden, head, labels, linear_bias=bias, shift=True, temperature=0.7, softcap=3.0
+        hidden, head, labels, linear_bias=bias, shift=True, **options
     )
     shifted = torch.cat([labels[:, 1:], torch.full((2, 1), X)], 1)
     theirs = reference.token_log_probs(
-        F.linear(hidden, head, bias).movedim(-1, 1), shifted, temperature=0.7, softcap=3.0
+        F.linear(hidden, head, bias).movedim(-1, 1), shifted, **options
     )
     for mine, other in zip(ours, theirs, strict=True):
         close(mine, other)

@@ -149,8 +149,9 @@ def results(inplace=False, **options):
     for reduction in ("mean", "sum", "none", "sequence_mean"):
         logits = torch.randn(N, V, generator=generator).requires_grad_()
         loss, stats = sgp.cross_entropy(
-            logits * 1, target, reduction=reduction, inplace=inplace, return_stats=True, **options
-        )
+            logits * 1, target, reduction=reduction, inplace=inplace, return_stats=True,
+            return_argmax=True, **options,
+        )  # fmt: skip
         loss.sum().backward()
         found += [loss, *stats, logits.grad]
         hidden = torch.randn(N, D, generator=generator).requires_grad_()
@@ -159,12 +160,12 @@ def results(inplace=False, **options):
         loss.sum().backward()
         found += [loss, hidden.grad, weight.grad]
     logits = torch.randn(N, V, generator=generator).requires_grad_()
-    stats = sgp.token_log_probs(logits, target)
+    stats = sgp.token_log_probs(logits, target, return_argmax=True)
     (stats.log_prob.sum() + stats.entropy.sum() + stats.lse.sum()).backward()
     found += [*stats, logits.grad]
     hidden = torch.randn(N, D, generator=generator).requires_grad_()
     weight = torch.randn(V, D, generator=generator).requires_grad_()
-    stats = sgp.linear_token_log_probs(hidden, weight, target)
+    stats = sgp.linear_token_log_probs(hidden, weight, target, return_argmax=True)
     stats.log_prob.sum().backward()
     return [*found, *stats, hidden.grad, weight.grad]
 
@@ -236,7 +237,7 @@ def test_what_an_operator_writes_to_is_counted(mode, target):
     saved = torch.ones(N, 3)
     for call in (
         lambda: operators.multiply_rows_(x, target, torch.tensor(2.0), IGNORE),
-        lambda: operators.row_forward_(x, target, None, None, None, *numbers, False),
+        lambda: operators.row_forward_(x, target, None, None, None, *numbers, False, False),
         lambda: operators.row_backward_(x, target, saved, *[None] * 5, *numbers),
     ):
         before = x._version
