@@ -57,3 +57,23 @@ def check_cross_entropy(logits, target, upstream=None, **options):
         rows = ours[1].movedim(1, -1) if ours[1].dim() > 1 else ours[1]
         assert not rows[ignored].any(), "the gradient of an ignored row is not exactly zero"
     return ours
+
+
+def rows_of_infinities(V):
+    """(logits (10, V), targets): infinities, NaN and ties, wherever a row may have them."""
+    inf, nan = float("inf"), float("nan")
+    x = 3 * torch.randn(10, V, generator=torch.Generator().manual_seed(5))
+    middle, last = V // 2, V - 1
+    x[0, middle] = inf  # the target
+    x[1, [middle, last]] = inf  # the target, and another
+    x[2, last] = inf  # another
+    x[3, middle] = nan  # and the target is the largest of the rest
+    x[4, [0, middle]] = torch.tensor([inf, nan])
+    x[5, [middle, last]] = torch.tensor([nan, inf])
+    x[6] = -inf
+    x[7] = nan
+    x[8, [1, middle, last]] = 20.0
+    x[9] = -inf
+    x[9, last] = 1.0
+    largest = int(x[3].nan_to_num(-inf).argmax())
+    return x, torch.tensor([middle, middle, 0, largest, 0, 0, 0, 0, last, last])

@@ -602,6 +602,10 @@ def test_module_repr_shows_what_is_not_default():
         ({"reduction": "avg"}, r"sgp\.CrossEntropyLoss: reduction = 'avg'"),
         ({"label_smoothing": 1.5}, r"sgp\.CrossEntropyLoss: label_smoothing = 1\.5"),
         ({"softcap": 0.0}, r"sgp\.CrossEntropyLoss: softcap = 0\.0"),
+        (
+            {"return_argmax": True},
+            r"sgp\.CrossEntropyLoss: return_argmax=True .* return_stats=True",
+        ),
     ],
 )
 def test_module_refuses_at_construction(options, message):
@@ -772,6 +776,12 @@ ERRORS = {
         {"ignore_index": 0},
         ValueError,
         r"ignore_index = 0 together with a Selection",
+    ),
+    "argmax without statistics": (
+        (X, Y),
+        {"return_argmax": True},
+        ValueError,
+        r"return_argmax=True fills a field of the statistics; pass return_stats=True",
     ),
     "selection on another device": (
         (X, sgp.Selection.from_labels(Y).to("meta")),

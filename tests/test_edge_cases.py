@@ -131,6 +131,27 @@ def test_row_02_impossible_target(device):
     assert loss.item() == INF
 
 
+def test_row_02_a_masked_class_of_weight_zero_takes_no_part_in_smoothing(device):
+    """0 x inf is 0: a class that is masked out and weighs nothing leaves the loss as it is."""
+    logits = torch.tensor([[1.0, 2.0, -INF, 0.5]], device=device)
+    weight = torch.tensor([1.0, 3.0, 0.0, 2.0], device=device)
+    loss, grad = check_cross_entropy(
+        logits, torch.tensor([0], device=device), weight=weight, label_smoothing=0.3
+    )
+    assert loss.isfinite()
+    assert not grad[0, 2]
+
+
+def test_row_02_smoothing_and_an_impossible_target_among_negative_weights(device):
+    """A loss of inf; the mean weight, negative here, must not meet the infinity."""
+    logits = torch.tensor([[-INF, 2.0, 0.5]], device=device)
+    options = {"label_smoothing": 0.1, "reduction": "sum"}
+    options["weight"] = torch.tensor([1.0, -3.0, 1.0], device=device)
+    target = torch.tensor([0], device=device)
+    assert sgp.cross_entropy(logits, target, **options).item() == INF
+    assert F.cross_entropy(logits, target, **options).item() == INF
+
+
 @pytest.mark.parametrize("V", [1, 3, 300])
 def test_row_02_whole_row_minus_inf_is_nan_as_in_pytorch(V, device):
     """0 / 0: there is no distribution, and a loss of 0 would say that all is well."""
@@ -471,6 +492,31 @@ def test_row_13_bf16_gradient_of_a_nearly_certain_target(factor, device):
     (factor * sgp.cross_entropy(leaf, torch.tensor([7], device=device))).backward()
     p_off = 49 / (49 + math.exp(12.0))
     assert leaf.grad[0, 7].item() == pytest.approx(-factor * p_off, rel=2**-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_row_13_smoothing_over_one_class_leaves_the_z_loss_alone(reduction, device):
+    """Its share of the gradient, hundreds of times the z-loss's, is exactly 0."""
+    logits = torch.tensor([[0.7], [-1.3], [30.0]], device=device)
+    target = torch.zeros(3, dtype=torch.int64, device=device)
+    for weight in (None, torch.tensor([0.7], device=device)):
+        check_cross_entropy(
+            logits, target, weight=weight, reduction=reduction, label_smoothing=0.1,
+            lse_square_scale=1e-3,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_row_13_smoothing_towards_one_class_that_is_nearly_certain(reduction, device):
+    """All of the class weight is the target's: its gradient is -w s_o / d, of which p - 1 loses."""
+    logits = torch.tensor([[0.3, 17.0, -0.2]], device=device)
+    weight = torch.tensor([0.0, 1.0, 0.0], device=device)
+    target = torch.tensor([1], device=device)
+    options = {"label_smoothing": 0.4, "reduction": reduction}
+    _, grad = loss_and_grad(sgp.cross_entropy, logits, target, weight=weight, **options)
+    p = logits.double().softmax(1)
+    factor = 0.6 + 0.4 / 3
+    assert grad[0, 1].item() == pytest.approx(-factor * (p[0, 0] + p[0, 2]).item(), rel=1e-6)
 
 
 # -- 15. nothing is computed that nobody asked for -------------------------------------------------

@@ -19,7 +19,7 @@ import sgp
 from bench.interpreter import watch_accesses
 from sgp import head_operators, operators, row_triton
 from sgp.tolerance import bound
-from tests.oracle import assert_no_worse, relative_error
+from tests.oracle import assert_no_worse, relative_error, rows_of_infinities
 
 IGNORE = -100
 INF, NAN = math.inf, math.nan
@@ -347,7 +347,87 @@ def test_is_top1_on_ties(scale, V, backend):
 
 
 def test_is_top1_of_equal_logits(backend):
-    assert sgp.token_log_probs(torch.zeros(4, 4), torch.arange(4)).is_top1.all()
+    result = sgp.token_log_probs(torch.zeros(4, 4), torch.arange(4), return_argmax=True)
+    assert result.is_top1.all()
+    assert (result.argmax == torch.arange(4)).sum() == 1, "argmax has one winner"
+
+
+# -- argmax, and what is left of a row with an infinity or a NaN -----------------------------------
+
+FORMS = {
+    "torch": ("torch", "auto", 300),
+    "resident": ("triton", "auto", 300),
+    "streaming": ("triton", "streaming", 8_203),  # rows begin between two accesses
+    "backwards": ("triton", "staying", 8_203),
+    "blockwise": ("triton", "blockwise", 8_203),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"logit_scale": -0.7, "temperature": 0.7}], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_of_infinities_and_nan(form, options, monkeypatch):
+    """A NaN leaves nothing but where it stands; beside an infinity the log-sum-exp is infinite."""
+    name, row_form, V = FORMS[form]
+    monkeypatch.setenv("SGP_BACKEND", name)
+    monkeypatch.setenv("SGP_ROW_FORM", row_form)
+    logits, target = rows_of_infinities(V)
+    with watch_accesses():
+        result = sgp.token_log_probs(logits, target, return_argmax=True, **options)
+    truth = sgp.reference.token_log_probs(logits.double(), target, return_argmax=True, **options)
+    assert torch.equal(result.argmax, truth.argmax)
+    assert torch.equal(result.is_top1, truth.is_top1)
+    for field in FIELDS:
+        value, exact = getattr(result, field), getattr(truth, field)
+        torch.testing.assert_close(value, exact.float(), rtol=2e-6, atol=1e-6, equal_nan=True)
+    if not options:
+        assert torch.equal(result.argmax, logits.argmax(1))
+        top1 = [True, True, False, False, False, False, True, False, True, True]
+        assert result.is_top1.tolist() == top1
+        assert result.lse[:3].tolist() == [INF] * 3
+        assert result.lse[[3, 4, 5, 7]].isnan().all()
+        assert result.lse[6] == -INF
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("V", [8_203, 40_000])
+@pytest.mark.parametrize("row_form", ["streaming", "staying", "blockwise"])
+def test_argmax_of_ties_in_many_blocks(row_form, V, order, monkeypatch):
+    """The lowest column, whichever block and lane is read first."""
+    monkeypatch.setenv("SGP_BACKEND", "triton")
+    monkeypatch.setenv("SGP_ROW_FORM", row_form)
+    places = torch.tensor([[3, V - 1], [4_095, 4_096], [4_100, 8_200], [17, 18], [8_192, 8_191]])
+    ramp = torch.linspace(0, order, V).expand(len(places), V).clone()
+    logits = ramp.scatter(1, places, 2.0)
+    result = sgp.token_log_probs(logits, places[:, 0], return_argmax=True)
+    assert result.argmax.tolist() == places.amin(1).tolist()
+    assert result.is_top1.all()
+
+
+def test_argmax_of_16_bits_that_tie(backend):
+    """The values that PyTorch's own argmax of the same tensor has."""
+    for dtype in (torch.bfloat16, torch.float16):
+        logits = torch.randn(64, 500).mul(8).round().div(8).to(dtype)
+        target = logits.argmax(1)
+        result = sgp.token_log_probs(logits, target, return_argmax=True)
+        assert torch.equal(result.argmax, target)
+        assert result.is_top1.all()
+        others = (logits == logits.amax(1, keepdim=True)).sum(1) > 1
+        assert others.any(), "the test has no tie"
+
+
+@pytest.mark.parametrize("chunk_rows", [1, None])
+def test_a_head_with_an_infinite_bias(chunk_rows, backend):
+    """Its chunks pass on what the rows have."""
+    hidden, head, bias = torch.randn(3, 4), torch.randn(9, 4), torch.zeros(9)
+    bias[6], hidden[2] = INF, NAN
+    result = sgp.linear_token_log_probs(
+        hidden, head, torch.tensor([6, 2, 6]), linear_bias=bias, chunk_rows=chunk_rows,
+        return_argmax=True,
+    )  # fmt: skip
+    assert result.lse[:2].tolist() == [INF, INF]
+    assert result.lse[2].isnan()
+    assert result.is_top1.tolist() == [True, False, False]
+    assert result.argmax.tolist() == [6, 6, 0]
 
 
 # -- infinities, offsets, near-certain targets -----------------------------------------------------

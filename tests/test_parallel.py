@@ -10,6 +10,7 @@ from torch import distributed
 import sgp
 from bench.interpreter import watch_accesses
 from sgp.tolerance import bound, relative_error
+from tests.oracle import rows_of_infinities
 from tests.ranks import caught, run_ranks
 from tests.split_cases import ALL, Case, D, Part, V, cases, even, flat, make, own_part, run, uneven
 
@@ -141,8 +142,45 @@ def results_of(module, x, y):
     leaf = x.clone().requires_grad_()
     loss = module.cross_entropy(leaf, y, reduction="none")
     loss.backward(torch.linspace(0.5, 2.0, len(y), dtype=loss.dtype))
-    found = module.token_log_probs(leaf.detach(), y)._asdict()
+    found = module.token_log_probs(leaf.detach(), y, return_argmax=True)._asdict()
     return {"loss": loss.detach(), "gradient": leaf.grad, **found}
+
+
+def infinite(rank, backend):
+    """Statistics of rows with infinities, NaN and ties; the second of three ranks has nothing."""
+    os.environ["SGP_BACKEND"] = backend
+    x, y = rows_of_infinities(11)
+    part = x.split([4, 0, 7], 1)[rank]
+    return list(sgp.parallel.token_log_probs(part, y, return_argmax=True))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_rows_of_infinities_and_nan(backend, tmp_path):
+    """A NaN on any rank is seen by all; of ties the lowest class of the whole vocabulary wins."""
+    x, y = rows_of_infinities(11)
+    truth = sgp.reference.token_log_probs(x.double(), y, return_argmax=True)
+    for found in run_ranks(infinite, 3, tmp_path, backend):
+        for field, value, exact in zip(truth._fields, found, truth, strict=True):
+            torch.testing.assert_close(
+                value, exact.to(value.dtype), rtol=2e-6, atol=1e-6, equal_nan=True, msg=field
+            )
+
+
+def one_class(rank, backend):
+    """The gradient of a vocabulary of one class, which the first rank has."""
+    os.environ["SGP_BACKEND"] = backend
+    leaf = torch.tensor([[0.7], [-1.3]])[:, rank:].requires_grad_()
+    y = torch.zeros(2, dtype=torch.int64)
+    loss = sgp.parallel.cross_entropy(leaf, y, label_smoothing=0.1, lse_square_scale=1e-3)
+    loss.backward()
+    return leaf.grad
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_smoothing_over_one_class_leaves_the_z_loss_alone(backend, tmp_path):
+    first, second = run_ranks(one_class, 2, tmp_path, backend)
+    assert second.numel() == 0
+    torch.testing.assert_close(first, 1e-3 * torch.tensor([[0.7], [-1.3]]), rtol=5e-7, atol=0.0)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -289,6 +327,7 @@ def exchanged(_, columns):
         "head": lambda: sgp.parallel.linear_cross_entropy(hidden, head, y),
         "chunks": lambda: sgp.parallel.linear_cross_entropy(hidden, head, y, chunk_rows=2),
         "tokens": lambda: sgp.parallel.linear_token_log_probs(hidden, head, y),
+        "argmax": lambda: sgp.parallel.linear_token_log_probs(hidden, head, y, return_argmax=True),
         "unsummed": lambda: sgp.parallel.linear_cross_entropy(
             hidden, head, y, sum_input_grad=False
         ),
@@ -309,6 +348,7 @@ def test_bytes_exchanged_are_counted_and_independent_of_the_vocabulary(tmp_path)
         "head": [header, ("gather", 6 * row), ("sum", 6 * width)],
         "chunks": [header, *3 * [("gather", 2 * row), ("sum", 2 * width)]],
         "tokens": [header, ("gather", 6 * (row + 8)), ("sum", 6 * width)],
+        "argmax": [header, ("gather", 6 * (row + 12)), ("sum", 6 * width)],
         "unsummed": [header, ("gather", 6 * row)],
     }
     for columns in (16, 4096):

@@ -30,10 +30,10 @@ WITHOUT_CLUSTERS = {
     "MI300": Target("hip", 0, 304, (3, 9)),
 }
 KINDS = [
-    Row(0, light, quiet, wide, edges, True, itemsize, halving, gradient)
-    for light, quiet, (wide, edges), (itemsize, halving), gradient in itertools.product(
+    Row(0, light, quiet, wide, edges, True, itemsize, halving, gradient, argmax)
+    for light, (quiet, argmax), (wide, edges), (itemsize, halving), gradient in itertools.product(
         (True, False),
-        (True, False),
+        ((True, False), (False, False), (False, True)),
         ((True, False), (True, True), (False, False)),
         ((2, False), (4, False), (4, True)),
         (True, False),
@@ -91,6 +91,8 @@ def test_clusters_only_where_they_won():
     for V in SIZES:
         line = table.choose(Row(V, itemsize=4, halving=True), H100, "auto")
         assert (line.programs > 1) == (100_000 <= V <= 262_144), V
+        predicted = Row(V, quiet=False, itemsize=4, halving=True, argmax=True)
+        assert table.choose(predicted, H100, "auto").programs == 1, "its registers would spill"
         assert table.choose(Row(V), H100, "auto").programs == 1
         assert table.choose(Row(V, itemsize=4), H100, "auto").programs == 1
     odd = Row(151_936, light=False, itemsize=4, halving=True)
@@ -170,6 +172,24 @@ def test_a_program_that_stays_takes_more_than_one_row():
     assert call(300, "staying", H200).grid == (300,)  # four
     assert call(5, "staying").grid == (5,)
     assert call(300, "auto").grid == (300,)
+
+
+@pytest.mark.parametrize("target", [H100, B200, *WITHOUT_CLUSTERS.values()], ids=str)
+def test_no_more_threads_than_a_program_may_have(target):
+    """1024, in warps of 32 on NVIDIA and of 64 on AMD; of every kernel and line."""
+    rows = torch.zeros(2, dtype=torch.int64)
+    warp = 64 if target.backend == "hip" else 32
+    for V, form in itertools.product((4_096, 128_256, 262_144), ("auto", "streaming", "blockwise")):
+        logits = layout.matrix(torch.empty(2, V, dtype=torch.bfloat16, device="meta"))
+        options, shared = launch.Options(), {"V": V, "ignore_index": IGNORE, "on": target}
+        for call in (
+            launch.row_forward(
+                logits, logits, rows, torch.empty(2), None, None, options, form=form, **shared
+            ),
+            launch.row_gradient(logits, logits, rows, torch.empty(2, 3), options, **shared),
+            launch.multiply(logits, rows, torch.ones(()), N=2, **shared),
+        ):
+            assert call.constants["num_warps"] * warp <= 1_024, (V, form, call.kernel)
 
 
 # -- what they compute -----------------------------------------------------------------------------
