@@ -363,6 +363,7 @@ FORMS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")  # the interpreter
 @pytest.mark.parametrize("options", [{}, {"logit_scale": -0.7, "temperature": 0.7}], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_of_infinities_and_nan(form, options, monkeypatch):
