@@ -168,7 +168,10 @@ class ScalarLoss(torch.autograd.Function):
 
 
 class RowLoss(torch.autograd.Function):
-    """(losses (N,), 4 statistics (N,), saved (N, 3)), each row's loss times its weight."""
+    """(losses (N,), 4 statistics (N,), saved (N, 3)), each row's loss times its weight.
+
+    Of the statistics the log-sum-exp is differentiable where `of_lse` asks for it.
+    """
 
     @staticmethod
     def forward(
@@ -178,6 +181,7 @@ class RowLoss(torch.autograd.Function):
         row_weight: Tensor | None,
         recipe: Recipe,
         need_stats: bool,
+        of_lse: bool,
         inplace: bool,
     ) -> tuple[Tensor, ...]:
         loss, saved, *stats, _ = operators.row_forward(
@@ -187,31 +191,31 @@ class RowLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, target, weight, row_weight, recipe, _, inplace = inputs
-        _, *stats, saved = output
-        mark_constant(ctx, *stats, origin=saved)
+        logits, target, weight, row_weight, recipe, _, of_lse, inplace = inputs
+        _, log_prob, entropy, lse, is_top1, saved = output
+        mark_constant(ctx, log_prob, entropy, None if of_lse else lse, is_top1, origin=saved)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, weight, row_weight, saved)
         ctx.recipe, ctx.inplace = recipe, inplace
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grads[0] is None:
-            return (None,) * 7
+        of_loss, of_lse = grads[0], grads[3]
+        if of_loss is None and of_lse is None:
+            return (None,) * 8
         what = "loss with inplace=True"
         logits, target, weight, row_weight, saved = (
             saved_tensors(ctx, CROSS_ENTROPY, what) if ctx.inplace else ctx.saved_tensors
         )
         with torch.no_grad():
-            factor = grads[0] if row_weight is None else grads[0] * row_weight
-            upstream = (factor.contiguous(), None, None, None)
+            upstream = (loss_upstream(of_loss, row_weight, saved), contiguous(of_lse), None, None)
             arguments = (target, saved, weight, *upstream, *ctx.recipe)
             if ctx.inplace:
                 dlogits = logits.detach()
                 operators.row_backward_(dlogits, *arguments)
             else:
                 dlogits = operators.row_backward(logits, *arguments)
-        return (once(CROSS_ENTROPY, dlogits, saved, grads[0]), *(None,) * 6)
+        return (once(CROSS_ENTROPY, dlogits, saved, of_loss, of_lse), *(None,) * 7)
 
 
 class RowStatistics(torch.autograd.Function):
@@ -246,6 +250,18 @@ class RowStatistics(torch.autograd.Function):
         return once(LOG_PROBS, dlogits, saved, *upstream), None, None
 
 
+def loss_upstream(of_loss: Tensor | None, row_weight: Tensor | None, saved: Tensor) -> Tensor:
+    """(N,) upstream gradients of the rows' losses times the rows' weights."""
+    if of_loss is None:
+        return saved.new_zeros(saved.shape[0])
+    return (of_loss if row_weight is None else of_loss * row_weight).contiguous()
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """An upstream gradient as the kernels read it; a sum's is expanded."""
+    return None if x is None else x.contiguous()
+
+
 def row_upstream(
     upstream: tuple[Tensor | None, ...], saved: Tensor, entropy: Tensor
 ) -> tuple[Tensor | None, ...]:
@@ -257,7 +273,7 @@ def row_upstream(
     r = saved.new_zeros(saved.shape[0]) if of_log_prob is None else -of_log_prob
     return (
         r.contiguous(),
-        None if of_lse is None else of_lse.contiguous(),
-        None if of_entropy is None else of_entropy.contiguous(),
+        contiguous(of_lse),
+        contiguous(of_entropy),
         None if of_entropy is None else entropy,
     )

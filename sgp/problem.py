@@ -35,6 +35,11 @@ class Problem(NamedTuple):
         """Whether the target is a distribution over the vocabulary for each row."""
         return self.target.dim() == 2
 
+    @property
+    def has_two_divisors(self) -> bool:
+        """Whether a mean divides the cross-entropy by class weights, and a z-loss without them."""
+        return self.weight is not None and self.recipe.lse_square_scale != 0
+
     def shaped(self, rows: Tensor) -> Tensor:
         """Results (N,) in the shape of the targets; no idle view, which autograd would record."""
         return rows if rows.shape == self.shape else rows.view(self.shape)

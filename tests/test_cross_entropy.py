@@ -393,6 +393,50 @@ def test_gradient_accumulation_with_the_count_of_the_whole_batch(backend, device
     assert relative_error(torch.cat([grad for _, grad in parts]), whole[1]) < 3e-7
 
 
+def test_class_weights_do_not_divide_the_z_loss(backend, device):
+    logits = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 3.0]], device=device)
+    target, z_loss = torch.tensor([0, 2], device=device), {"lse_square_scale": 0.1}
+    for weight, expected in (
+        (None, 1.5810),
+        ([0.01, 0.01, 0.01], 1.5810),
+        ([0.2, 1.0, 0.6], 1.2715),
+        ([0.0, 1.0, 0.0], 0.7922),  # 0.1 (2.4076^2 + 3.1698^2) / 2: no class counts, z-loss does
+    ):
+        w = None if weight is None else torch.tensor(weight, device=device)
+        loss, grad = check_cross_entropy(logits, target, weight=w, **z_loss)
+        assert abs(float(loss) - expected) < 1e-4
+        by_sequence = loss_and_grad(
+            sgp.cross_entropy, logits.t()[None], target[None], weight=w,
+            reduction="sequence_mean", **z_loss,
+        )  # fmt: skip
+        torch.testing.assert_close(by_sequence[0], loss[None])
+        torch.testing.assert_close(by_sequence[1][0].t(), grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_sequence_mean_with_class_weights_and_z_loss(dtype, backend, device):
+    """Each sequence has two divisors of its own, which no factor on the class weights makes one."""
+    logits = (3 * torch.randn(3, 7, 4, device=device)).to(dtype)
+    target = torch.randint(7, (3, 4), device=device)
+    target[0, :2] = target[1] = IGNORE
+    options = {
+        "weight": torch.rand(7, device=device), "token_weight": torch.rand(3, 4, device=device),
+        "lse_square_scale": 0.1, "label_smoothing": 0.1, "reduction": "sequence_mean",
+    }  # fmt: skip
+    upstream = torch.randn(3, device=device)
+    check_cross_entropy(logits, target, upstream, **options)
+    plain = sgp.reference.cross_entropy(logits, target, **options)
+    torch.testing.assert_close(sgp.cross_entropy(logits, target, **options), plain)
+    leaf = logits.clone().requires_grad_()
+    loss, stats = sgp.cross_entropy(
+        leaf * 1, target, inplace=True, return_stats=True, **options
+    )  # the gradient in place, and statistics that stay detached
+    assert not any(x.requires_grad for x in stats)
+    loss.backward(upstream)
+    _, grad = loss_and_grad(sgp.cross_entropy, logits, target, upstream, **options)
+    torch.testing.assert_close(leaf.grad, grad)
+
+
 def test_token_weight_of_zero_is_not_ignored(backend, device):
     logits = torch.zeros(2, 4, device=device)
     logits[1, 2] = math.nan

@@ -796,6 +796,24 @@ def test_float16_small_class_weights_do_not_scale_the_z_loss(size, reduction, ba
     check(cast(tensors, torch.float16), torch.arange(N), backend=backend, **options)
 
 
+@pytest.mark.parametrize("needs", [ALL, (True, False, False)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_class_weights_do_not_divide_the_z_loss(size, dtype, needs, backend, tensors, target):
+    """Also in a mean over each sequence, whose z-loss is differentiated through the log-sum-exp."""
+    if backend == "triton" and size == 1.0:
+        return  # the interpreter takes its time
+    options = {"weight": size * (torch.rand(V) + 0.5), "lse_square_scale": 0.1}
+    tensors = cast(tensors, dtype)
+    tensors[0] = tensors[0].view(2, 3, D)
+    for reduction in ("mean", "sequence_mean"):
+        check(
+            tensors, target.view(2, 3), upstream_of(reduction, (2, 3)), backend=backend,
+            needs=needs, chunk_rows=3, roundings=2 if reduction == "mean" else 1,
+            reduction=reduction, **options,
+        )  # fmt: skip
+
+
 def test_float16_tiny_and_hugely_differing_weights(backend, tensors, target):
     """Each row of input.grad keeps its digits, whatever the others weigh."""
     tensors = cast(tensors, torch.float16)
