@@ -177,7 +177,6 @@ def linear_cross_entropy(
     check_reduction(NAME, reduction, denominator)
     check_chunk_rows(NAME, chunk_rows)
     check_head(NAME, input, linear_weight, linear_bias, target)
-    refuse_forward_mode(NAME, input, linear_weight, linear_bias)
     if linear_weight.dim() > 2 or (isinstance(target, Tensor) and target.is_floating_point()):
         return _whole_logits(
             input, linear_weight, target, linear_bias, shift, weight,
@@ -185,6 +184,7 @@ def linear_cross_entropy(
             token_weight=token_weight, denominator=denominator, softcap=softcap,
             logit_scale=logit_scale, lse_square_scale=lse_square_scale, return_stats=return_stats,
         )  # fmt: skip
+    refuse_forward_mode(NAME, input, linear_weight, linear_bias)
     problem = make_head_problem(
         NAME, input, linear_weight, target, weight, token_weight, recipe, shift=shift
     )
@@ -217,9 +217,10 @@ def head_loss(
         loss = reduce_rows(problem, rows, reduction, scale)
         if of_lse:
             loss = loss + sequence_z_loss(problem, stats[2])
+            stats = tuple(x.detach() for x in stats)
     if not options.need_stats:
         return loss
-    return loss, TokenLogProbs(*(problem.shaped(x.detach()) for x in stats))
+    return loss, TokenLogProbs(*map(problem.shaped, stats))
 
 
 def _scalar_loss(

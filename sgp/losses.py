@@ -99,7 +99,7 @@ def cross_entropy(
             PyTorch, any strides. With a Selection: (N, V) or (..., V) whose leading dimensions
             flatten to the Selection's N tokens.
         target: class indices (), (N,) or (N, d1, ...), integers; or class probabilities of the
-            shape of `input` (by PyTorch's operators); or a Selection.
+            shape of `input` (by PyTorch's operators, and differentiated as there); or a Selection.
         weight: (V,) weight of each class. Multiplies the cross-entropy, not the z-loss.
         ignore_index: targets of this value carry no loss; None means -100.
         reduction: "mean" (sum of losses / sum of `token_weight * weight[target]` over kept
@@ -152,8 +152,6 @@ def cross_entropy(
     problem = make_problem(NAME, input, target, weight, token_weight, recipe)
     check_reduction(NAME, reduction, denominator)
     need_grad = torch.is_grad_enabled() and input.requires_grad
-    if not torch.compiler.is_compiling():
-        refuse_forward_mode(NAME, input)
     if inplace and need_grad:
         check_inplace(NAME, input)
     if problem.has_probabilities:
@@ -164,6 +162,8 @@ def cross_entropy(
             )
         backend.require_torch("class probabilities")
         return _probability_loss(problem, reduction, denominator)
+    if not torch.compiler.is_compiling():
+        refuse_forward_mode(NAME, input)
     # Only these two are one number times the sum over rows, whatever comes upstream.
     scalar = reduction in ("mean", "sum")
     scale = None
@@ -184,9 +184,10 @@ def cross_entropy(
         loss = reduce_rows(problem, loss, reduction, scale)
     if of_lse:
         loss = loss + sequence_z_loss(problem, stats[2])
+        stats = tuple(x.detach() for x in stats)
     if not return_stats:
         return loss
-    return loss, TokenLogProbs(*(problem.shaped(x.detach()) for x in stats))
+    return loss, TokenLogProbs(*map(problem.shaped, stats))
 
 
 def _row_losses(

@@ -185,13 +185,14 @@ def cross_entropy(
     out: tuple[Tensor, ...] = apply(
         ShardLogits, problem.input, problem.target, rows, problem.weight, problem.token_weight, call
     )
-    loss = reduce_rows(problem, out[0], reduction, scale)
+    loss, stats = reduce_rows(problem, out[0], reduction, scale), out[1:5]
     if of_lse:
-        loss = loss + sequence_z_loss(problem, out[3])
+        loss = loss + sequence_z_loss(problem, stats[2])
+        stats = tuple(x.detach() for x in stats)
     loss = shard.checked(loss)
     if not return_stats:
         return loss
-    return loss, TokenLogProbs(*(problem.shaped(x.detach()) for x in out[1:5]))
+    return loss, TokenLogProbs(*map(problem.shaped, stats))
 
 
 @overload

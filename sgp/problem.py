@@ -211,13 +211,10 @@ def check_input_and_target(
         )
     if input.dim() == 0:
         raise ValueError(f"{name}: input has no dimensions; expected (V,), (N, V) or (N, V, ...)")
-    if isinstance(target, Tensor):
-        if target.device != input.device:
-            raise ValueError(
-                f"{name}: input is on {input.device} and target on {target.device}; move one"
-            )
-        if target.is_floating_point() and target.requires_grad:
-            raise ValueError(f"{name}: target requires grad; class probabilities are constants")
+    if isinstance(target, Tensor) and target.device != input.device:
+        raise ValueError(
+            f"{name}: input is on {input.device} and target on {target.device}; move one"
+        )
 
 
 def check_tensor(name: str, label: str, value: object) -> None:

@@ -85,14 +85,19 @@ def test_class_probabilities_are_torch_cross_entropy(layout, reduction, weighted
     shape, _ = LAYOUTS[layout]
     class_dim = 0 if len(shape) == 1 else 1
     logits = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    target = torch.randn(shape, dtype=torch.float64).softmax(class_dim)
+    target = torch.randn(shape, dtype=torch.float64).softmax(class_dim).requires_grad_()
     options = {
         "weight": torch.rand(shape[class_dim], dtype=torch.float64) if weighted else None,
         "reduction": reduction,
         "label_smoothing": 0.1,
     }
     ours = reference.cross_entropy(logits, target, **options)
-    close(ours, F.cross_entropy(logits, target, **options))
+    theirs = F.cross_entropy(logits, target, **options)
+    close(ours, theirs)
+    for mine, other in zip(
+        gradient(ours.sum(), logits, target), gradient(theirs.sum(), logits, target), strict=True
+    ):
+        close(mine, other)
 
 
 def test_class_probabilities_with_token_weights():
