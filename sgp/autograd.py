@@ -52,7 +52,17 @@ def refuse_forward_mode(name: str, *inputs: Tensor | None) -> None:
         raise RuntimeError(_message(NOT_FORWARD, name))
 
 
-class _Once(torch.autograd.Function):
+class Transformed(torch.autograd.Function):
+    """A Function that `torch.func` transforms take, but for those of forward mode.
+
+    Per-example gradients are `torch.func.vmap(torch.func.grad(...))`: forward and backward run
+    under vmap, which calls each operator once an example.
+    """
+
+    generate_vmap_rule = True
+
+
+class _Once(Transformed):
     """The identity on a gradient; differentiating it raises our message.
 
     The anchors are what the gradient depends on (what went in, by an output that was saved, and the
@@ -78,8 +88,16 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     PyTorch binds the arguments to the signature of forward at every call, which costs as much as
     the rest. Where nobody watches, that and what `torch.func` needs are left out.
     """
-    if is_watched(arguments[0]):
+    if torch.compiler.is_compiling():
         return function.apply(*arguments)
+    if is_watched(arguments[0]):
+        try:
+            return function.apply(*arguments)
+        except RuntimeError as error:
+            # A `jvp` of ours that says it better would break the graph of torch.compile.
+            if "implement the jvp function" in str(error):
+                raise RuntimeError(_message(NOT_FORWARD, "sgp")) from error
+            raise
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
@@ -167,7 +185,7 @@ class ScalarLoss(torch.autograd.Function):
         return (once(CROSS_ENTROPY, dlogits, origin, grads[0]), *(None,) * 7)
 
 
-class RowLoss(torch.autograd.Function):
+class RowLoss(Transformed):
     """(losses (N,), 4 statistics (N,), saved (N, 3)), each row's loss times its weight.
 
     Of the statistics the log-sum-exp is differentiable where `of_lse` asks for it.
@@ -196,11 +214,11 @@ class RowLoss(torch.autograd.Function):
         mark_constant(ctx, log_prob, entropy, None if of_lse else lse, is_top1, origin=saved)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, weight, row_weight, saved)
-        ctx.recipe, ctx.inplace = recipe, inplace
+        ctx.recipe, ctx.of_lse, ctx.inplace = recipe, of_lse, inplace
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        of_loss, of_lse = grads[0], grads[3]
+        of_loss, of_lse = grads[0], grads[3] if ctx.of_lse else None  # compiled, all have one
         if of_loss is None and of_lse is None:
             return (None,) * 8
         what = "loss with inplace=True"
@@ -218,7 +236,7 @@ class RowLoss(torch.autograd.Function):
         return (once(CROSS_ENTROPY, dlogits, saved, of_loss, of_lse), *(None,) * 7)
 
 
-class RowStatistics(torch.autograd.Function):
+class RowStatistics(Transformed):
     """(log_prob, entropy, lse, is_top1, saved) of every row; the first three differentiable."""
 
     @staticmethod

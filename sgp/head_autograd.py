@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sgp import head_operators, operators
 from sgp.autograd import (
+    Transformed,
     contiguous,
     loss_upstream,
     mark_constant,
@@ -203,7 +204,7 @@ class HeadScalarLoss(torch.autograd.Function):
         return *closed, *(None,) * 7
 
 
-class HeadRowLoss(torch.autograd.Function):
+class HeadRowLoss(Transformed):
     """(losses (N,), 4 statistics (N,), saved (N, 3), d_input) of each row, times its weight.
 
     Of the statistics the log-sum-exp is differentiable where the options ask for it.
@@ -246,7 +247,7 @@ class HeadRowLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        of_loss, of_lse = grads[0], grads[3]
+        of_loss, of_lse = grads[0], grads[3] if ctx.options.of_lse else None
         if of_loss is None and of_lse is None:
             return (None,) * 9
         *tensors, weight, row_weight, saved, d_input = ctx.saved_tensors
@@ -267,7 +268,7 @@ class HeadRowLoss(torch.autograd.Function):
         return *given, *(None,) * 6
 
 
-class HeadStatistics(torch.autograd.Function):
+class HeadStatistics(Transformed):
     """(log_prob, entropy, lse, is_top1, saved) of every row; the first three differentiable."""
 
     @staticmethod

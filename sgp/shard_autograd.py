@@ -70,7 +70,8 @@ class ShardLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
-        wanted = grads[1:4] if call.of_stats else (grads[0], grads[3])
+        of_lse = grads[3] if call.of_lse else None
+        wanted = grads[1:4] if call.of_stats else (grads[0], of_lse)
         if all(gradient is None for gradient in wanted):
             return (None,) * 6
         logits, target, rows, weight, row_weight, saved, entropy = (
@@ -85,7 +86,7 @@ class ShardLogits(torch.autograd.Function):
                 upstream = Upstream(*of_stats)
             else:
                 r = loss_upstream(grads[0], row_weight, saved)
-                upstream = Upstream(contiguous(grads[3]))
+                upstream = Upstream(contiguous(of_lse))
             dlogits = logits.detach() if call.inplace else logits.new_empty(logits.shape)
             size = call.shard.size
             dlogits[..., size:] = 0  # padding

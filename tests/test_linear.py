@@ -578,19 +578,23 @@ def test_functional_second_and_forward_derivatives_raise(argument, reduction, te
 
 
 @TRANSFORM
-@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
-def test_vmap_is_right_or_raises(tensors, target):
-    batch = torch.stack([tensors[0], 2 * tensors[0]])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_of_single_examples(reduction, backend, tensors, target):
+    """Per-example gradients of hidden states, of the head that all share, and of its bias."""
+    hidden = torch.stack([tensors[0], 2 * tensors[0]])
+    targets = torch.stack([target, torch.full_like(target, IGNORE)])
+    targets[1, 2] = 7
     ours, expected = (
-        func.grad(lambda h, f=function: f(h, tensors[1], target))
+        func.grad(
+            lambda h, w, b, y, f=function: f(h, w, y, linear_bias=b, reduction=reduction),
+            argnums=(0, 1, 2),
+        )
         for function in (sgp.linear_cross_entropy, reference)
     )
-    try:
-        result = func.vmap(ours)(batch)
-    except (RuntimeError, NotImplementedError) as error:
-        assert "vmap" in str(error) or "sgp" in str(error)  # noqa: PT017
-    else:
-        torch.testing.assert_close(result, torch.stack([expected(h) for h in batch]))
+    found = func.vmap(ours, in_dims=(0, None, None, 0))(hidden, *tensors[1:], targets)
+    alone = [expected(h, *tensors[1:], y) for h, y in zip(hidden, targets, strict=True)]
+    for value, *by_example in zip(found, *alone, strict=True):
+        torch.testing.assert_close(value, torch.stack(by_example))
 
 
 @DTYPES
