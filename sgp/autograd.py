@@ -52,7 +52,17 @@ def refuse_forward_mode(name: str, *inputs: Tensor | None) -> None:
         raise RuntimeError(_message(NOT_FORWARD, name))
 
 
-class _Once(torch.autograd.Function):
+class Transformed(torch.autograd.Function):
+    """A Function that `torch.func` transforms take, but for those of forward mode.
+
+    Per-example gradients are `torch.func.vmap(torch.func.grad(...))`: forward and backward run
+    under vmap, which calls each operator once an example.
+    """
+
+    generate_vmap_rule = True
+
+
+class _Once(Transformed):
     """The identity on a gradient; differentiating it raises our message.
 
     The anchors are what the gradient depends on (what went in, by an output that was saved, and the
@@ -78,8 +88,16 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     PyTorch binds the arguments to the signature of forward at every call, which costs as much as
     the rest. Where nobody watches, that and what `torch.func` needs are left out.
     """
-    if is_watched(arguments[0]):
+    if torch.compiler.is_compiling():
         return function.apply(*arguments)
+    if is_watched(arguments[0]):
+        try:
+            return function.apply(*arguments)
+        except RuntimeError as error:
+            # A `jvp` of ours that says it better would break the graph of torch.compile.
+            if "implement the jvp function" in str(error):
+                raise RuntimeError(_message(NOT_FORWARD, "sgp")) from error
+            raise
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
@@ -169,8 +187,11 @@ class ScalarLoss(torch.autograd.Function):
         return (once(CROSS_ENTROPY, dlogits, origin, grads[0]), *(None,) * 8)
 
 
-class RowLoss(torch.autograd.Function):
-    """(losses (N,), 5 statistics (N,), saved (N, 3)), each row's loss times its weight."""
+class RowLoss(Transformed):
+    """(losses (N,), 5 statistics (N,), saved (N, 3)), each row's loss times its weight.
+
+    Of the statistics the log-sum-exp is differentiable where `of_lse` asks for it.
+    """
 
     @staticmethod
     def forward(
@@ -181,6 +202,7 @@ class RowLoss(torch.autograd.Function):
         recipe: Recipe,
         need_stats: bool,
         need_argmax: bool,
+        of_lse: bool,
         inplace: bool,
     ) -> tuple[Tensor, ...]:
         loss, saved, *stats, _ = operators.row_forward(
@@ -190,34 +212,35 @@ class RowLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, target, weight, row_weight, recipe, _, _, inplace = inputs
-        _, *stats, saved = output
-        mark_constant(ctx, *stats, origin=saved)
+        logits, target, weight, row_weight, recipe, _, _, of_lse, inplace = inputs
+        _, log_prob, entropy, lse, is_top1, argmax, saved = output
+        constants = (log_prob, entropy, None if of_lse else lse, is_top1, argmax)
+        mark_constant(ctx, *constants, origin=saved)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, weight, row_weight, saved)
-        ctx.recipe, ctx.inplace = recipe, inplace
+        ctx.recipe, ctx.of_lse, ctx.inplace = recipe, of_lse, inplace
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grads[0] is None:
-            return (None,) * 8
+        of_loss, of_lse = grads[0], grads[3] if ctx.of_lse else None  # compiled, all have one
+        if of_loss is None and of_lse is None:
+            return (None,) * 9
         what = "loss with inplace=True"
         logits, target, weight, row_weight, saved = (
             saved_tensors(ctx, CROSS_ENTROPY, what) if ctx.inplace else ctx.saved_tensors
         )
         with torch.no_grad():
-            factor = grads[0] if row_weight is None else grads[0] * row_weight
-            upstream = (factor.contiguous(), None, None, None)
+            upstream = (loss_upstream(of_loss, row_weight, saved), contiguous(of_lse), None, None)
             arguments = (target, saved, weight, *upstream, *ctx.recipe)
             if ctx.inplace:
                 dlogits = logits.detach()
                 operators.row_backward_(dlogits, *arguments)
             else:
                 dlogits = operators.row_backward(logits, *arguments)
-        return (once(CROSS_ENTROPY, dlogits, saved, grads[0]), *(None,) * 7)
+        return (once(CROSS_ENTROPY, dlogits, saved, of_loss, of_lse), *(None,) * 8)
 
 
-class RowStatistics(torch.autograd.Function):
+class RowStatistics(Transformed):
     """(5 statistics, saved) of every row; the first three statistics are differentiable."""
 
     @staticmethod
@@ -251,6 +274,18 @@ class RowStatistics(torch.autograd.Function):
         return once(LOG_PROBS, dlogits, saved, *upstream), None, None, None
 
 
+def loss_upstream(of_loss: Tensor | None, row_weight: Tensor | None, saved: Tensor) -> Tensor:
+    """(N,) upstream gradients of the rows' losses times the rows' weights."""
+    if of_loss is None:
+        return saved.new_zeros(saved.shape[0])
+    return (of_loss if row_weight is None else of_loss * row_weight).contiguous()
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """An upstream gradient as the kernels read it; a sum's is expanded."""
+    return None if x is None else x.contiguous()
+
+
 def row_upstream(
     upstream: tuple[Tensor | None, ...], saved: Tensor, entropy: Tensor
 ) -> tuple[Tensor | None, ...]:
@@ -262,7 +297,7 @@ def row_upstream(
     r = saved.new_zeros(saved.shape[0]) if of_log_prob is None else -of_log_prob
     return (
         r.contiguous(),
-        None if of_lse is None else of_lse.contiguous(),
-        None if of_entropy is None else of_entropy.contiguous(),
+        contiguous(of_lse),
+        contiguous(of_entropy),
         None if of_entropy is None else entropy,
     )

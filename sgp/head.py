@@ -303,14 +303,14 @@ class _Factors(NamedTuple):
         return (1 if weights is None else weights) / self.folded[part]
 
     @staticmethod
-    def make(head: Head, factors: Tensor) -> _Factors:
-        """Share out the factors (M,)."""
+    def make(head: Head, factors: Tensor, *, of_lse: bool = False) -> _Factors:
+        """Share out the factors (M,); `of_lse`: also of a log-sum-exp's upstream gradient."""
         largest = factors.abs().amax() if factors.numel() else factors.new_ones(())
         share = factors / torch.where(largest == 0, 1, largest)
         root = share.abs().sqrt().clamp(min=LEAST_ROOT)
         power = root / (2 * torch.frexp(root).mantissa)  # the next power of two below
         folded = torch.where(share == 0, 1, share.abs() / power)
-        return _Factors(folded, share, largest, _half_scale(head))
+        return _Factors(folded, share, largest, _half_scale(head, of_lse=of_lse))
 
     @staticmethod
     def of_forward(head: Head, row_weight: Tensor | None, scale: Tensor | None) -> _Factors:
@@ -327,7 +327,7 @@ class _Factors(NamedTuple):
         """The sizes of the upstream gradients, and these (N,) with `scale * folded` instead."""
         given = [x for x in (row_weight, upstream.lse, upstream.entropy) if x is not None]
         size = torch.stack(given).abs().amax(0)
-        factors = _Factors.make(head, size[head.rows])
+        factors = _Factors.make(head, size[head.rows], of_lse=upstream.lse is not None)
         of_row = torch.zeros_like(size).index_copy_(0, head.rows, factors.folded)
         safe = torch.where(size == 0, 1, size)
 
@@ -338,7 +338,7 @@ class _Factors(NamedTuple):
         return factors, instead(row_weight), changed
 
 
-def _half_scale(head: Head) -> Tensor:
+def _half_scale(head: Head, *, of_lse: bool) -> Tensor:
     """What brings the largest gradient of a row of factor 1 near HALF_RANGE, ()."""
     r = head.recipe
     slope = abs(r.logit_scale) / r.temperature  # at most: d(score) / d(logit)
@@ -346,7 +346,7 @@ def _half_scale(head: Head) -> Tensor:
     if head.class_weight is None:
         largest = head.input.new_full((), slope * (1 + z_loss), dtype=torch.float32)
     else:
-        largest = slope * (head.class_weight.abs().amax() + z_loss)
+        largest = slope * (head.class_weight.abs().amax() + z_loss + of_lse)
     return HALF_RANGE / torch.where(largest == 0, 1, largest)
 
 

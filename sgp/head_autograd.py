@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from sgp import head_operators, operators
-from sgp.autograd import mark_constant, once, row_upstream, saved_tensors
+from sgp.autograd import (
+    Transformed,
+    contiguous,
+    loss_upstream,
+    mark_constant,
+    once,
+    row_upstream,
+    saved_tensors,
+)
 from sgp.chunks import MOST_ROWS, default_chunk_rows
 from sgp.head import Needs
 from sgp.head_problem import compute_dtype
@@ -39,6 +47,7 @@ class HeadOptions(NamedTuple):
     needs: Needs
     need_stats: bool
     need_argmax: bool
+    of_lse: bool = False  # whether the log-sum-exp of HeadRowLoss is differentiable
     shard: Shard | None = None  # of the vocabulary
 
     @property
@@ -54,6 +63,11 @@ class HeadOptions(NamedTuple):
     def named(self, single: str) -> str:
         """The function that was called, for messages; `single` without a shard."""
         return single if self.shard is None else self.shard.name
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether rows of d_input wait for one upstream factor each: all that HeadRowLoss needs."""
+        return self.needs == Needs(input=True, weight=False, bias=False) and not self.of_lse
 
     @property
     def is_wide(self) -> bool:
@@ -194,8 +208,11 @@ class HeadScalarLoss(torch.autograd.Function):
         return *closed, *(None,) * 7
 
 
-class HeadRowLoss(torch.autograd.Function):
-    """(losses (N,), 5 statistics (N,), saved (N, 3), d_input) of each row, times its weight."""
+class HeadRowLoss(Transformed):
+    """(losses (N,), 5 statistics (N,), saved (N, 3), d_input) of each row, times its weight.
+
+    Of the statistics the log-sum-exp is differentiable where the options ask for it.
+    """
 
     @staticmethod
     def forward(
@@ -210,7 +227,7 @@ class HeadRowLoss(torch.autograd.Function):
         options: HeadOptions,
     ) -> tuple[Tensor, ...]:
         o = options
-        scaled = o.needs == Needs(input=True, weight=False, bias=False)  # d_input is row by row
+        scaled = o.is_scaled
         loss, saved, *stats, d_input, _, _ = o.forward(
             input, linear_weight, linear_bias, target, rows, count, weight, row_weight, None,
             *o.recipe, o.compute_dtype, o.chunk_rows,
@@ -221,40 +238,41 @@ class HeadRowLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, options = inputs
-        _, *stats, saved, d_input = output
-        ctx.scaled = options.needs == Needs(input=True, weight=False, bias=False)
-        origin, other = (d_input, saved) if ctx.scaled else (saved, d_input)
-        mark_constant(ctx, *stats, other, origin=origin)
+        _, log_prob, entropy, lse, is_top1, argmax, saved, d_input = output
+        scaled = options.is_scaled
+        origin, other = (d_input, saved) if scaled else (saved, d_input)
+        constants = (log_prob, entropy, None if options.of_lse else lse, is_top1, argmax)
+        mark_constant(ctx, *constants, other, origin=origin)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.dtype = options, tensors[0].dtype
         target = tensors[3]
-        kept = (None, None, None, target, *(None,) * 4) if ctx.scaled else tensors
+        kept = (None, None, None, target, *(None,) * 4) if scaled else tensors
         ctx.save_for_backward(*kept, saved, d_input)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        upstream = grads[0]
-        if upstream is None:
+        of_loss, of_lse = grads[0], grads[3] if ctx.options.of_lse else None
+        if of_loss is None and of_lse is None:
             return (None,) * 9
         *tensors, weight, row_weight, saved, d_input = ctx.saved_tensors
         o: HeadOptions = ctx.options
         gradients: tuple[Tensor | None, ...]
         with torch.no_grad():
-            if ctx.scaled:
-                by_row = _of_kept_rows(upstream, tensors[3], o.recipe, d_input)
+            if o.is_scaled and of_loss is not None:
+                by_row = _of_kept_rows(of_loss, tensors[3], o.recipe, d_input)
                 gradients = ((d_input * by_row).to(ctx.dtype), None, None)
             else:
-                factor = upstream if row_weight is None else upstream * row_weight
+                upstream = (loss_upstream(of_loss, row_weight, saved), contiguous(of_lse))
                 gradients = o.backward(
-                    *tensors, saved, weight, factor.contiguous(), None, None, None,
+                    *tensors, saved, weight, *upstream, None, None,
                     *o.recipe, o.compute_dtype, o.chunk_rows, *o.needs,
                 )  # fmt: skip
-        origin = d_input if ctx.scaled else saved
-        given = _give(o.named(LINEAR_CROSS_ENTROPY), gradients, o.needs, origin, upstream)
+        origin = d_input if o.is_scaled else saved
+        given = _give(o.named(LINEAR_CROSS_ENTROPY), gradients, o.needs, origin, of_loss, of_lse)
         return *given, *(None,) * 6
 
 
-class HeadStatistics(torch.autograd.Function):
+class HeadStatistics(Transformed):
     """(5 statistics, saved) of every row; the first three statistics are differentiable."""
 
     @staticmethod

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sgp.autograd import apply, refuse_forward_mode
 from sgp.chunks import check_chunk_rows
-from sgp.divisor import scale_of_mean
+from sgp.divisor import as_mean
 from sgp.head_autograd import (
     LINEAR_CROSS_ENTROPY,
     HeadOptions,
@@ -25,7 +25,7 @@ from sgp.head_problem import check_head, make_head_problem
 from sgp.losses import check_argmax, cross_entropy, token_statistics
 from sgp.problem import Problem, check_tensor
 from sgp.recipe import Recipe
-from sgp.reduction import check_reduction, reduce_rows
+from sgp.reduction import check_reduction, reduce_rows, sequence_z_loss, without_z_loss
 from sgp.reference import TokenLogProbs
 from sgp.selection import Selection
 from sgp.shard import dtensor_module, is_dtensor
@@ -182,7 +182,6 @@ def linear_cross_entropy(
     check_argmax(NAME, return_stats, return_argmax)
     check_chunk_rows(NAME, chunk_rows)
     check_head(NAME, input, linear_weight, linear_bias, target)
-    refuse_forward_mode(NAME, input, linear_weight, linear_bias)
     if linear_weight.dim() > 2 or (isinstance(target, Tensor) and target.is_floating_point()):
         return _whole_logits(
             input, linear_weight, target, linear_bias, shift, weight,
@@ -191,10 +190,13 @@ def linear_cross_entropy(
             logit_scale=logit_scale, lse_square_scale=lse_square_scale, return_stats=return_stats,
             return_argmax=return_argmax,
         )  # fmt: skip
+    refuse_forward_mode(NAME, input, linear_weight, linear_bias)
     problem = make_head_problem(
         NAME, input, linear_weight, target, weight, token_weight, recipe, shift=shift
     )
-    scale = scale_of_mean(NAME, problem, denominator) if reduction == "mean" else None
+    scale = None
+    if reduction == "mean":
+        problem, scale = as_mean(NAME, problem, denominator)
     head = linear_head(linear_weight, linear_bias, target, problem)
     chosen = head_options(
         problem, head, chunk_rows, need_stats=return_stats, need_argmax=return_argmax
@@ -213,8 +215,17 @@ def head_loss(
     ):
         loss, stats = _scalar_loss(problem, head, scale, options)
     else:
-        rows, stats = _row_losses(problem, head, options)
+        plain = without_z_loss(problem, reduction)
+        of_lse = plain is not problem
+        if of_lse:
+            asked = options._replace(recipe=plain.recipe, need_stats=True, of_lse=True)
+        else:
+            asked = options
+        rows, stats = _row_losses(plain, head, asked)
         loss = reduce_rows(problem, rows, reduction, scale)
+        if of_lse:
+            loss = loss + sequence_z_loss(problem, stats[2])
+            stats = (*stats[:2], stats[2].detach(), *stats[3:])
     if not options.need_stats:
         return loss
     return loss, token_statistics(problem, stats, options.need_argmax)

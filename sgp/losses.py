@@ -10,10 +10,17 @@ from torch import Tensor, nn
 
 from sgp import backend, operators
 from sgp.autograd import RowLoss, ScalarLoss, apply, refuse_forward_mode
-from sgp.divisor import scale_of_mean
+from sgp.divisor import as_mean
 from sgp.problem import Problem, check_mean_weights, make_problem
 from sgp.recipe import Recipe, probability_rows, score
-from sgp.reduction import check_reduction, per_sequence, reciprocal, reduce_rows
+from sgp.reduction import (
+    check_reduction,
+    per_sequence,
+    reciprocal,
+    reduce_rows,
+    sequence_z_loss,
+    without_z_loss,
+)
 from sgp.reference import TokenLogProbs
 from sgp.selection import Selection
 from sgp.shard import dtensor_module, is_dtensor
@@ -96,21 +103,24 @@ def cross_entropy(
             PyTorch, any strides. With a Selection: (N, V) or (..., V) whose leading dimensions
             flatten to the Selection's N tokens.
         target: class indices (), (N,) or (N, d1, ...), integers; or class probabilities of the
-            shape of `input` (by PyTorch's operators); or a Selection.
+            shape of `input` (by PyTorch's operators, and differentiated as there); or a Selection.
         weight: (V,) weight of each class. Multiplies the cross-entropy, not the z-loss.
         ignore_index: targets of this value carry no loss; None means -100.
         reduction: "mean" (sum of losses / sum of `token_weight * weight[target]` over kept
-            tokens), "sum", "none" (shape of the target, 0 where ignored), "sequence_sum" or
-            "sequence_mean" (one value a sequence: a row of a 2-D target, or a packed sequence of
+            tokens, as PyTorch; the z-loss, which has no class weights, is divided by the sum of
+            `token_weight`), "sum", "none" (shape of the target, 0 where ignored), "sequence_sum"
+            or "sequence_mean" (one value a sequence: a row of a 2-D target, or a packed sequence of
             the Selection; 0 for one without targets).
         label_smoothing: eps in [0, 1]; that much of the target is spread over all classes.
         token_weight: weight of each token's whole loss, of the target's shape. A constant. A
             weight of 0 is not the same as ignored: the row is read and, if NaN, stays NaN.
-        denominator: replaces the divisor of "mean": a number or a 0-d tensor (never waited for).
-            What gradient accumulation and data parallelism need: the count over the whole batch.
+        denominator: replaces the divisor of "mean", of the z-loss too: a number or a 0-d tensor
+            (never waited for). What gradient accumulation and data parallelism need: the count
+            over the whole batch.
         softcap: logits become `softcap * tanh(logits / softcap)`, after `logit_scale`.
         logit_scale: multiplies the logits first.
-        lse_square_scale: adds this times the squared log-sum-exp (z-loss) to each token's loss.
+        lse_square_scale: adds this times the squared log-sum-exp (z-loss) to each token's loss;
+            token weights multiply it, class weights do not.
         inplace: write the gradient over `input` instead of a new tensor of its size. `input` must
             not be used afterwards (autograd notices where it is), and not be a leaf.
         return_stats: return (loss, TokenLogProbs): log-probability, entropy, log-sum-exp and
@@ -149,8 +159,6 @@ def cross_entropy(
     check_reduction(NAME, reduction, denominator)
     check_argmax(NAME, return_stats, return_argmax)
     need_grad = torch.is_grad_enabled() and input.requires_grad
-    if not torch.compiler.is_compiling():
-        refuse_forward_mode(NAME, input)
     if inplace and need_grad:
         check_inplace(NAME, input)
     if problem.has_probabilities:
@@ -161,19 +169,28 @@ def cross_entropy(
             )
         backend.require_torch("class probabilities")
         return _probability_loss(problem, reduction, denominator)
+    if not torch.compiler.is_compiling():
+        refuse_forward_mode(NAME, input)
     # Only these two are one number times the sum over rows, whatever comes upstream.
     scalar = reduction in ("mean", "sum")
-    scale = scale_of_mean(NAME, problem, denominator) if reduction == "mean" else None
+    scale = None
+    if reduction == "mean":
+        problem, scale = as_mean(NAME, problem, denominator)
     fused = (
         scalar
         and need_grad
         and input.dtype != torch.float16
         and not torch._C._are_functorch_transforms_active()  # noqa: SLF001  (no public name)
     )
-    wanted = (return_stats, return_argmax)
-    loss, stats = _row_losses(problem, scale, fused, need_grad, wanted, inplace)
+    rows = without_z_loss(problem, reduction)
+    of_lse = rows is not problem
+    wanted = (return_stats or of_lse, return_argmax)
+    loss, stats = _row_losses(rows, scale, fused, need_grad, wanted, of_lse, inplace)
     if not fused:
         loss = reduce_rows(problem, loss, reduction, scale)
+    if of_lse:
+        loss = loss + sequence_z_loss(problem, stats[2])
+        stats = (*stats[:2], stats[2].detach(), *stats[3:])
     if not return_stats:
         return loss
     return loss, token_statistics(problem, stats, return_argmax)
@@ -185,9 +202,13 @@ def _row_losses(
     fused: bool,
     need_grad: bool,
     wanted: tuple[bool, bool],
+    of_lse: bool,
     inplace: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(reduced loss if fused, else one loss a row; the statistics); `wanted`: these, argmax too."""
+    """(reduced loss if fused, else one loss a row; the statistics); `wanted`: these, argmax too.
+
+    The log-sum-exp is differentiable where `of_lse` asks for it.
+    """
     p = problem
     out: tuple[Tensor, ...]
     if fused:
@@ -198,8 +219,9 @@ def _row_losses(
         return out[0], out[1:6]
     if need_grad:
         out = apply(
-            RowLoss, p.input, p.target, p.weight, p.token_weight, p.recipe, *wanted, inplace
-        )
+            RowLoss, p.input, p.target, p.weight, p.token_weight, p.recipe, *wanted, of_lse,
+            inplace,
+        )  # fmt: skip
         return out[0], out[1:6]
     loss, _, *stats, _ = operators.row_forward(
         p.input.detach(), p.target, p.weight, p.token_weight, None, *p.recipe,

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from sgp.autograd import apply
 from sgp.data_parallel import global_denominator, positions
-from sgp.divisor import scale_of_mean
+from sgp.divisor import as_mean
 from sgp.head_autograd import head_options
 from sgp.linear import head_loss
 from sgp.log_probs import head_statistics
 from sgp.losses import check_argmax, check_inplace, token_statistics
 from sgp.recipe import Recipe
-from sgp.reduction import check_reduction, reduce_rows
+from sgp.reduction import check_reduction, reduce_rows, sequence_z_loss, without_z_loss
 from sgp.reference import TokenLogProbs
 from sgp.selection import Selection
 from sgp.shard import Group
@@ -175,18 +175,28 @@ def cross_entropy(
     if inplace and need_grad:
         check_inplace(name, local_logits)
     problem = problem._replace(weight=weight_of_any_length(name, weight, local_logits))
-    scale = scale_of_mean(name, problem, denominator) if reduction == "mean" else None
+    scale = None
+    if reduction == "mean":
+        problem, scale = as_mean(name, problem, denominator)
     options = (reduction, inplace, return_stats, return_argmax)
     shard, rows = agree_on_logits(name, group, problem, target, vocab_size, scale, options)
     check_weight_length(name, weight, shard)
-    call = Call(shard, problem.recipe, return_stats, return_argmax, of_stats=False, inplace=inplace)
+    plain = without_z_loss(problem, reduction)
+    of_lse = plain is not problem
+    call = Call(
+        shard, plain.recipe, return_stats or of_lse, return_argmax, of_lse=of_lse, inplace=inplace
+    )
     out: tuple[Tensor, ...] = apply(
         ShardLogits, problem.input, problem.target, rows, problem.weight, problem.token_weight, call
     )
-    loss = shard.checked(reduce_rows(problem, out[0], reduction, scale))
+    loss, stats = reduce_rows(problem, out[0], reduction, scale), out[1:6]
+    if of_lse:
+        loss = loss + sequence_z_loss(problem, stats[2])
+        stats = (*stats[:2], stats[2].detach(), *stats[3:])
+    loss = shard.checked(loss)
     if not return_stats:
         return loss
-    return loss, token_statistics(problem, out[1:6], return_argmax)
+    return loss, token_statistics(problem, stats, return_argmax)
 
 
 @overload
@@ -314,7 +324,9 @@ def linear_cross_entropy(
         name, input, local_weight, linear_bias, target, token_weight, recipe, chunk_rows, shift
     )
     problem = problem._replace(weight=weight_of_any_length(name, weight, input))
-    scale = scale_of_mean(name, problem, denominator) if reduction == "mean" else None
+    scale = None
+    if reduction == "mean":
+        problem, scale = as_mean(name, problem, denominator)
     asked = (reduction, return_stats, return_argmax, chunk_rows, sum_input_grad)
     shard, head = agree_on_head(
         name, group, problem, head, vocab_size, scale, asked, sums_input_grad=sum_input_grad
@@ -364,7 +376,7 @@ def token_log_probs(
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
     problem = logits_problem(name, local_logits, target, None, recipe)
     shard, rows = agree_on_logits(name, group, problem, target, vocab_size, None, (return_argmax,))
-    call = Call(shard, problem.recipe, True, return_argmax, of_stats=True, inplace=False)
+    call = Call(shard, problem.recipe, need_stats=True, need_argmax=return_argmax, of_stats=True)
     out: tuple[Tensor, ...] = apply(
         ShardLogits, problem.input, problem.target, rows, None, None, call
     )

@@ -35,6 +35,11 @@ class Problem(NamedTuple):
         """Whether the target is a distribution over the vocabulary for each row."""
         return self.target.dim() == 2
 
+    @property
+    def has_two_divisors(self) -> bool:
+        """Whether a mean divides the cross-entropy by class weights, and a z-loss without them."""
+        return self.weight is not None and self.recipe.lse_square_scale != 0
+
     def shaped(self, rows: Tensor) -> Tensor:
         """Results (N,) in the shape of the targets; no idle view, which autograd would record."""
         return rows if rows.shape == self.shape else rows.view(self.shape)
@@ -206,13 +211,10 @@ def check_input_and_target(
         )
     if input.dim() == 0:
         raise ValueError(f"{name}: input has no dimensions; expected (V,), (N, V) or (N, V, ...)")
-    if isinstance(target, Tensor):
-        if target.device != input.device:
-            raise ValueError(
-                f"{name}: input is on {input.device} and target on {target.device}; move one"
-            )
-        if target.is_floating_point() and target.requires_grad:
-            raise ValueError(f"{name}: target requires grad; class probabilities are constants")
+    if isinstance(target, Tensor) and target.device != input.device:
+        raise ValueError(
+            f"{name}: input is on {input.device} and target on {target.device}; move one"
+        )
 
 
 def check_tensor(name: str, label: str, value: object) -> None:
@@ -289,6 +291,8 @@ def _shape_message(
 
 def may_wait(tensor: Tensor) -> bool:
     """Whether values may be looked at: on a CPU, or where SGP_CHECK=1 asks for the wait."""
+    if torch._C._functorch.is_batchedtensor(tensor):  # noqa: SLF001  (no public name)
+        return False  # vmap has no single value to look at
     return tensor.device.type == "cpu" or os.environ.get("SGP_CHECK", "0") == "1"
 
 

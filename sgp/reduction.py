@@ -68,6 +68,24 @@ def check_whole_sequences(problem: Problem) -> None:
         )
 
 
+def without_z_loss(problem: Problem, reduction: str) -> Problem:
+    """The problem without its z-loss where `sequence_z_loss` has to add it; else as it is.
+
+    In a mean over each sequence the class weights' divisor differs from row to row, so that no
+    other weights of the classes can stand for it (see `sgp.divisor`).
+    """
+    if reduction != "sequence_mean" or not problem.has_two_divisors:
+        return problem
+    return problem._replace(recipe=problem.recipe._replace(lse_square_scale=0.0))
+
+
+def sequence_z_loss(problem: Problem, lse: Tensor) -> Tensor:
+    """Each sequence's mean z-loss (S,), from the log-sum-exp of each row (N,)."""
+    counts = _divisors(problem._replace(weight=None), lse)
+    rows = problem.recipe.lse_square_scale * counts * lse**2
+    return per_sequence(problem, rows) * reciprocal(per_sequence(problem, counts), rows.dtype)
+
+
 def _divisors(problem: Problem, rows: Tensor) -> Tensor:
     """(N,): by how much each row counts in a mean."""
     kept = problem.target != problem.recipe.ignore_index

@@ -3,8 +3,12 @@
 Everything is computed on the kept rows only, in float64 for float64 input and in float32 for the
 rest, and differentiated by autograd. For a kept row with scored logits s and target y::
 
-    log p_j = s_j - log sum_i exp s_i
-    loss    = r ((1 - eps) w_y (-log p_y) + eps / V sum_j w_j (-log p_j) + zeta lse^2)
+    log p_j = s_j - lse,  lse = log sum_i exp s_i
+    ce      = (1 - eps) w_y (-log p_y) + eps / V sum_j w_j (-log p_j)
+    loss    = r (ce + zeta lse^2)
+    mean    = sum(r ce) / sum(r w_y) + zeta sum(r lse^2) / sum(r)     over all rows, or a sequence's
+
+(for class probabilities, as in PyTorch, sum(r) divides both; a `denominator` always does).
 
 The functions take the arguments of their namesakes in `sgp` that define a number; what only says
 how to compute it (`inplace`, `chunk_rows`, `options`) is not among them.
@@ -75,8 +79,6 @@ def cross_entropy(
         q = (1 - label_smoothing) * y.to(s.dtype) + label_smoothing / V
         log_p = F.log_softmax(s, -1)
         rows = -(q * log_p * (s.new_ones(V) if w is None else w)).sum(1)
-        if lse_square_scale:
-            rows = rows + lse_square_scale * s.logsumexp(1) ** 2
         divisor = torch.ones_like(rows)
     else:
         check_targets(name, y, V, ignore)
@@ -89,16 +91,18 @@ def cross_entropy(
         rows = (1 - label_smoothing) * w[y] * nll
         if label_smoothing:
             rows = rows + label_smoothing / V * torch.where(w == 0, 0, w * -log_p).sum(1)
-        if lse_square_scale:
-            rows = rows + lse_square_scale * s.logsumexp(1) ** 2
         divisor = w[y]
+    r = torch.ones_like(rows)
+    z_loss = lse_square_scale * s.logsumexp(1) ** 2 if lse_square_scale else torch.zeros_like(rows)
     if problem.token_weight is not None:
         if reduction == "mean" and denominator is None:
             scored = torch.zeros_like(problem.token_weight, dtype=torch.bool)
             check_mean_weights(name, scored.index_fill(0, kept, True), problem.token_weight)
         r = problem.token_weight[kept].to(rows.dtype)
-        rows, divisor = r * rows, r * divisor
-    return _reduce(problem, kept, rows, divisor, reduction, denominator)
+    if reduction not in ("mean", "sequence_mean") or denominator is not None:
+        return _reduce(problem, kept, r * (rows + z_loss), r, reduction, denominator)
+    mean = _reduce(problem, kept, r * rows, r * divisor, reduction, None)
+    return mean + _reduce(problem, kept, r * z_loss, r, reduction, None)
 
 
 def linear_cross_entropy(

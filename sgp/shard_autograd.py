@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sgp.autograd import mark_constant, once, row_upstream, saved_tensors
+from sgp.autograd import (
+    contiguous,
+    loss_upstream,
+    mark_constant,
+    once,
+    row_upstream,
+    saved_tensors,
+)
 from sgp.recipe import Recipe
 from sgp.row_shard import ShardRows
 from sgp.row_torch import Upstream, new_outputs
@@ -25,8 +32,9 @@ class Call(NamedTuple):
     recipe: Recipe
     need_stats: bool
     need_argmax: bool
-    of_stats: bool  # whether the statistics are differentiable, and not the loss
-    inplace: bool
+    of_stats: bool = False  # whether the statistics are differentiable, and not the loss
+    of_lse: bool = False  # whether the log-sum-exp is, beside the loss
+    inplace: bool = False
 
 
 class ShardLogits(torch.autograd.Function):
@@ -55,7 +63,7 @@ class ShardLogits(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         logits, target, rows, weight, row_weight, call = inputs
         loss, log_prob, entropy, lse, is_top1, argmax, saved = output
-        constants = (loss,) if call.of_stats else (log_prob, entropy, lse)
+        constants = (loss,) if call.of_stats else (log_prob, entropy, None if call.of_lse else lse)
         mark_constant(ctx, *constants, is_top1, argmax, origin=saved)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, rows, weight, row_weight, saved, entropy)
@@ -64,7 +72,8 @@ class ShardLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
-        wanted = grads[1:4] if call.of_stats else grads[:1]
+        of_lse = grads[3] if call.of_lse else None
+        wanted = grads[1:4] if call.of_stats else (grads[0], of_lse)
         if all(gradient is None for gradient in wanted):
             return (None,) * 6
         logits, target, rows, weight, row_weight, saved, entropy = (
@@ -73,18 +82,18 @@ class ShardLogits(torch.autograd.Function):
             else ctx.saved_tensors
         )
         with torch.no_grad():
-            r: Any = wanted[0]
-            upstream = Upstream()
+            r: Any
             if call.of_stats:
                 r, *of_stats = row_upstream(wanted, saved, entropy)
                 upstream = Upstream(*of_stats)
-            elif row_weight is not None:
-                r = r * row_weight
+            else:
+                r = loss_upstream(grads[0], row_weight, saved)
+                upstream = Upstream(contiguous(of_lse))
             dlogits = logits.detach() if call.inplace else logits.new_empty(logits.shape)
             size = call.shard.size
             dlogits[..., size:] = 0  # padding
             ShardRows(call.shard, rows).backward(
-                logits[..., :size], dlogits[..., :size], target, saved, weight, r.contiguous(),
-                call.recipe, upstream,
+                logits[..., :size], dlogits[..., :size], target, saved, weight, r, call.recipe,
+                upstream,
             )  # fmt: skip
         return (once(call.shard.name, dlogits, saved, *wanted), *(None,) * 5)

@@ -352,19 +352,18 @@ def _plain(
     w = None if weight is None else weight.to(logits.dtype)
     kept = target != -100
     rows = F.cross_entropy(logits, target, w, reduction="none", label_smoothing=label_smoothing)
+    z = torch.zeros_like(rows)
     if lse_square_scale:
-        z = lse_square_scale * logits.logsumexp(-1) ** 2
-        rows = rows + torch.where(kept, z, 0)
-    counts = kept.to(logits.dtype)
-    if weight is not None:
-        counts = torch.where(kept, weight[target.clamp(min=0)], 0)
-    if token_weight is not None:
-        rows, counts = rows * token_weight, counts * token_weight
+        z = torch.where(kept, lse_square_scale * logits.logsumexp(-1) ** 2, 0)
+    r = kept.to(logits.dtype) if token_weight is None else torch.where(kept, token_weight, 0)
     if reduction == "none":
-        return rows
+        return r * (rows + z)
     if reduction == "sum":
-        return rows.sum()
-    return rows.sum() / counts.sum() if kept.any() else rows.sum() * 0
+        return (r * (rows + z)).sum()
+    if not kept.any():
+        return rows.sum() * 0
+    counts = r if weight is None else r * weight[target.clamp(min=0)]
+    return (r * rows).sum() / counts.sum() + (r * z).sum() / r.sum()
 
 
 def _check_all(

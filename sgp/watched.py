@@ -86,6 +86,8 @@ class Operator:
         schema = torch.library.infer_schema(self.kernel, mutates_args=mutates_args)
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         LIBRARY.impl(name, self.kernel, "CompositeExplicitAutograd")
+        if not mutates_args:
+            torch.library.register_vmap(f"{NAMESPACE}::{name}", self._each_example, lib=LIBRARY)
         self.op = getattr(getattr(torch.ops, NAMESPACE), name).default
         parameters = inspect.signature(body, eval_str=True).parameters
         # Tensors come first. Anyone of them may be watched: autograd batches upstream gradients
@@ -102,6 +104,20 @@ class Operator:
         for place in self.written:  # or autograd would not notice a second backward
             torch.autograd.graph.increment_version(arguments[place])
         return out
+
+    def _each_example(self, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        """What `torch.func.vmap` does with it: one call an example, as `register_vmap` asks."""
+        if not info.batch_size:
+            raise ValueError(f"{NAMESPACE}.{self.body.__name__}: vmap over no examples")
+        pairs = list(zip(arguments, in_dims, strict=True))
+        results = [
+            self.op(*(x if dim is None else x.select(dim, i) for x, dim in pairs))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(torch.stack(values) for values in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """Give the operator its fake, which like the body may return None for a tensor."""

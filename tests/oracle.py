@@ -36,6 +36,26 @@ def in_float64(options):
     }
 
 
+def sample_results(function, sample, upstream=None):
+    """[loss, gradient of every tensor that requires grad] of one of PyTorch's sample inputs."""
+    given = (sample.input, *sample.args, *sample.kwargs.values())
+    inputs = [x for x in given if isinstance(x, torch.Tensor) and x.requires_grad]
+    loss = function(sample.input, *sample.args, **sample.kwargs)
+    upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
+    return [loss.detach(), *torch.autograd.grad(loss, inputs, upstream)]
+
+
+def sample_in(dtype, sample):
+    """The sample with every floating-point tensor in this dtype, leaves as they were."""
+
+    def converted(x):
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            return x
+        return x.detach().to(dtype).requires_grad_(x.requires_grad)
+
+    return sample.transform(converted)
+
+
 def check_cross_entropy(logits, target, upstream=None, **options):
     """`sgp.cross_entropy`, loss and gradient, against the reference; returns ours.
 

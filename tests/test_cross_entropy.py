@@ -21,6 +21,8 @@ from tests.oracle import (
     in_float64,
     loss_and_grad,
     relative_error,
+    sample_in,
+    sample_results,
 )
 
 IGNORE = -100
@@ -72,33 +74,24 @@ def test_pytorch_sample_inputs(backend, dtype, device):
     samples = list(SAMPLES.sample_inputs(device, dtype, requires_grad=True))
     assert len(samples) >= 21, f"PyTorch's op_db has {len(samples)} samples; it had 21 in 2.13"
     for sample in samples:
-        (target,) = (argument.detach() for argument in sample.args)
-        options = sample.kwargs
-        if target.is_floating_point() and backend == "triton":
+        if sample.args[0].is_floating_point() and backend == "triton":
             with pytest.raises(RuntimeError, match=r"cannot run: class probabilities"):
-                sgp.cross_entropy(sample.input, target, **options)
+                sgp.cross_entropy(sample.input, *sample.args, **sample.kwargs)
             continue
         upstream = None
-        if options.get("reduction") == "none":
-            upstream = torch.randn(F.cross_entropy(sample.input, target, **options).shape)
-            upstream = upstream.to(device)
-        truth_target = target.double() if target.is_floating_point() else target
-        truth = loss_and_grad(
-            F.cross_entropy, sample.input.double(), truth_target, upstream, **in_float64(options)
-        )
-        plain = loss_and_grad(F.cross_entropy, sample.input, target, upstream, **options)
-        loss, grad = loss_and_grad(sgp.cross_entropy, sample.input, target, upstream, **options)
+        if sample.kwargs.get("reduction") == "none":
+            upstream = torch.randn(sample_results(F.cross_entropy, sample)[0].shape, device=device)
+        truth = sample_results(F.cross_entropy, sample_in(torch.float64, sample), upstream)
+        plain = sample_results(F.cross_entropy, sample, upstream)
+        loss, *grads = sample_results(sgp.cross_entropy, sample, upstream)
         # A deliberate difference: the loss of bf16 logits is float32, and as good as float32.
         assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        assert grad.dtype == dtype
         if dtype == torch.bfloat16:
-            upcast = {k: v.float() if hasattr(v, "float") else v for k, v in options.items()}
-            upcast_target = target.float() if target.is_floating_point() else target
-            in_float32 = F.cross_entropy(sample.input.float(), upcast_target, **upcast)
-            assert_no_worse(loss, in_float32, truth[0])
-        else:
-            assert_no_worse(loss, plain[0], truth[0])
-        assert_no_worse(grad, plain[1], truth[1], interpreted=interpreted(backend))
+            plain[0] = sample_results(F.cross_entropy, sample_in(torch.float32, sample))[0]
+        assert_no_worse(loss, plain[0], truth[0])
+        for grad, other, exact in zip(grads, plain[1:], truth[1:], strict=True):
+            assert grad.dtype == dtype
+            assert_no_worse(grad, other, exact, interpreted=interpreted(backend))
 
 
 def test_difference_from_pytorch_mean_of_nothing(backend, device):
@@ -393,6 +386,50 @@ def test_gradient_accumulation_with_the_count_of_the_whole_batch(backend, device
     assert relative_error(torch.cat([grad for _, grad in parts]), whole[1]) < 3e-7
 
 
+def test_class_weights_do_not_divide_the_z_loss(backend, device):
+    logits = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 3.0]], device=device)
+    target, z_loss = torch.tensor([0, 2], device=device), {"lse_square_scale": 0.1}
+    for weight, expected in (
+        (None, 1.5810),
+        ([0.01, 0.01, 0.01], 1.5810),
+        ([0.2, 1.0, 0.6], 1.2715),
+        ([0.0, 1.0, 0.0], 0.7922),  # 0.1 (2.4076^2 + 3.1698^2) / 2: no class counts, z-loss does
+    ):
+        w = None if weight is None else torch.tensor(weight, device=device)
+        loss, grad = check_cross_entropy(logits, target, weight=w, **z_loss)
+        assert abs(float(loss) - expected) < 1e-4
+        by_sequence = loss_and_grad(
+            sgp.cross_entropy, logits.t()[None], target[None], weight=w,
+            reduction="sequence_mean", **z_loss,
+        )  # fmt: skip
+        torch.testing.assert_close(by_sequence[0], loss[None])
+        torch.testing.assert_close(by_sequence[1][0].t(), grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_sequence_mean_with_class_weights_and_z_loss(dtype, backend, device):
+    """Each sequence has two divisors of its own, which no factor on the class weights makes one."""
+    logits = (3 * torch.randn(3, 7, 4, device=device)).to(dtype)
+    target = torch.randint(7, (3, 4), device=device)
+    target[0, :2] = target[1] = IGNORE
+    options = {
+        "weight": torch.rand(7, device=device), "token_weight": torch.rand(3, 4, device=device),
+        "lse_square_scale": 0.1, "label_smoothing": 0.1, "reduction": "sequence_mean",
+    }  # fmt: skip
+    upstream = torch.randn(3, device=device)
+    check_cross_entropy(logits, target, upstream, **options)
+    plain = sgp.reference.cross_entropy(logits, target, **options)
+    torch.testing.assert_close(sgp.cross_entropy(logits, target, **options), plain)
+    leaf = logits.clone().requires_grad_()
+    loss, stats = sgp.cross_entropy(
+        leaf * 1, target, inplace=True, return_stats=True, **options
+    )  # the gradient in place, and statistics that stay detached
+    assert not any(x.requires_grad for x in stats)
+    loss.backward(upstream)
+    _, grad = loss_and_grad(sgp.cross_entropy, logits, target, upstream, **options)
+    torch.testing.assert_close(leaf.grad, grad)
+
+
 def test_token_weight_of_zero_is_not_ignored(backend, device):
     logits = torch.zeros(2, 4, device=device)
     logits[1, 2] = math.nan
@@ -642,12 +679,6 @@ ERRORS = {
         {},
         ValueError,
         r"input is \(2, 3\) and target \(2, 2\) \(torch\.float32\)",
-    ),
-    "probabilities that require grad": (
-        (X, PROBABILITIES.clone().requires_grad_()),
-        {},
-        ValueError,
-        r"target requires grad",
     ),
     "probabilities and an ignored class": (
         (X, PROBABILITIES),

@@ -25,7 +25,7 @@ from sgp.recipe import Recipe
 from sgp.tolerance import bound
 from sgp.train.memory import cpu_peak
 from sgp.watched import Operator
-from tests.oracle import in_float64, relative_error
+from tests.oracle import in_float64, relative_error, sample_in, sample_results
 
 IGNORE = -100
 INF, NAN = math.inf, math.nan
@@ -183,25 +183,20 @@ def test_pytorch_sample_inputs(variant, dtype, device):
     assert len(samples) >= 20, f"PyTorch's op_db has {len(samples)} samples of this"
     rtol = {torch.float64: 1e-7, torch.float32: 1.3e-6, torch.bfloat16: 1.6e-2}[dtype]
     for sample in samples:
-        head, target = (argument.detach() for argument in sample.args)
-        options = dict(sample.kwargs)
-        tensors = [sample.input, head, options.pop("linear_bias", None)]
-        plain_run = partial(run, F.linear_cross_entropy, tensors, target, **options)
-        upstream = torch.randn(plain_run(needs=NOBODY)[0].shape, device=device)
-        plain, ours = plain_run(upstream), ours_of(tensors, target, upstream, **options)
-        options.pop("options", None)
-        truth = run(
-            F.linear_cross_entropy, cast(tensors, torch.float64),
-            target.double() if target.is_floating_point() else target, upstream,
-            **in_float64(options),
-        )  # fmt: skip
+        plain = partial(sample_results, F.linear_cross_entropy)
+        with torch.no_grad():
+            shape = F.linear_cross_entropy(sample.input, *sample.args, **sample.kwargs).shape
+        upstream = torch.randn(shape, device=device)
+        theirs = plain(sample, upstream)
+        ours = sample_results(sgp.linear_cross_entropy, sample, upstream)
+        exact = sample_in(torch.float64, sample)
+        exact.kwargs.pop("options", None)
+        truth = plain(exact, upstream)
         # Two deliberate differences: a bf16 loss is not rounded, the mean of nothing is not NaN.
         assert ours[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         ours[0] = ours[0].to(dtype)
-        for value, other, exact in zip(ours, plain, truth, strict=True):
-            if exact is None:
-                assert value is None
-            elif exact.dim() == 0 and exact.isnan():
+        for value, other, exact in zip(ours, theirs, truth, strict=True):
+            if exact.dim() == 0 and exact.isnan():
                 assert value.item() == 0.0
             elif relative_error(value, exact) > bound(relative_error(other, exact), dtype):
                 # PyTorch had luck: then as close to it as torch.testing asks of this dtype, where
@@ -583,19 +578,23 @@ def test_functional_second_and_forward_derivatives_raise(argument, reduction, te
 
 
 @TRANSFORM
-@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
-def test_vmap_is_right_or_raises(tensors, target):
-    batch = torch.stack([tensors[0], 2 * tensors[0]])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_of_single_examples(reduction, backend, tensors, target):
+    """Per-example gradients of hidden states, of the head that all share, and of its bias."""
+    hidden = torch.stack([tensors[0], 2 * tensors[0]])
+    targets = torch.stack([target, torch.full_like(target, IGNORE)])
+    targets[1, 2] = 7
     ours, expected = (
-        func.grad(lambda h, f=function: f(h, tensors[1], target))
+        func.grad(
+            lambda h, w, b, y, f=function: f(h, w, y, linear_bias=b, reduction=reduction),
+            argnums=(0, 1, 2),
+        )
         for function in (sgp.linear_cross_entropy, reference)
     )
-    try:
-        result = func.vmap(ours)(batch)
-    except (RuntimeError, NotImplementedError) as error:
-        assert "vmap" in str(error) or "sgp" in str(error)  # noqa: PT017
-    else:
-        torch.testing.assert_close(result, torch.stack([expected(h) for h in batch]))
+    found = func.vmap(ours, in_dims=(0, None, None, 0))(hidden, *tensors[1:], targets)
+    alone = [expected(h, *tensors[1:], y) for h, y in zip(hidden, targets, strict=True)]
+    for value, *by_example in zip(found, *alone, strict=True):
+        torch.testing.assert_close(value, torch.stack(by_example))
 
 
 @DTYPES
@@ -796,6 +795,24 @@ def test_float16_small_class_weights_do_not_scale_the_z_loss(size, reduction, ba
     """Class weights multiply the cross-entropy alone, whatever brings gradients into range."""
     options = {"weight": torch.full((V,), size), "lse_square_scale": 0.1, "reduction": reduction}
     check(cast(tensors, torch.float16), torch.arange(N), backend=backend, **options)
+
+
+@pytest.mark.parametrize("needs", [ALL, (True, False, False)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_class_weights_do_not_divide_the_z_loss(size, dtype, needs, backend, tensors, target):
+    """Also in a mean over each sequence, whose z-loss is differentiated through the log-sum-exp."""
+    if backend == "triton" and size == 1.0:
+        return  # the interpreter takes its time
+    options = {"weight": size * (torch.rand(V) + 0.5), "lse_square_scale": 0.1}
+    tensors = cast(tensors, dtype)
+    tensors[0] = tensors[0].view(2, 3, D)
+    for reduction in ("mean", "sequence_mean"):
+        check(
+            tensors, target.view(2, 3), upstream_of(reduction, (2, 3)), backend=backend,
+            needs=needs, chunk_rows=3, roundings=2 if reduction == "mean" else 1,
+            reduction=reduction, **options,
+        )  # fmt: skip
 
 
 def test_float16_tiny_and_hugely_differing_weights(backend, tensors, target):

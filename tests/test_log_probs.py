@@ -675,7 +675,11 @@ def test_function_transforms(linear, backend):
     ours, reference = (func.grad(objective(f))(tensors) for f in functions(linear))
     for name, gradient in ours.items():
         assert relative_error(gradient, reference[name]) < 1e-5, name
-    with pytest.raises(RuntimeError, match=r"vmap|no second derivative"):
+    batch = {name: torch.stack([x, 2 * x]) for name, x in tensors.items()}
+    of_examples = (func.vmap(func.grad(objective(f)))(batch) for f in functions(linear))
+    for value, expected in zip(*(x.values() for x in of_examples), strict=True):
+        assert relative_error(value, expected) < 1e-5
+    with pytest.raises(RuntimeError, match=r"no second derivative|no forward-mode derivative"):
         func.hessian(objective(functions(linear)[0]))(tensors)
 
 

@@ -85,14 +85,19 @@ def test_class_probabilities_are_torch_cross_entropy(layout, reduction, weighted
     shape, _ = LAYOUTS[layout]
     class_dim = 0 if len(shape) == 1 else 1
     logits = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    target = torch.randn(shape, dtype=torch.float64).softmax(class_dim)
+    target = torch.randn(shape, dtype=torch.float64).softmax(class_dim).requires_grad_()
     options = {
         "weight": torch.rand(shape[class_dim], dtype=torch.float64) if weighted else None,
         "reduction": reduction,
         "label_smoothing": 0.1,
     }
     ours = reference.cross_entropy(logits, target, **options)
-    close(ours, F.cross_entropy(logits, target, **options))
+    theirs = F.cross_entropy(logits, target, **options)
+    close(ours, theirs)
+    for mine, other in zip(
+        gradient(ours.sum(), logits, target), gradient(theirs.sum(), logits, target), strict=True
+    ):
+        close(mine, other)
 
 
 def test_class_probabilities_with_token_weights():
@@ -226,8 +231,31 @@ def test_token_weights_multiply_the_whole_row_and_divide_the_mean():
     rows = reference.cross_entropy(logits, target, w, reduction="none", **options)
     weighted = {**options, "token_weight": r}
     close(reference.cross_entropy(logits, target, w, reduction="none", **weighted), r * rows)
+    total = reference.cross_entropy(logits, target, w, reduction="sum", **weighted)
+    close(total, (r * rows).sum())
+    weighted.pop("lse_square_scale")
+    ce = reference.cross_entropy(logits, target, w, reduction="none", **weighted)
+    z_loss = (r * rows - ce).sum()
     divisor = sum(r[i] * w[y] for i, y in enumerate(target.tolist()) if y != X)
-    close(reference.cross_entropy(logits, target, w, **weighted), (r * rows).sum() / divisor)
+    weighted["lse_square_scale"] = 0.2
+    close(
+        reference.cross_entropy(logits, target, w, **weighted),
+        ce.sum() / divisor + z_loss / r[target != X].sum(),
+    )
+    divided = reference.cross_entropy(logits, target, w, denominator=3.0, **weighted)
+    close(divided, (r * rows).sum() / 3)
+
+
+@pytest.mark.parametrize("zeta", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "sequence_mean"])
+def test_the_size_of_class_weights_does_not_matter_to_a_mean(reduction, zeta):
+    """They say how much a class counts beside the others, and nothing about the z-loss."""
+    logits, target = torch.randn(2, 5, 3, dtype=torch.float64), torch.tensor([[0, X, 2], [X, 1, 3]])
+    options = {"reduction": reduction, "lse_square_scale": zeta}
+    plain = reference.cross_entropy(logits, target, **options)
+    for size in (1.0, 0.01, 100.0):
+        weight = torch.full((5,), size, dtype=torch.float64)
+        close(reference.cross_entropy(logits, target, weight, **options), plain)
 
 
 @pytest.mark.parametrize(
@@ -408,6 +436,13 @@ def test_a_divisor_of_zero_is_no_loss(zero):
     loss = reference.cross_entropy(logits, target, **options)
     assert loss == 0
     assert (gradient(loss, logits)[0] == 0).all()
+
+
+def test_class_weights_that_add_up_to_zero_leave_the_z_loss():
+    logits, target = make()
+    weight, z_loss = torch.zeros(5, dtype=torch.float64), {"lse_square_scale": 0.1}
+    expected = 0.1 * (logits[target != X].logsumexp(1) ** 2).mean()
+    close(reference.cross_entropy(logits, target, weight, **z_loss), expected)
 
 
 # -- one value a sequence --------------------------------------------------------------------------
