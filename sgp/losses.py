@@ -102,7 +102,8 @@ def cross_entropy(
         label_smoothing: eps in [0, 1]; that much of the target is spread over all classes.
         token_weight: weight of each token's whole loss, of the target's shape. A constant. A
             weight of 0 is not the same as ignored: the row is read and, if NaN, stays NaN.
-        denominator: replaces the divisor of "mean": a number or a 0-d tensor (never waited for).
+        denominator: replaces the divisor of "mean": a number or a tensor of one element (never
+            waited for).
             What gradient accumulation and data parallelism need: the count over the whole batch.
         softcap: logits become `softcap * tanh(logits / softcap)`, after `logit_scale`.
         logit_scale: multiplies the logits first.
@@ -140,7 +141,7 @@ def cross_entropy(
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
     problem = make_problem(NAME, input, target, weight, token_weight, recipe)
-    check_reduction(NAME, reduction, denominator)
+    denominator = check_reduction(NAME, reduction, denominator)
     need_grad = torch.is_grad_enabled() and input.requires_grad
     if not torch.compiler.is_compiling():
         refuse_forward_mode(NAME, input)
