@@ -591,6 +591,6 @@ def _warn_of_another_loss() -> None:
         warnings.warn(
             f"{NAME}: a patched model is trained without labels, or with TRL's own head: its "
             "caller computes the loss (Trainer with label_smoothing_factor or compute_loss_func; "
-            "for TRL there is sgp.trl), and the patch does nothing",
+            "PEFT's CPT; for TRL there is sgp.trl), and the patch does nothing",
             stacklevel=3,
         )
