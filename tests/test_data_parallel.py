@@ -170,7 +170,7 @@ def test_a_tensor_of_one_element_is_a_divisor(tmp_path):
 
 
 def test_a_tensor_of_one_element_divides_the_loss_of_contexts():
-    model, ids, lengths = tiny_llama(V), torch.tensor([[1, 2, 3, 4]]), torch.tensor([2])
+    model, ids, lengths = tiny_llama(V, 16, seed=0), torch.tensor([[1, 2, 3, 4]]), torch.tensor([2])
     expected = sgp.context_loss(model, ids, lengths, denominator=7)
     found = sgp.context_loss(model, ids, lengths, denominator=torch.tensor([[7]]))
     assert found.shape == ()
