@@ -35,7 +35,8 @@ def global_denominator(
     every token of the step (docs/distributed.md has the arithmetic).
 
     Args:
-        selections: all micro-batches of this rank's step; also counts, as numbers or 0-d tensors.
+        selections: all micro-batches of this rank's step; also counts, as numbers or tensors of one
+            element.
         group: the ranks that hold different tokens; a ProcessGroup, a one-dimensional DeviceMesh,
             or None for all. Without torch.distributed the sum is this process's own.
         weight: class weights (V,), as given to the loss.
@@ -85,8 +86,8 @@ def _count(name: str, value: Any, weight: Tensor | None) -> float | Tensor:
         return counts.sum()
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return float(value)
-    if isinstance(value, Tensor) and value.dim() == 0:
-        return value.detach()
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.detach().view(())
     shown = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
     raise TypeError(
         f"{name}: got a {type(value).__name__} {shown}; expected Selections (of labels: "

@@ -178,7 +178,7 @@ def linear_cross_entropy(
             logit_scale=logit_scale, lse_square_scale=lse_square_scale, shift=shift,
             chunk_rows=chunk_rows, return_stats=return_stats, return_argmax=return_argmax,
         )  # fmt: skip
-    check_reduction(NAME, reduction, denominator)
+    denominator = check_reduction(NAME, reduction, denominator)
     check_argmax(NAME, return_stats, return_argmax)
     check_chunk_rows(NAME, chunk_rows)
     check_head(NAME, input, linear_weight, linear_bias, target)

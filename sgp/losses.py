@@ -114,9 +114,9 @@ def cross_entropy(
         label_smoothing: eps in [0, 1]; that much of the target is spread over all classes.
         token_weight: weight of each token's whole loss, of the target's shape. A constant. A
             weight of 0 is not the same as ignored: the row is read and, if NaN, stays NaN.
-        denominator: replaces the divisor of "mean", of the z-loss too: a number or a 0-d tensor
-            (never waited for). What gradient accumulation and data parallelism need: the count
-            over the whole batch.
+        denominator: replaces the divisor of "mean", of the z-loss too: a number or a tensor of one
+            element (never waited for). What gradient accumulation and data parallelism need: the
+            count over the whole batch.
         softcap: logits become `softcap * tanh(logits / softcap)`, after `logit_scale`.
         logit_scale: multiplies the logits first.
         lse_square_scale: adds this times the squared log-sum-exp (z-loss) to each token's loss;
@@ -156,7 +156,7 @@ def cross_entropy(
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
     problem = make_problem(NAME, input, target, weight, token_weight, recipe)
-    check_reduction(NAME, reduction, denominator)
+    denominator = check_reduction(NAME, reduction, denominator)
     check_argmax(NAME, return_stats, return_argmax)
     need_grad = torch.is_grad_enabled() and input.requires_grad
     if inplace and need_grad:

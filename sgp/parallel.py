@@ -168,7 +168,7 @@ def cross_entropy(
     name = "sgp.parallel.cross_entropy"
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
-    check_reduction(name, reduction, denominator)
+    denominator = check_reduction(name, reduction, denominator)
     check_argmax(name, return_stats, return_argmax)
     problem = logits_problem(name, local_logits, target, token_weight, recipe)
     need_grad = torch.is_grad_enabled() and local_logits.requires_grad
@@ -318,7 +318,7 @@ def linear_cross_entropy(
     name = "sgp.parallel.linear_cross_entropy"
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
-    check_reduction(name, reduction, denominator)
+    denominator = check_reduction(name, reduction, denominator)
     check_argmax(name, return_stats, return_argmax)
     problem, head = head_problem(
         name, input, local_weight, linear_bias, target, token_weight, recipe, chunk_rows, shift

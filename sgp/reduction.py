@@ -10,8 +10,13 @@ from torch import Tensor
 from sgp.problem import REDUCTIONS, Problem
 
 
-def check_reduction(name: str, reduction: str, denominator: float | Tensor | None) -> None:
+def check_reduction(
+    name: str, reduction: str, denominator: float | Tensor | None
+) -> float | Tensor | None:
     """Refuse a reduction that does not exist and a divisor that it would not use.
+
+    Returns:
+        The denominator, as a 0-d tensor if it is one.
 
     Raises:
         ValueError, TypeError: with what was passed.
@@ -19,24 +24,32 @@ def check_reduction(name: str, reduction: str, denominator: float | Tensor | Non
     if reduction not in REDUCTIONS:
         raise ValueError(f"{name}: reduction = {reduction!r}; expected one of {REDUCTIONS}")
     if denominator is None:
-        return
+        return None
     if reduction != "mean":
         raise ValueError(
             f"{name}: denominator replaces the divisor of reduction='mean'; it has no meaning with "
             f"reduction={reduction!r}"
         )
-    if not isinstance(denominator, (Tensor, numbers.Real)):
-        raise TypeError(
-            f"{name}: denominator is {denominator!r}; expected a number or a 0-d tensor"
+    return check_denominator(f"{name}: denominator", denominator)
+
+
+def check_denominator(label: str, denominator: object) -> float | Tensor:
+    """A number, or a 0-d tensor in place of one of one element: replicas get a row of a column.
+
+    Raises:
+        ValueError, TypeError: with what was passed.
+    """
+    if not isinstance(denominator, Tensor):
+        if isinstance(denominator, numbers.Real):
+            return denominator  # type: ignore[return-value]
+        raise TypeError(f"{label} is {denominator!r}; expected a number or a tensor of one element")
+    if denominator.numel() != 1:
+        raise ValueError(
+            f"{label} is {tuple(denominator.shape)}; expected a number or a tensor of one element"
         )
-    if isinstance(denominator, Tensor):
-        if denominator.dim() != 0:
-            raise ValueError(
-                f"{name}: denominator is {tuple(denominator.shape)}; expected a number or a 0-d "
-                "tensor"
-            )
-        if denominator.requires_grad:
-            raise ValueError(f"{name}: denominator requires grad; it is a constant, detach it")
+    if denominator.requires_grad:
+        raise ValueError(f"{label} requires grad; it is a constant, detach it")
+    return denominator.view(())
 
 
 def reciprocal(divisor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -70,7 +70,7 @@ def cross_entropy(
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
     problem = make_problem(name, input, target, weight, token_weight, recipe)
-    check_reduction(name, reduction, denominator)
+    denominator = check_reduction(name, reduction, denominator)
     V = problem.input.shape[-1]
     logits, y, w = problem.input.reshape(-1, V), problem.target, problem.weight
     if problem.has_probabilities:

@@ -26,6 +26,7 @@ from sgp.huggingface.loss import next_tokens
 from sgp.huggingface.patching import described, is_plain
 from sgp.huggingface.selective_head import Request, SelectiveHead, reveal
 from sgp.log_probs import linear_token_log_probs
+from sgp.reduction import check_denominator
 from sgp.selection import IGNORE
 
 try:
@@ -170,6 +171,8 @@ def _run(
     """The model's own forward, whose head answers with log-probabilities."""
     labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
     divisor = kwargs.pop("num_items_in_batch", None)
+    if divisor is not None:
+        divisor = check_denominator(f"{NAME}: num_items_in_batch", divisor)
     target = next_tokens(labels) if shifted is None else shifted
     text = model.config.get_text_config()  # type: ignore[union-attr, operator]
     if getattr(text, "output_router_logits", False):

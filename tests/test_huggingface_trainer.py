@@ -1,5 +1,6 @@
 """A patched model under transformers.Trainer: the losses of the stock model."""
 
+import peft
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
@@ -25,7 +26,7 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": self.ids[i], "labels": labels}
 
 
-def train(model, folder, *, data=None, callbacks=(), collator=None, **more):
+def train(model, folder, *, data=None, callbacks=(), collator=None, compute_loss_func=None, **more):
     """The loss of each optimizer step, and that of an evaluation."""
     arguments = TrainingArguments(
         output_dir=folder, per_device_train_batch_size=2, max_steps=4, learning_rate=1e-2,
@@ -34,7 +35,7 @@ def train(model, folder, *, data=None, callbacks=(), collator=None, **more):
     )  # fmt: skip
     trainer = Trainer(
         model=model, args=arguments, train_dataset=data or Rows(), eval_dataset=Rows(),
-        callbacks=list(callbacks), data_collator=collator,
+        callbacks=list(callbacks), data_collator=collator, compute_loss_func=compute_loss_func,
     )  # fmt: skip
     trainer.train()
     evaluated = trainer.evaluate()["eval_loss"]
@@ -64,6 +65,89 @@ def test_label_smoothing_of_the_trainer_is_stock_and_said(tmp_path, monkeypatch)
     with pytest.warns(UserWarning, match="label_smoothing_factor"):
         losses, _ = train(model, tmp_path, label_smoothing_factor=0.1)
     assert losses == pytest.approx(stock, rel=1e-6)
+
+
+def caller_loss(outputs, labels, num_items_in_batch=None):
+    logits, target = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return torch.nn.functional.cross_entropy(logits, target, reduction="sum") / num_items_in_batch
+
+
+@pytest.mark.parametrize("who", ["label_smoothing_factor", "compute_loss_func"])
+def test_a_trainer_with_a_loss_of_its_own_needs_logits(who, tmp_path, monkeypatch):
+    """It takes the labels away, but not the collator's selection, and then wants all logits."""
+    monkeypatch.setattr("sgp.huggingface.patching._warned", False)
+    options = {"collator": sgp.Collator(), "remove_unused_columns": False}
+    options |= {who: 0.1 if who == "label_smoothing_factor" else caller_loss}
+    stock, evaluated = train(make("llama"), tmp_path, **options | {"collator": None})
+    model = make("llama")
+    patch(model, mode="fused")
+    with pytest.raises(RuntimeError, match=rf"Trainer's {who} computes the loss .* mode='rows'"):
+        train(model, tmp_path, **options)
+    patch(model, mode="rows")
+    with pytest.warns(UserWarning, match="the patch does nothing"):
+        losses, loss = train(model, tmp_path, **options)
+    assert losses == pytest.approx(stock, rel=1e-4)
+    assert loss == pytest.approx(evaluated, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("mode", ["rows", "fused"])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_an_evaluation_makes_the_logits_that_are_used(mode, adapted, tmp_path):
+    """Under bfloat16 accelerate casts them, and PEFT stands between: they wait all the same."""
+
+    def run(patched, **more):
+        model = make("llama")
+        if adapted:
+            torch.manual_seed(3)
+            model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM"))
+        if patched:
+            patch(model, mode=mode)
+        made, seen = [], []
+
+        def count(head, _, logits):
+            made.append(logits.numel() // head.out_features)
+
+        def metrics(found):
+            seen.append(torch.from_numpy(found.predictions))
+            return {}
+
+        model.get_output_embeddings().register_forward_hook(count)
+        if not more:
+            more = {"compute_metrics": metrics}
+        loss = evaluate(model, tmp_path, **more)
+        return loss, seen, sum(made)
+
+    loss, _, made = run(True, prediction_loss_only=True)
+    assert made == 0
+    stock, logits, _ = run(False)
+    found, used, _ = run(True)
+    assert loss == pytest.approx(stock, rel=1e-2)
+    assert found == loss
+    assert torch.equal(used[0], logits[0])
+
+
+def evaluate(model, folder, *, data=None, compute_metrics=None, **more):
+    """Trainer's loss of an evaluation."""
+    arguments = TrainingArguments(
+        output_dir=folder, per_device_eval_batch_size=4, report_to=[], use_cpu=True,
+        disable_tqdm=True, **{"bf16": True} | more,
+    )  # fmt: skip
+    trainer = Trainer(
+        model=model, args=arguments, eval_dataset=data or Rows(), compute_metrics=compute_metrics
+    )
+    return trainer.evaluate()["eval_loss"]
+
+
+@pytest.mark.parametrize("mode", ["rows", "fused"])
+def test_batches_without_targets_are_left_out_of_the_mean(mode, tmp_path):
+    rows = [Rows()[i] for i in range(8)]
+    for row in rows[4:]:
+        row["labels"].fill_(-100)
+    model = make("llama")
+    stock = evaluate(model, tmp_path, data=rows, bf16=False)
+    patch(model, mode=mode)
+    assert evaluate(model, tmp_path, data=rows, bf16=False) == pytest.approx(stock, rel=1e-5)
 
 
 class ShiftedTwice(Rows):

@@ -6,11 +6,13 @@ or their sum over `num_items_in_batch`.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from sgp.losses import cross_entropy
+from sgp.reduction import check_denominator
 from sgp.selection import IGNORE
 
 
@@ -33,9 +35,9 @@ def causal_lm_loss(
     num_items_in_batch: Tensor | float | None = None,
     ignore_index: int = IGNORE,
     shift_labels: Tensor | None = None,
-    label_smoothing: float = 0.0,
+    *,
     token_weight: Tensor | None = None,
-    **_: Any,
+    evaluating: bool = False,
 ) -> Tensor:
     """The loss that a model asks its `loss_function` for.
 
@@ -43,13 +45,15 @@ def causal_lm_loss(
         logits: (B, T, V), or (M, V) of the kept rows alone, in the model's dtype: not copied.
         labels: (B, T), not shifted; not looked at where `shift_labels` is given.
         vocab_size: not looked at.
-        num_items_in_batch: replaces the number of targets as the divisor.
+        num_items_in_batch: replaces the number of targets as the divisor: a number or a tensor of
+            one element.
         ignore_index: the label without loss.
-        shift_labels: targets of the logits' leading shape, shifted.
-        label_smoothing, token_weight: as in `sgp.cross_entropy`.
+        shift_labels: a target for each of the logits, shifted.
+        token_weight: as in `sgp.cross_entropy`, of the shape of `shift_labels`.
+        evaluating: whether to return transformers' NaN where nothing carries loss.
 
     Returns:
-        float32, in nats. 0 where nothing carries loss (transformers: NaN).
+        () float32, in nats. 0 where nothing carries loss, unless `evaluating`.
 
     Raises:
         ValueError: without labels, or if shapes disagree.
@@ -58,11 +62,43 @@ def causal_lm_loss(
         if labels is None:
             raise ValueError("sgp.huggingface: a loss was asked for without labels")
         shift_labels = next_tokens(labels, ignore_index)
-    return cross_entropy(
-        logits.flatten(0, -2),
-        shift_labels.flatten().to(logits.device),
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        token_weight=None if token_weight is None else token_weight.flatten(),
-        denominator=num_items_in_batch,
-    )
+    rows, target = logits.flatten(0, -2), shift_labels.flatten().to(logits.device)
+    weight = None if token_weight is None else token_weight.flatten().to(logits.device)
+
+    def compute(denominator: Tensor | float | None) -> Tensor:
+        return cross_entropy(
+            rows,
+            target,
+            ignore_index=ignore_index,
+            token_weight=weight,
+            denominator=denominator,
+        )
+
+    if not evaluating:
+        return compute(num_items_in_batch)
+    return evaluated(compute, target, weight, num_items_in_batch, ignore_index)
+
+
+def evaluated(
+    compute: Callable[[Tensor | float | None], Tensor],
+    target: Tensor,
+    token_weight: Tensor | None,
+    num_items_in_batch: Tensor | float | None,
+    ignore_index: int,
+) -> Tensor:
+    """The mean as transformers takes it: 0 / 0 is NaN, which Trainer leaves out of its average.
+
+    Args:
+        compute: the loss, given its divisor or None for the targets' own.
+        target, token_weight: shifted, of the same shape.
+        num_items_in_batch, ignore_index: as for `causal_lm_loss`.
+    """
+    if num_items_in_batch is not None:
+        divisor = check_denominator("sgp.huggingface.patch: num_items_in_batch", num_items_in_batch)
+        total = compute(1.0)
+        return total / (divisor.to(total.device) if isinstance(divisor, Tensor) else divisor)
+    counts = target != ignore_index
+    if token_weight is not None:
+        counts = counts & (token_weight != 0)
+    loss = compute(None)
+    return loss.where(counts.any().to(loss.device), torch.nan)

@@ -23,9 +23,10 @@ class PostProcessing(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """A loss, and what the head was asked for on the way."""
+    """A loss and logits, and what the head was asked for on the way."""
 
     loss: Tensor
+    logits: Any
     rows: int  # that the head made logits of
     tokens: int
     kept: int
@@ -83,10 +84,11 @@ def run(model: nn.Module, head: nn.Module) -> Probe:
     handle = head.register_forward_hook(count)
     try:
         with quiet(model):
-            loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+            out = model(input_ids=ids, labels=labels, use_cache=False)
     finally:
         handle.remove()
-    return Probe(loss.detach().float(), sum(rows), masked.numel(), int((~masked[:, 1:]).sum()))
+    kept = int((~masked[:, 1:]).sum())
+    return Probe(out.loss.detach().float(), out.logits, sum(rows), masked.numel(), kept)
 
 
 def keeps_apart(model: nn.Module) -> bool:

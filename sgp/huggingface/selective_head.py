@@ -2,12 +2,15 @@
 
 There its weight is whole: FSDP gathers it before a module's forward and frees it after. What the
 head returns instead of logits is a stand-in, which the model scales and caps and hands on, and from
-which `reveal` gives the results back. Gradients go the same way: through the stand-in, so that
-whoever waits for the head's output to get its gradient (FSDP) sees it.
+which `reveal` gives the results back. They hang on each other by gradients of zero, so that whoever
+waits for the gradient of the head's output (FSDP) sees it, before the results' own.
+
+Asked for nothing but logits that may never be read, it returns `LateLogits`.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgp.huggingface.late_logits import LateLogits
 from sgp.shard import is_dtensor
 
 
@@ -23,13 +27,25 @@ from sgp.shard import is_dtensor
 class Request:
     """What is asked of a head in one forward pass."""
 
-    compute: Callable[..., tuple[Tensor, ...]]
-    """Given hidden states and weight, and by name linear_bias, softcap and logit_scale."""
+    compute: Callable[..., tuple[Tensor, ...]] | None
+    """Given hidden states and weight, and by name linear_bias, softcap and logit_scale. None: late
+    logits."""
     results: tuple[Tensor, ...] | None = None
-    gradients: tuple[Tensor, ...] | None = None  # of the results, on their way back
 
 
-@dataclass
+class Here(threading.local):
+    """What is under way in this thread: DataParallel's replicas share a patch, not a thread."""
+
+    def __init__(self) -> None:
+        """Nothing is."""
+        self.requests: dict[SelectiveHead, Request] = {}
+        self.calls: dict[Any, Any] = {}  # of patched models
+
+
+HERE = Here()
+
+
+@dataclass(eq=False)
 class SelectiveHead:
     """The forward of an `nn.Linear` head, in place of its own while a request waits.
 
@@ -43,19 +59,31 @@ class SelectiveHead:
 
     logit_scale: float
     softcap: float | None
-    request: Request | None = None
+
+    @property
+    def request(self) -> Request | None:
+        """What this thread asks for."""
+        return HERE.requests.get(self)
+
+    @request.setter
+    def request(self, request: Request | None) -> None:
+        if request is not None:
+            HERE.requests[self] = request
+        else:
+            HERE.requests.pop(self, None)
 
     @staticmethod
     def on(head: nn.Module, selective: SelectiveHead) -> None:
         """Put one on a head."""
         vars(head)["sgp_head"] = selective  # no module: a plain attribute
-        # A bound method that no class has would not unpickle.
+        # Bound methods that no class has would not unpickle.
         head.forward = partial(_forward, head)  # type: ignore[arg-type]
+        vars(head)["_replicate_for_data_parallel"] = partial(_replicate, head)
 
     @staticmethod
     def off(head: nn.Module) -> None:
         """Take it away."""
-        del head.forward, head.sgp_head
+        del head.forward, head.sgp_head, head._replicate_for_data_parallel  # noqa: SLF001
 
     @staticmethod
     def of(head: nn.Module) -> SelectiveHead | None:
@@ -63,11 +91,22 @@ class SelectiveHead:
         return vars(head).get("sgp_head")
 
 
+def _replicate(self: Any) -> Any:
+    """A replica of DataParallel has a copy of the attributes; its forward must be its own."""
+    replica = type(self)._replicate_for_data_parallel(self)  # noqa: SLF001
+    replica.forward = partial(_forward, replica)
+    return replica
+
+
 def _forward(self: nn.Linear, hidden: Tensor) -> Tensor:
     selective = SelectiveHead.of(self)
     request = selective.request if selective is not None else None
     if selective is None or request is None:
         return nn.functional.linear(hidden, self.weight, self.bias)
+    if request.compute is None:
+        if type(hidden) is not Tensor or hidden.is_meta:
+            return nn.functional.linear(hidden, self.weight, self.bias)
+        return LateLogits.of(hidden, self.weight, self.bias)
     if is_dtensor(self.weight):  # FSDP2's is whole here
         raise RuntimeError(
             "sgp.huggingface: the head's weight is a DTensor (tensor parallelism), through whose "
@@ -75,52 +114,25 @@ def _forward(self: nn.Linear, hidden: Tensor) -> Tensor:
         )
     if request.results is not None:
         raise RuntimeError("sgp.huggingface: the head ran twice in one forward pass of the model")
-    results = request.compute(
+    request.results = request.compute(
         hidden,
         self.weight,
         linear_bias=self.bias,
         softcap=selective.softcap,
         logit_scale=selective.logit_scale,
     )
-    request.results = tuple(x.detach() for x in results)
-    return _Hide.apply(request, hidden.dtype, *results)  # type: ignore[no-any-return,no-untyped-call]
+    zeros = [_zero(x).sum() for x in request.results if x.is_floating_point()]
+    return torch.stack(zeros).sum().to(hidden.dtype).view(1, 1, 1)
 
 
 def reveal(stand_in: Tensor, request: Request) -> tuple[Tensor, ...]:
     """The results, from what the model made of the stand-in."""
     if request.results is None:
         raise RuntimeError("sgp.huggingface: the model asked for a loss before its head ran")
-    return _Reveal.apply(stand_in, request, *request.results)  # type: ignore[no-any-return,no-untyped-call]
+    zero = _zero(stand_in.sum())
+    return tuple(x + zero.to(x) if x.is_floating_point() else x for x in request.results)
 
 
-class _Hide(torch.autograd.Function):
-    """results -> a stand-in of one element; the results' gradients, whatever the stand-in's is."""
-
-    @staticmethod
-    def forward(ctx: Any, request: Request, dtype: torch.dtype, *results: Tensor) -> Tensor:
-        ctx.request = request
-        return results[0].new_zeros((1, 1, 1), dtype=dtype)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Any:
-        return None, None, *ctx.request.gradients
-
-
-class _Reveal(torch.autograd.Function):
-    """stand-in -> results; keeps their gradients for `_Hide`."""
-
-    @staticmethod
-    def forward(ctx: Any, stand_in: Tensor, request: Request, *results: Tensor) -> Any:
-        ctx.request = request
-        ctx.like = (stand_in.shape, stand_in.dtype, stand_in.device)
-        found = tuple(x.clone() for x in results)
-        ctx.mark_non_differentiable(*(x for x in found if not x.is_floating_point()))
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        ctx.request.gradients = gradients
-        shape, dtype, device = ctx.like
-        return torch.zeros(shape, dtype=dtype, device=device), *(
-            None for _ in range(len(gradients) + 1)
-        )
+def _zero(x: Tensor) -> Tensor:
+    """Zeros with a gradient of zero for x, whatever x is: NaN and inf too."""
+    return x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0)
