@@ -192,8 +192,8 @@ def agree(
 def _on_device(header: Header, targets: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
     """The header and two checksums (11,) int64 on the targets' device, without waiting for it."""
     numbers = torch.tensor(header, device="cpu")
-    if targets.is_cuda:
-        numbers = numbers.pin_memory().to(targets.device, non_blocking=True)
+    numbers = numbers.pin_memory() if targets.is_cuda else numbers
+    numbers = numbers.to(targets.device, non_blocking=targets.is_cuda)
     of_weights = sum(
         ((i + 1) * _fingerprint(w) for i, w in enumerate(weights) if w is not None),
         start=targets.new_zeros(()),
