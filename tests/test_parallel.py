@@ -209,6 +209,48 @@ def test_losses_near_zero_keep_their_digits(backend, tmp_path):
             assert ((loss - truth).abs() / truth).max() <= LIMITS[torch.float32]
 
 
+def forbidden(rank, backend):
+    """{what: (result, truth)} where -inf is the target's logit, a rank's first, all of a rank."""
+    os.environ["SGP_BACKEND"] = backend
+    x = torch.randn(4, V, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([2, 30, 47, 20])
+    sizes = uneven(3)
+    first = [sum(sizes[:i]) for i in range(3)]
+    at_first = x.clone()
+    at_first[:, first] = -torch.inf  # the columns that stand in for a target of another rank
+    at_target = x.scatter(1, y[:, None], -torch.inf)
+    a_rank = x.clone()
+    a_rank[:, sizes[0] : sizes[0] + sizes[1]] = -torch.inf
+    without = torch.ones(V)
+    without[first] = 0
+    options = {"label_smoothing": 0.3, "reduction": "none"}
+    found = {}
+    for what, logits, weight in (
+        ("first, of weight 0", at_first, without),
+        ("first", at_first, None),
+        ("target", at_target, None),
+        ("a rank", a_rank, None),
+        ("a rank, weighted", a_rank, without),
+    ):
+        part = logits.split(sizes, 1)[rank]
+        truth = sgp.reference.cross_entropy(logits.double(), y, weight, **options)
+        found[what] = sgp.parallel.cross_entropy(part, y, weight, **options), truth.float()
+    whole, mine = at_target.double(), at_target.split(sizes, 1)[rank].clone()
+    for module, leaf in ((sgp.reference, whole), (sgp.parallel, mine)):
+        module.token_log_probs(leaf.requires_grad_(), y).entropy.sum().backward()
+    found["the entropy's gradient"] = mine.grad, whole.grad.float().split(sizes, 1)[rank]
+    return found
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_forbidden_classes(backend, tmp_path):
+    """A -inf that is smoothed over costs +inf, in a class of weight 0 nothing; never NaN."""
+    for found in run_ranks(forbidden, 3, tmp_path, backend):
+        for what, (value, truth) in found.items():
+            assert not truth.isnan().any()
+            torch.testing.assert_close(value, truth, msg=lambda text, what=what: f"{what}: {text}")
+
+
 def poisoned(rank, backend):
     """Gradients and losses beside NaN in ignored rows."""
     os.environ["SGP_BACKEND"] = backend
