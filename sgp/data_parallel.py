@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from sgp.selection import Selection
+from sgp.selection import Selection, has_float64
 from sgp.shard import Group, process_group
 
 LAYOUTS = ("contiguous", "zigzag")
@@ -45,8 +45,9 @@ def global_denominator(
             where they are added up.
 
     Returns:
-        () float64 on the selections' device (on the GPU where the group has no other): the sum of
-        token weights times class weights over kept tokens. Nothing waits for a GPU.
+        () float64 (float32 where the device has no float64) on the selections' device (on the GPU
+        where the group has no other): the sum of token weights times class weights over kept
+        tokens. Nothing waits for a GPU.
 
     Raises:
         TypeError: labels in place of a Selection; what is no count.
@@ -62,10 +63,12 @@ def global_denominator(
         ranks = distributed.get_world_size(pg)
         if "cpu:" not in distributed.get_backend_config(pg):
             device = torch.device("cuda", torch.cuda.current_device())
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    exact = device is None or has_float64(device)
+    dtype = torch.float64 if exact else torch.float32
+    total = torch.zeros((), dtype=dtype, device=device)
     for value in given:
-        count = _count(name, value, weight)
-        total += count.to(total.device) if isinstance(count, Tensor) else count
+        count = _count(name, value, weight, dtype)
+        total += count.to(total) if isinstance(count, Tensor) else count
     if ranks > 1:
         try:
             distributed.all_reduce(total, group=pg)
@@ -74,13 +77,13 @@ def global_denominator(
     return total / ranks if averaged else total
 
 
-def _count(name: str, value: Any, weight: Tensor | None) -> float | Tensor:
+def _count(name: str, value: Any, weight: Tensor | None, dtype: torch.dtype) -> float | Tensor:
     if isinstance(value, Selection):
         if value.dense_weight is None and weight is None:
             return value.num_kept
-        counts = torch.ones(value.num_kept, dtype=torch.float64, device=value.device)
+        counts = torch.ones(value.num_kept, dtype=dtype, device=value.device)
         if weight is not None:
-            counts = counts * weight.to(value.device)[value.target]
+            counts = counts * weight.to(counts)[value.target]
         if value.weight is not None:
             counts = counts * value.weight
         return counts.sum()

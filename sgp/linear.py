@@ -162,7 +162,8 @@ def linear_cross_entropy(
 
     A `linear_weight` that is a DTensor sharded on its rows goes to
     `sgp.parallel.linear_cross_entropy`; `input` may be a DTensor too, sharded over its tokens
-    (sequence parallelism): it is gathered, and its gradient reduced and scattered.
+    (sequence parallelism): it is gathered, and its gradient reduced and scattered. Over ranks that
+    have the same head it stays where it is, and "mean" divides by the count of all of them.
 
     Source: the row's formulas are in `kernels/arithmetic.py`; gradients in forward, a few rows at
     a time, as in Hsu et al. 2024 (Liger Kernel) and Wijmans et al. 2024 (Cut Your Losses).

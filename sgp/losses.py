@@ -139,8 +139,10 @@ def cross_entropy(
             check: such a row's loss and gradient are NaN.
         RuntimeError: a second backward through "mean" or "sum", or a second derivative.
 
-    A DTensor sharded on the vocabulary goes to `sgp.parallel.cross_entropy`; the result is then a
-    replicated DTensor, as under PyTorch's `loss_parallel`.
+    A DTensor sharded on the vocabulary goes to `sgp.parallel.cross_entropy`; one sharded on the
+    batch or the sequence stays where it is, and "mean" divides by the count of all ranks. The
+    result is a replicated DTensor, as under PyTorch's `loss_parallel`; that of "none" is sharded as
+    the tokens are.
 
     Source: the formulas and their error are in `kernels/arithmetic.py`; z-loss from Chowdhery et
     al. 2022 (PaLM), softcap from Gemma Team 2024 (Gemma 2), smoothing from Szegedy et al. 2016.

@@ -140,7 +140,9 @@ def cross_entropy(
         weight: class weights of the whole vocabulary (V,).
         group: a ProcessGroup, a one-dimensional DeviceMesh, or None for all ranks.
         vocab_size: V, where the shards together have more columns: the last ones are padding, are
-            not read, and get a gradient of zero. None: all columns count.
+            not read, and get a gradient of zero. None: all columns count, and two ranks with the
+            same ones (by a sample of 64 values, zeros aside) are an error: each was probably given
+            the whole vocabulary.
         ignore_index, reduction, label_smoothing, token_weight, denominator, softcap, logit_scale,
             lse_square_scale, inplace, return_stats, return_argmax: as in `sgp.cross_entropy`. Class
             probabilities are refused.
@@ -149,16 +151,17 @@ def cross_entropy(
         As `sgp.cross_entropy`, the same bits on every rank. The gradient is computed in backward,
         which needs no exchange and reads the kept logits again: `(1 + 2 f) N V_r` elements in all.
 
-    Exchanged: 88 bytes a call, and 16 bytes a kept row (8 more with `return_stats`, 4 more each
+    Exchanged: 96 bytes a call, and 16 bytes a kept row (8 more with `return_stats`, 4 more each
     with `return_argmax` and `label_smoothing`; twice as many for float64), sent by each rank to
     every other in one all-gather. Labels on a GPU cost one wait for the device, which counts them;
     a Selection costs none but that of the first call, which learns the shards' sizes.
 
     Raises:
         ValueError, TypeError, IndexError: as `sgp.cross_entropy`; and ValueError on every rank
-            where they were not called alike: on a CPU and with SGP_CHECK=1 always, on a GPU in the
-            first call. Later the loss is NaN there, or, where the number of kept rows or an option
-            that changes what is exchanged differs, the exchange fails or times out.
+            where they were not called alike, or two have the same part of the vocabulary: on a CPU
+            and with SGP_CHECK=1 always, on a GPU in the first call. Later the loss is NaN where
+            they were not called alike, or, where the number of kept rows or an option that changes
+            what is exchanged differs, the exchange fails or times out.
         RuntimeError: no process group; a rank that died or did not answer within the group's
             time-out; `torch.func` transforms. `torch.compile` breaks the graph here.
 

@@ -53,8 +53,12 @@ def check_denominator(label: str, denominator: object) -> float | Tensor:
 
 
 def reciprocal(divisor: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 / divisor, and 0 where it is 0: nothing to divide means no loss and no gradient."""
-    safe = torch.where(divisor == 0, 1, divisor).to(torch.float64)
+    """1 / divisor, and 0 where it is 0: nothing to divide means no loss and no gradient.
+
+    A divisor that is float64 is not rounded first; none is made, which some devices cannot.
+    """
+    safe = torch.where(divisor == 0, 1, divisor)
+    safe = safe if safe.dtype == torch.float64 else safe.to(dtype)
     return torch.where(divisor == 0, 0, 1 / safe).to(dtype)
 
 

@@ -120,12 +120,11 @@ class ShardRows:
         """Fill `dlogits` from what the forward saved; no exchange."""
         if self.shard.size == 0:
             return
-        t = self._targets(target, weight, recipe)
+        t = self._targets(target, weight, recipe)  # of a bad one the saved 1 / d is NaN
         V, size = self.shard.V, self.shard.size
         top, inv_d, so_d = saved.unbind(1)
         log_d = log_of_sum(inv_d, so_d)
         r = torch.ones_like(top) if row_weight is None else row_weight
-        r = r.masked_fill(t.is_bad, torch.nan)
         w_y = 1.0 if weight is None else weight[t.clamped]
         b, c = r * w_y * (1 - recipe.label_smoothing), r * recipe.label_smoothing
         c_mean = c if weight is None else c * weight.mean()

@@ -197,7 +197,9 @@ def mean_scale(
 ) -> Tensor:
     """1 / sum over kept rows of row_weight * weight[target], 0 for nothing; () in `dtype`."""
     kept = target != ignore_index
-    counts = kept.to(torch.float64)
+    if weight is None and row_weight is None:
+        return reciprocal(kept.sum(), dtype)  # of whole numbers, exact
+    counts = kept.to(dtype)
     if weight is not None:
         counts = counts * weight[target.clamp(0, weight.numel() - 1)]
     if row_weight is not None:

@@ -93,8 +93,16 @@ class Selection:
         return self.dense_target.device
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Selection:
-        """The same selection on another device; the count stays on the CPU."""
-        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+        """The same selection on another device; the count stays on the CPU.
+
+        Weights in float64 become float32 on a device that has no float64.
+        """
+
+        def move(x: Tensor) -> Tensor:
+            x = x.float() if x.dtype == torch.float64 and not has_float64(device) else x
+            return x.to(device, non_blocking=non_blocking)
+
+        return self._map(move)
 
     def pin_memory(self) -> Selection:
         """The same selection in page-locked memory, for `to(..., non_blocking=True)`."""
@@ -398,6 +406,17 @@ def shifted(target: Tensor, length: int, ignore: int) -> Tensor:
     moved = target.roll(-1)
     moved.view(-1, length)[:, -1] = ignore
     return moved
+
+
+def has_float64(device: torch.device | str) -> bool:
+    """Whether the device computes in float64, which Apple's MPS and some of Intel's do not."""
+    if torch.device(device).type in ("cpu", "cuda", "meta"):
+        return True
+    try:
+        torch.ones((), dtype=torch.float64, device=device).add_(1)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _position(flat: int, shape: torch.Size) -> str:

@@ -1,11 +1,14 @@
 """A vocabulary split over ranks: who holds which columns, and what the ranks tell each other.
 
-Rank order is vocabulary order. Before a loss, every rank sends one `Header` of 88 bytes: what it
-was called with. On a CPU (and with SGP_CHECK=1) all ranks compare them and raise the same error
-before anything of another size is exchanged, which would end the process or hang. On a GPU they are
-read the first time only, for the sizes of the shards; later ones are compared on the device, and a
-disagreement makes the loss NaN, unless it changes how much is exchanged: then the back end's own
-error or time-out ends it.
+Rank order is vocabulary order. Before a loss, every rank sends one `Header` and three checksums,
+96 bytes: what it was called with. On a CPU (and with SGP_CHECK=1) all ranks compare them and raise
+the same error before anything of another size is exchanged, which would end the process or hang. On
+a GPU they are read the first time only, for the sizes of the shards; later ones are compared on the
+device, and a disagreement makes the loss NaN, unless it changes how much is exchanged: then the
+back end's own error or time-out ends it.
+
+One checksum has to differ: that of a few values of the shard. Two ranks that hold the same columns
+were most likely given the whole vocabulary each.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import torch
 from torch import Tensor, distributed
 
 from sgp.problem import may_wait
+from sgp.recipe import accumulation_dtype, cast
+from sgp.row_torch import row_index
 
 Group = Any  # a ProcessGroup, a one-dimensional DeviceMesh, or None for all ranks
 
@@ -54,6 +59,9 @@ WHAT = {
 SUMMED = "the sum of the hidden states' gradient over the ranks"
 NUMBERS = ("vocab_size", "tokens", "kept", "width")
 COLUMNS = Header._fields.index("columns")
+CHECKSUMS = ("targets", "weights", "values")  # sent after the header
+VALUES = len(Header._fields) + CHECKSUMS.index("values")
+SAMPLES = 8  # rows and columns of a shard that are looked at
 
 _known: WeakKeyDictionary[Any, dict[tuple[int, int], tuple[int, ...]]] = WeakKeyDictionary()
 
@@ -157,19 +165,22 @@ def agree(
     header: Header,
     targets: Tensor,
     weights: Sequence[Tensor | None],
+    sample: Tensor,
     *,
     sums_input_grad: bool = True,
 ) -> Shard:
     """The shard of this rank, once all ranks were found to have been called alike.
 
+    `sample` is a few values of the shard, as `sampled` takes them.
+
     Raises:
-        ValueError: with what the ranks disagree on, the same on every rank; or for a `vocab_size`
-            beyond what the ranks hold.
+        ValueError: with what the ranks disagree on, the same on every rank; for two ranks with the
+            same sample, not zero, and no `vocab_size`; or for one beyond what the ranks hold.
         RuntimeError: a rank that does not answer within the group's time-out.
     """
     group = process_group(name, group)
     rank = distributed.get_rank(group)
-    sent = _on_device(header, targets, weights)
+    sent = _on_device(header, targets, weights, sample)
     table = _gather(name, group, sent, "the comparison of the ranks' calls")
     key = (header.columns, header.vocab_size)
     known = _known.setdefault(group, {})
@@ -179,26 +190,54 @@ def agree(
         rows: list[list[int]] = table.tolist()
         _compare(name, rows)
         columns = tuple(row[COLUMNS] for row in rows)
-        known[key] = columns
+        _refuse_copies(name, rows, header.vocab_size)
+        # Shards of zeros say nothing yet: the next call looks again.
+        if header.vocab_size >= 0 or all(row[VALUES] for row in rows if row[COLUMNS]):
+            known[key] = columns
     else:
         expected = torch.stack([sent] * len(columns))
         sizes_known = [torch.full_like(sent[COLUMNS], c) for c in columns]
         expected[:, COLUMNS] = torch.stack(sizes_known)
+        expected[:, VALUES] = table[:, VALUES]
         agreed = (table == expected).all()
     sizes = _without_padding(name, columns, header.vocab_size)
     return Shard(name, group, rank, sizes, agreed, sums_input_grad)
 
 
-def _on_device(header: Header, targets: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
-    """The header and two checksums (11,) int64 on the targets' device, without waiting for it."""
+def sampled(x: Tensor, rows: Tensor | None = None) -> Tensor:
+    """At most SAMPLES x SAMPLES values of a shard x, spread over it; none of rows but `rows`.
+
+    Args:
+        x: (V_r, D) of a head, or (..., V_r) logits; any strides.
+        rows: (M,) the logits' kept rows, numbered along the flattened leading dimensions.
+    """
+    x = x.detach()
+    some = x[..., :: _step(x.shape[-1])]
+    if rows is None:
+        return some[:: _step(len(x))]
+    rows = rows[:: _step(rows.numel())]
+    return some[row_index(some, rows)]
+
+
+def _step(length: int) -> int:
+    return max(1, -(-length // SAMPLES))
+
+
+def _on_device(
+    header: Header, targets: Tensor, weights: Sequence[Tensor | None], sample: Tensor
+) -> Tensor:
+    """The header and the checksums (12,) int64 on the targets' device, without waiting for it."""
     numbers = torch.tensor(header, device="cpu")
-    if targets.is_cuda:
-        numbers = numbers.pin_memory().to(targets.device, non_blocking=True)
+    numbers = numbers.pin_memory() if targets.is_cuda else numbers
+    numbers = numbers.to(targets.device, non_blocking=targets.is_cuda)
     of_weights = sum(
         ((i + 1) * _fingerprint(w) for i, w in enumerate(weights) if w is not None),
         start=targets.new_zeros(()),
     )
-    return torch.cat([numbers, torch.stack([_fingerprint(targets), of_weights])])
+    # NaN and infinities, which a mask or a diverged model makes everywhere, say nothing.
+    seen = cast(sample, accumulation_dtype(sample.dtype)).nan_to_num(0.0, 0.0, 0.0)
+    of_values = torch.where((seen != 0).any(), _fingerprint(seen), 0)
+    return torch.cat([numbers, torch.stack([_fingerprint(targets), of_weights, of_values])])
 
 
 def _fingerprint(x: Tensor) -> Tensor:
@@ -211,9 +250,9 @@ def _fingerprint(x: Tensor) -> Tensor:
 
 
 def _compare(name: str, rows: list[list[int]]) -> None:
-    for i, field in enumerate((*Header._fields, "targets", "weights")):
+    for i, field in enumerate((*Header._fields, *CHECKSUMS)):
         values = [row[i] for row in rows]
-        if field == "columns" or len(set(values)) == 1:
+        if field in ("columns", "values") or len(set(values)) == 1:
             continue
         shown = f": by rank {values}" if field in NUMBERS else ""
         fsdp = (
@@ -224,6 +263,26 @@ def _compare(name: str, rows: list[list[int]]) -> None:
             f"{name}: the ranks disagree on {WHAT[field]}{shown}; every rank of the group passes "
             "the same tokens, targets and options, and its own columns of the vocabulary"
             + (fsdp if field in ("tokens", "kept", "targets", "weights") else "")
+        )
+
+
+def _refuse_copies(name: str, rows: list[list[int]], vocab_size: int) -> None:
+    """Raise ValueError where two ranks have the same values and nobody said that it is right."""
+    if vocab_size >= 0:
+        return
+    first: dict[tuple[int, int], int] = {}
+    for rank, row in enumerate(rows):
+        columns, values = row[COLUMNS], row[VALUES]
+        other = first.setdefault((columns, values), rank)
+        if other == rank or not values:
+            continue
+        total, single = sum(row[COLUMNS] for row in rows), name.replace(".parallel", "")
+        raise ValueError(
+            f"{name}: ranks {other} and {rank} hold the same {columns} columns of the vocabulary "
+            "(by a sample of their values). Does every rank pass the whole head or logits, as "
+            f"after a gather? Each class would count {len(rows)} times: pass the rank's own part, "
+            f"in rank order, or call {single} instead. If the parts are equal by right, say so "
+            f"with vocab_size={total}"
         )
 
 

@@ -13,7 +13,7 @@ from sgp.head_problem import check_head, compute_dtype, make_head_problem
 from sgp.problem import Problem, check_targets, class_weight, make_problem
 from sgp.recipe import Recipe
 from sgp.selection import Selection
-from sgp.shard import Group, Header, Shard, agree, checksum, is_dtensor, process_group
+from sgp.shard import Group, Header, Shard, agree, checksum, is_dtensor, process_group, sampled
 
 
 def logits_problem(
@@ -108,9 +108,11 @@ def agree_on_logits(
         kept=int(count),
         width=0,
     )
-    shard = agree(name, group, header, p.target, (p.token_weight, p.weight, scale))
+    rows = rows[: int(count)]
+    sample = sampled(p.input, rows)
+    shard = agree(name, group, header, p.target, (p.token_weight, p.weight, scale), sample)
     check_targets(name, p.target, shard.V, p.recipe.ignore_index)
-    return shard, rows[: int(count)]
+    return shard, rows
 
 
 def agree_on_head(
@@ -142,7 +144,10 @@ def agree_on_head(
         width=head.weight.shape[1],
     )
     weights = (p.token_weight, p.weight, scale)
-    shard = agree(name, group, header, p.target, weights, sums_input_grad=sums_input_grad)
+    shard = agree(
+        name, group, header, p.target, weights, sampled(head.weight),
+        sums_input_grad=sums_input_grad,
+    )  # fmt: skip
     if shard.size < head.weight.shape[0]:
         bias = None if head.bias is None else head.bias[: shard.size]
         head = head._replace(weight=head.weight[: shard.size], bias=bias)

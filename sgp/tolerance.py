@@ -16,7 +16,7 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
         >>> relative_error(torch.tensor([[1.0, 0.0], [3.0, 4.0]]), torch.tensor([[1.0, 0], [3, 3]]))
         0.23570226039551587
     """
-    value, truth = value.detach().double().cpu(), truth.detach().double().cpu()
+    value, truth = value.detach().cpu().double(), truth.detach().cpu().double()
     if value.shape != truth.shape:
         raise ValueError(f"value is {tuple(value.shape)} and truth {tuple(truth.shape)}")
     special = ~truth.isfinite()

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import sgp
 from sgp.tolerance import relative_error
 from tests.ranks import caught, run_ranks
+from tests.split_cases import flat
 
 B, T, D, V = 2, 6, 8, 11  # 11 classes on 2 ranks: 6 and 5; on 4 with chunks of 3: 3, 3, 3, 2
 LIMIT = 1e-5
@@ -124,6 +125,9 @@ def forms(_, world):
         whole,
     )
     record("logits", lambda x, w: sgp.cross_entropy(x @ w.T, selection), whole)
+    # A DTensor knows its vocabulary: parts that are equal are no mistake.
+    twice = distribute_tensor((hidden @ head.T).repeat(1, 1, 2), mesh, [Shard(2)])
+    found["equal parts"] = sgp.cross_entropy(twice, selection).full_tensor()
     record(
         "log-probabilities of logits",
         lambda x, w: -sgp.token_log_probs(x @ w.T, selection).log_prob.sum() / selection.num_kept,
@@ -140,6 +144,7 @@ def forms(_, world):
 def test_forms(tmp_path):
     truth = expected()
     for found in run_ranks(forms, 2, tmp_path, 2):
+        torch.testing.assert_close(found.pop("equal parts"), truth[0] + torch.tensor(2.0).log())
         for name, values in found.items():
             for value, exact in zip(values, truth, strict=True):
                 assert relative_error(value, exact) <= LIMIT, name
@@ -158,7 +163,10 @@ def refused(_):
     # As FSDP shards it: every rank has its own tokens.
     tokens = labels.roll(distributed.get_rank(), 1)
     return {
-        "batch": caught(lambda: sgp.cross_entropy(batch, labels.flatten())),
+        "own part": caught(lambda: sgp.cross_entropy(batch, labels.flatten()[:6])),
+        "cut": caught(
+            lambda: sgp.cross_entropy(batch, labels.flatten(), reduction="sequence_mean")
+        ),
         "waiting": caught(lambda: sgp.cross_entropy(waiting, labels.flatten())),
         "narrow": caught(lambda: sgp.linear_cross_entropy(hidden, narrow, labels)),
         "bias": caught(
@@ -176,7 +184,8 @@ def refused(_):
 
 def test_other_shards_are_refused(tmp_path):
     for found in run_ranks(refused, 2, tmp_path):
-        assert "expected Shard(1), the vocabulary" in found["batch"]
+        assert "target is (6,); expected (12,), of all ranks' tokens" in found["own part"]
+        assert "no rank has a whole sequence" in found["cut"]
         assert "placements (Partial(sum),)" in found["waiting"]
         assert "linear_weight (11, 8) has placements (Shard(dim=1),)" in found["narrow"]
         assert "linear_bias is a tensor; shard it alike" in found["bias"]
@@ -184,6 +193,145 @@ def test_other_shards_are_refused(tmp_path):
         assert "pass it to sgp.linear_cross_entropy" in found["by hand"]
         assert "disagree on the targets" in found["fsdp"]
         assert "A weight that FSDP shards is no shard of a vocabulary" in found["fsdp"]
+
+
+TOKENS = {  # of (5, 6) targets on 4 ranks: chunks of 2, 2, 1 and 0 rows, or of 2, 2 and 2 columns
+    "batch": ((4,), [Shard(0)]),
+    "sequence": ((4,), [Shard(1)]),
+    "batch and sequence": ((2, 2), [Shard(0), Shard(1)]),
+    "batch twice": ((2, 2), [Shard(0), Shard(0)]),
+    "batch and copies": ((2, 2), [Shard(0), Replicate()]),
+}
+CLASSES = torch.linspace(0.1, 2.0, V)
+LOSSES = {
+    "mean": {},
+    "class weight": {"weight": CLASSES},
+    "two divisors": {"weight": CLASSES, "lse_square_scale": 0.1},
+    "all": {
+        "weight": CLASSES, "token_weight": True, "label_smoothing": 0.1,
+        "softcap": 5.0, "ignore_index": 3,
+    },
+    "denominator": {"denominator": 7.0},
+    "sum": {"reduction": "sum", "token_weight": True},
+    "none": {"reduction": "none"},
+    "sequence_sum": {"reduction": "sequence_sum", "token_weight": True},
+    "sequence_mean": {"reduction": "sequence_mean"},
+    "statistics": {"return_stats": True},
+}  # fmt: skip
+
+
+def many():
+    """Hidden states (5, 6, D), a head, a bias, labels with context, and weights of the tokens."""
+    random = torch.Generator().manual_seed(1)
+    hidden = torch.randn(5, 6, D, generator=random)
+    head, bias = torch.randn(V, D, generator=random), torch.randn(V, generator=random)
+    labels = torch.randint(V, (5, 6), generator=random)
+    labels[:, :2] = -100
+    labels[3] = -100
+    return hidden, head, bias, labels, torch.rand(5, 6, generator=random)
+
+
+def values_of(result, leaves):
+    """Everything that a call returns, whole, and the gradients of its leaves."""
+    outputs = flat(result)[:5]
+    outputs[0].sum().backward()
+    found = [*outputs, *(x.grad for x in leaves)]
+    return [x.full_tensor().detach() if isinstance(x, DTensor) else x.detach() for x in found]
+
+
+def on_tokens(_):
+    """{(placements, form, loss): values and gradients} of DTensors that are sharded on tokens."""
+    hidden, head, bias, labels, weights = many()
+    logits, found = hidden @ head.T, {}
+
+    def leaf(x, mesh, placements):
+        return distribute_tensor(x, mesh, placements).requires_grad_()
+
+    for name, (size, placements) in TOKENS.items():
+        mesh, whole = init_device_mesh("cpu", size), [Replicate()] * len(size)
+        # The vocabulary is second: what shards tokens of (B, V, T) is Shard(0) and Shard(2).
+        second = [Shard(2) if p.is_shard(1) else p for p in placements]
+        for loss, given in LOSSES.items():
+            if name not in ("batch", "batch and sequence") and loss not in ("mean", "none"):
+                continue
+            if loss == "sequence_mean" and "sequence" in name:
+                continue
+            options = given | ({"token_weight": weights} if "token_weight" in given else {})
+            y = labels.masked_fill(labels == -100, options.get("ignore_index", -100))
+            x = leaf(logits.movedim(-1, 1), mesh, second)
+            found[name, "logits", loss] = values_of(sgp.cross_entropy(x, y, **options), [x])
+            leaves = (
+                leaf(hidden, mesh, placements),
+                leaf(head, mesh, whole),
+                leaf(bias, mesh, whole),
+            )
+            h, w, b = leaves
+            result = sgp.linear_cross_entropy(h, w, y, linear_bias=b, shift=True, **options)
+            found[name, "head", loss] = values_of(result, leaves)
+            if "ignore_index" in options:
+                continue
+            weight = options.pop("token_weight", None)
+            selection = sgp.Selection.from_labels(y, token_weight=weight)
+            x = leaf(logits, mesh, placements)
+            result = sgp.cross_entropy(x, selection, **options)
+            found[name, "Selection", loss] = values_of(result, [x])
+        h, w = leaf(hidden, mesh, placements), head.clone().requires_grad_()
+        y = distribute_tensor(labels, mesh, placements)
+        found[name, "head's tokens", ""] = values_of(sgp.linear_token_log_probs(h, w, y), [h, w])
+    mesh = init_device_mesh("cpu", (4,))
+    x = leaf(logits[:, 0], mesh, [Shard(0)])
+    p = distribute_tensor(probabilities(), mesh, [Shard(0)])
+    found["probabilities"] = values_of(sgp.cross_entropy(x, p, CLASSES), [x])
+    nothing = torch.full((5,), -100)
+    found["nothing"] = sgp.cross_entropy(x, nothing).full_tensor().detach()
+    return found
+
+
+def probabilities():
+    """Class probabilities of five tokens."""
+    return torch.linspace(0, 1, 5 * V).view(5, V).softmax(1)
+
+
+def expected_of(form, loss):
+    """The same of one process."""
+    hidden, head, bias, labels, weights = many()
+    h, w, b = (x.clone().requires_grad_() for x in (hidden, head, bias))
+    if form == "head's tokens":
+        return values_of(sgp.linear_token_log_probs(h, w, labels), [h, w])
+    given = loss if isinstance(loss, dict) else LOSSES[loss]
+    options = given | ({"token_weight": weights} if "token_weight" in given else {})
+    y = labels.masked_fill(labels == -100, options.get("ignore_index", -100))
+    if loss == "two divisors":  # by its definition: the z-loss is a mean over the tokens
+        plain = {"reduction": "mean"}
+        parts = (plain | {"weight": CLASSES}, plain | {"lse_square_scale": 0.1})
+        of_classes, with_z_loss, without = (expected_of(form, x) for x in (*parts, plain))
+        return [a + b - c for a, b, c in zip(of_classes, with_z_loss, without, strict=True)]
+    if form == "head":
+        result = sgp.linear_cross_entropy(h, w, y, linear_bias=b, shift=True, **options)
+        return values_of(result, [h, w, b])
+    x = (hidden @ head.T).movedim(-1, 1).clone().requires_grad_()
+    found = values_of(sgp.cross_entropy(x, y, **options), [x])
+    return [*found[:-1], found[-1].movedim(1, -1)] if form == "Selection" else found
+
+
+def test_tokens_stay_where_they_are(tmp_path):
+    """A batch or a sequence that is sharded: as one process, with the count of all ranks."""
+    hidden, head, *_ = many()
+    x = (hidden @ head.T)[:, 0].clone().requires_grad_()
+    of_probabilities = values_of(F.cross_entropy(x, probabilities(), CLASSES), [x])
+    truths = {}
+    for found in run_ranks(on_tokens, 4, tmp_path):
+        assert found.pop("nothing") == 0
+        torch.testing.assert_close(found.pop("probabilities"), of_probabilities)
+        assert len(found) == 3 * (2 * len(LOSSES) - 1) + 3 * 3 * 2
+        for (placements, *case), values in found.items():
+            key = tuple(case)
+            truths[key] = truths.get(key) or expected_of(*key)
+            text = f"{placements}, {case}"
+            for value, exact in zip(values, truths[key], strict=True):
+                torch.testing.assert_close(
+                    value, exact, msg=lambda why, text=text: f"{text}: {why}"
+                )
 
 
 def two_dimensions(rank):
@@ -249,11 +397,9 @@ def other_dimensions(_):
 def test_other_dimensions_of_a_mesh(tmp_path):
     loss, *truth = expected()
     for found in run_ranks(other_dimensions, 4, tmp_path):
-        for name in ("sequence", "whole", "of size 1"):
+        for name in ("sequence", "whole", "of size 1", "batch", "both"):
             for value, exact in zip(found[name], truth, strict=True):
                 assert relative_error(value, exact) <= LIMIT, name
-        for name in ("batch", "both"):
-            assert "over the ranks that share the vocabulary" in found[name]
         assert relative_error(found["logits of size 1"], loss) <= LIMIT
         assert "shard it alike" in found["bias"]
 

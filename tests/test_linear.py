@@ -938,6 +938,19 @@ def test_peak_memory_of_16_bits_is_the_formulas(kind, chunk_rows):
     assert extra <= 1.05 * formula + slices, f"{extra} bytes, formula {formula}"
 
 
+def test_peak_memory_of_float16_rows_that_wait():
+    """Their gradient waits in float32 for the loss scaler's factor, that of ignored rows too."""
+    tokens, classes, width = 8192, 256, 256
+    hidden, head = torch.randn(tokens, width).half(), torch.randn(classes, width).half()
+    y = torch.full((tokens,), IGNORE)
+    y[::256] = 3
+    extra = extra_peak(hidden, head, y)
+    formula = chunks.extra_bytes(
+        32, tokens, classes, width, chunk_rows=512, itemsize=2, float16=True
+    )
+    assert 4 * tokens * width <= extra <= 1.05 * formula, f"{extra} bytes, formula {formula}"
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_pytorchs_operators_fill_a_narrow_place(dtype):
     """Where there is no Triton on a GPU: the gradient may not be left as float32 bits."""
@@ -984,6 +997,22 @@ def test_float16_rows_keep_their_digits_beside_a_large_one(share, factor, backen
     ours = ours_of(tensors, y, upstream, **options)
     for value, exact in zip(ours[2:], truth[2:], strict=True):
         assert relative_error(value.flatten(), exact.flatten()) < 3e-3
+
+
+def test_float16_tail_beside_a_large_row(backend):
+    """Classes that are no target, of rows with a ten-millionth of the largest one's weight."""
+    hidden, head = torch.randn(16, 8), torch.randn(400, 8) / 4
+    hidden[0], head[0] = 20.0, 4.0
+    tensors = [hidden.half(), head.half(), None]
+    y = torch.ones(16, dtype=torch.int64)
+    y[0] = 0
+    weight = torch.full((16,), 1e-7)
+    weight[0] = 1.0
+    options = {"token_weight": weight, "reduction": "sum"}
+    upstream = torch.tensor(65_536.0)
+    truth = truth_of(tensors, y, upstream, **options)[2][2:]
+    ours = ours_of(tensors, y, upstream, **options)[2][2:]
+    assert relative_error(ours.flatten(), truth.flatten()) < 1e-3
 
 
 @pytest.mark.parametrize("form", ["labels", "selection"])

@@ -1020,3 +1020,30 @@ def test_a_softcap_moves_no_logits_one_way(softcap, logit_scale, monkeypatch):
     true = softcap * torch.tanh(scaled / softcap)
     common = float(((found.double() - true) / true).mean())
     assert abs(common) < 1.5e-8, f"{common:.1e} of every logit; a rounding is 6e-8"
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 1000.0])
+def test_float16_head_at_any_temperature(temperature, backend):
+    """A low temperature makes large gradients, which are brought into float16's range."""
+    check(True, *half_head(), ("log_prob",), temperature=temperature)
+
+
+@pytest.mark.parametrize("field", ["entropy", "lse"])
+@pytest.mark.parametrize("beside", [0.0, 1e-6], ids=["alone", "beside a small one"])
+def test_float16_gradients_of_one_statistic(field, beside, backend):
+    """The largest of a row's upstream gradients decides, whichever statistic it is of."""
+    tensors, target = half_head()
+    upstream = {"log_prob": torch.full((6,), beside), field: torch.ones(6)}
+    ours, reference = functions(True)
+    exact = {name: x.double() for name, x in tensors.items()}
+    _, truth = run(reference, exact, target, upstream)
+    _, found = run(ours, tensors, target, upstream)
+    for name, value in found.items():
+        error = relative_error(value.flatten(), truth[name].flatten())
+        assert error < 1e-3, f"{name}: {error:.3g}"
+
+
+def half_head():
+    """float16 hidden states and a head of 40 classes, and a target for each row."""
+    tensors = {"input": torch.randn(6, 8).half(), "linear_weight": torch.randn(40, 8).half()}
+    return tensors, torch.arange(6)

@@ -247,6 +247,48 @@ def test_losses_near_zero_keep_their_digits(backend, tmp_path):
             assert ((loss - truth).abs() / truth).max() <= LIMITS[torch.float32]
 
 
+def forbidden(rank, backend):
+    """{what: (result, truth)} where -inf is the target's logit, a rank's first, all of a rank."""
+    os.environ["SGP_BACKEND"] = backend
+    x = torch.randn(4, V, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([2, 30, 47, 20])
+    sizes = uneven(3)
+    first = [sum(sizes[:i]) for i in range(3)]
+    at_first = x.clone()
+    at_first[:, first] = -torch.inf  # the columns that stand in for a target of another rank
+    at_target = x.scatter(1, y[:, None], -torch.inf)
+    a_rank = x.clone()
+    a_rank[:, sizes[0] : sizes[0] + sizes[1]] = -torch.inf
+    without = torch.ones(V)
+    without[first] = 0
+    options = {"label_smoothing": 0.3, "reduction": "none"}
+    found = {}
+    for what, logits, weight in (
+        ("first, of weight 0", at_first, without),
+        ("first", at_first, None),
+        ("target", at_target, None),
+        ("a rank", a_rank, None),
+        ("a rank, weighted", a_rank, without),
+    ):
+        part = logits.split(sizes, 1)[rank]
+        truth = sgp.reference.cross_entropy(logits.double(), y, weight, **options)
+        found[what] = sgp.parallel.cross_entropy(part, y, weight, **options), truth.float()
+    whole, mine = at_target.double(), at_target.split(sizes, 1)[rank].clone()
+    for module, leaf in ((sgp.reference, whole), (sgp.parallel, mine)):
+        module.token_log_probs(leaf.requires_grad_(), y).entropy.sum().backward()
+    found["the entropy's gradient"] = mine.grad, whole.grad.float().split(sizes, 1)[rank]
+    return found
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_forbidden_classes(backend, tmp_path):
+    """A -inf that is smoothed over costs +inf, in a class of weight 0 nothing; never NaN."""
+    for found in run_ranks(forbidden, 3, tmp_path, backend):
+        for what, (value, truth) in found.items():
+            assert not truth.isnan().any()
+            torch.testing.assert_close(value, truth, msg=lambda text, what=what: f"{what}: {text}")
+
+
 def poisoned(rank, backend):
     """Gradients and losses beside NaN in ignored rows."""
     os.environ["SGP_BACKEND"] = backend
@@ -315,8 +357,9 @@ class Counted(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def exchanged(_, columns):
+def exchanged(rank, columns):
     """{what: [(collective, bytes)]} for a vocabulary of 2 x columns and 6 kept rows of 10."""
+    torch.manual_seed(rank)
     hidden = torch.randn(10, D, generator=torch.Generator().manual_seed(0), requires_grad=True)
     head = torch.randn(columns, D, requires_grad=True)
     y = torch.full((10,), -100)
@@ -341,7 +384,7 @@ def exchanged(_, columns):
 
 
 def test_bytes_exchanged_are_counted_and_independent_of_the_vocabulary(tmp_path):
-    header, row, width = ("gather", 88), 16, 4 * D
+    header, row, width = ("gather", 96), 16, 4 * D
     expected = {
         "logits": [header, ("gather", 6 * row)],
         "smoothed": [header, ("gather", 6 * (row + 4))],
@@ -361,6 +404,7 @@ def test_bytes_exchanged_are_counted_and_independent_of_the_vocabulary(tmp_path)
 def accessed(rank):
     """Elements that kernels ask for of 4 x 512 local logits, 2 rows kept, and their gradient."""
     os.environ["SGP_BACKEND"] = "triton"
+    torch.manual_seed(rank)
     x = torch.randn(4, 512, requires_grad=True)
     with watch_accesses() as seen:
         sgp.parallel.cross_entropy(x, torch.tensor([-100, 3, 600, -100])).backward()
@@ -389,8 +433,9 @@ class Order(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def order(_):
+def order(rank):
     """What a head with one chunk does."""
+    torch.manual_seed(rank)
     hidden = torch.randn(6, D, generator=torch.Generator().manual_seed(0), requires_grad=True)
     head = torch.randn(8, D, requires_grad=True)
     with Order() as seen:
@@ -434,15 +479,24 @@ def test_compiled_code_breaks_its_graph_and_is_right(tmp_path):
 
 def disagree(rank):
     """{what differs between the ranks: the error of this one}."""
+    torch.manual_seed(rank)
     x, y = torch.randn(6 + rank, 8), torch.zeros(6 + rank, dtype=torch.int64)
     hidden, head = torch.randn(6, 4), torch.randn(8, 4, requires_grad=rank == 0)
     same = (torch.randn(6, 8), torch.arange(6))
     kept = torch.tensor([0, 1, 2, -100 + 103 * rank, 4, 5])
+    square = (torch.randn(16, 8), torch.arange(16))  # as many tokens as classes
+    weights = torch.rand(2, 16, generator=torch.Generator().manual_seed(0))
     parallel = sgp.parallel
     return {
         "tokens": caught(lambda: parallel.cross_entropy(x, y)),
         "kept": caught(lambda: parallel.cross_entropy(same[0], kept)),
         "targets": caught(lambda: parallel.cross_entropy(same[0], same[1] + rank)),
+        "order": caught(lambda: parallel.cross_entropy(same[0], same[1].roll(rank))),
+        "swapped weights": caught(
+            lambda: parallel.cross_entropy(
+                *square, weights[rank], token_weight=weights[1 - rank], denominator=1.0
+            )
+        ),
         "options": caught(lambda: parallel.cross_entropy(*same, label_smoothing=0.1 * rank)),
         "dtype": caught(
             lambda: parallel.cross_entropy(same[0].to((torch.float32, torch.float64)[rank]), y[:6])
@@ -488,6 +542,8 @@ def test_ranks_that_disagree_all_raise_the_same_error(tmp_path):
         "tokens": "ranks disagree on the number of tokens: by rank [6, 7]",
         "kept": "ranks disagree on the number of tokens that carry loss: by rank [5, 6]",
         "targets": "ranks disagree on the targets",
+        "order": "ranks disagree on the targets",
+        "swapped weights": "ranks disagree on token weights, class weights or the divisor",
         "options": "ranks disagree on the options (reduction, smoothing",
         "dtype": "ranks disagree on the dtypes",
         "grad": "ranks disagree on which tensors require grad",
@@ -505,6 +561,95 @@ def test_ranks_that_disagree_all_raise_the_same_error(tmp_path):
         "afterwards": "nothing was raised",
     }.items():
         assert text in first[what], what
+
+
+COPIES = "ranks 0 and 1 hold the same 8 columns of the vocabulary"
+
+
+def copies(rank):
+    """{what: the error, or the loss, of shards that two ranks of three have alike}."""
+    random = torch.Generator().manual_seed(0)
+    x, hidden, head = (torch.randn(s, generator=random) for s in ((6, 8), (6, 4), (8, 4)))
+    other = torch.randn(6, 8)
+    y = torch.arange(6) * 4
+    context = torch.tensor([-100, 4, -100, 12, 16, -100])
+    parallel = sgp.parallel
+
+    def loss(function, *arguments, **options):
+        result = function(*arguments, **options)
+        return result if isinstance(result, torch.Tensor) else -result.log_prob.mean()
+
+    def tried(*arguments, **options):
+        found = []
+        text = caught(lambda: found.append(loss(*arguments, **options)))
+        return found[0].detach() if found else text
+
+    poisoned = x.clone()
+    poisoned[context == -100] = torch.nan
+    mine = other if rank == 2 else x
+    return {
+        "logits": tried(parallel.cross_entropy, x, y),
+        "two of three": tried(parallel.cross_entropy, mine, y),
+        "head": tried(parallel.linear_cross_entropy, hidden, head, y),
+        "bf16": tried(parallel.cross_entropy, x.bfloat16(), y),
+        "tokens": tried(parallel.token_log_probs, x, y),
+        "head's tokens": tried(parallel.linear_token_log_probs, hidden, head, y),
+        "3-d": tried(parallel.cross_entropy, x.view(2, 3, 8).movedim(2, 1), y.view(2, 3)),
+        "context": tried(parallel.cross_entropy, poisoned, context),
+        "given": tried(parallel.cross_entropy, x, y, vocab_size=24),
+        "head, given": tried(parallel.linear_cross_entropy, hidden, head, y, vocab_size=24),
+        "of zeros": tried(parallel.cross_entropy, x * 0, y),
+        "head of zeros": tried(parallel.linear_cross_entropy, hidden, head * 0, y),
+        "of nothing": tried(parallel.cross_entropy, x, torch.full((6,), -100)),
+        "diverged": tried(parallel.cross_entropy, x * torch.nan, y),
+        "others": tried(parallel.cross_entropy, x + rank, y),
+        "one column differs": tried(parallel.cross_entropy, x + rank * (torch.arange(8) == 3), y),
+    }
+
+
+def test_the_same_part_on_two_ranks_is_refused(tmp_path):
+    """Each rank was given the whole vocabulary, as after a gather, and counts it once more."""
+    random = torch.Generator().manual_seed(0)
+    x, hidden, head = (torch.randn(s, generator=random) for s in ((6, 8), (6, 4), (8, 4)))
+    y = torch.arange(6) * 4
+    log3 = torch.tensor(3.0).log()
+    for found in run_ranks(copies, 3, tmp_path):
+        refused = ("logits", "two of three", "bf16", "3-d", "context", "tokens")
+        for what in (*refused, "head", "head's tokens"):
+            assert COPIES in found[what], what
+            assert "the whole head or logits" in found[what], what
+            assert "vocab_size=24" in found[what], what
+        assert "or call sgp.linear_cross_entropy instead" in found["head"]
+        whole = {"given": x, "head, given": hidden @ head.T}
+        for what, logits in whole.items():
+            truth = sgp.cross_entropy(logits.repeat(1, 3), y)
+            torch.testing.assert_close(found[what], truth)
+        for what in ("of zeros", "head of zeros"):
+            torch.testing.assert_close(found[what], log3 + math.log(8))
+        assert found["of nothing"] == 0
+        assert found["diverged"].isnan()
+        assert isinstance(found["others"], torch.Tensor)
+        assert isinstance(found["one column differs"], torch.Tensor)
+
+
+def on_a_device_too(rank):
+    """As on a GPU: a head of zeros first, then its copies; then parts of one's own, twice."""
+    from sgp import shard
+
+    shard.may_wait = lambda _: False
+    x, y = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6)
+    first = sgp.parallel.cross_entropy(x * 0, y)
+    text = caught(lambda: sgp.parallel.cross_entropy(x, y))
+    own = [sgp.parallel.cross_entropy(x + rank * torch.arange(8), y) for _ in range(2)]
+    return first, text, own
+
+
+def test_the_same_part_is_refused_on_a_device(tmp_path):
+    """Where later calls do not wait: the first that is not zero tells."""
+    for first, text, own in run_ranks(on_a_device_too, 2, tmp_path):
+        torch.testing.assert_close(first, torch.tensor(16.0).log())
+        assert COPIES in text
+        assert own[0] == own[1]
 
 
 def die(rank, how):
@@ -547,6 +692,7 @@ def on_a_device(rank):
     from sgp import shard
 
     shard.may_wait = lambda _: False
+    torch.manual_seed(rank)
     x, y = torch.randn(6, 8, requires_grad=True), torch.arange(6)
     nothing = torch.full((6,), -100)
     losses = [float(sgp.parallel.cross_entropy(x, y)) for _ in range(2)]

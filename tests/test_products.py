@@ -1,11 +1,14 @@
 """The head's matmuls: slices on a CPU, and the calls that a GPU gets, against float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import sgp
 from sgp import products
 from sgp.tolerance import relative_error
+from sgp.train.memory import cpu_peak
 
 m, V, D = 6, 700, 12
 
@@ -131,3 +134,36 @@ def test_few_rows_are_as_exact_as_many():
             products.input_gradient(g, weight, torch.float32), g.double() @ weight.double()
         )
         assert error < 1.5e-6, f"{rows} rows"
+
+
+def test_a_matmul_without_memory_is_asked_for_again(monkeypatch):
+    """That there is no memory now says nothing of the device: it is not remembered."""
+    x = SimpleNamespace(is_cuda=True, device=torch.device("cpu"), dtype=torch.bfloat16)
+
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    products._probe.cache_clear()
+    try:
+        monkeypatch.setattr(torch, "mm", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            products._has_wide(x, "mm")
+        monkeypatch.undo()
+        monkeypatch.setattr(torch, "mm", CudaMatmul().mm)
+        assert products._has_wide(x, "mm")
+    finally:
+        products._probe.cache_clear()
+
+
+def test_slices_are_small_however_many_rows_there_are(monkeypatch):
+    """What is converted of (V, D) and of (m, V) at once is SLICE elements each."""
+    monkeypatch.setattr(products, "SLICE", 1 << 14)
+    hidden, weight = torch.randn(256, 4).bfloat16(), torch.randn(4096, 4).bfloat16()
+    g, total = torch.randn(256, 4096).bfloat16(), torch.empty(4096, 4)
+    for call in (
+        lambda: products.input_gradient(g, weight, torch.float32),
+        lambda: products.add_weight_gradient(g, hidden, total, first=True),
+    ):
+        with cpu_peak() as held:
+            call()
+        assert held.peak_bytes <= 3 * 4 * products.SLICE, "(m, V) is 4 MiB in float32"

@@ -59,7 +59,7 @@ def post_processing(model: nn.Module, head: nn.Module) -> PostProcessing | None:
             handle.remove()
         if len(given) != 1 or logits.shape[-2:] != given[0].shape:
             return None
-        seen.append((given[0].double(), logits[0].double().to(given[0].device)))
+        seen.append((given[0].cpu().double(), logits[0].cpu().double()))
     x, y = torch.cat([x for x, _ in seen]), torch.cat([y for _, y in seen])
     scale = _short(float((x[0] * y[0]).sum() / (x[0] * x[0]).sum()))
     if _close(scale * x, y):
@@ -109,7 +109,7 @@ def keeps_apart(model: nn.Module) -> bool:
                     model(input_ids=x, position_ids=positions, use_cache=False).logits[:, half:]
                     for x in (ids, changed)
                 )
-            felt.append(float((a.double() - b.double()).abs().max()))
+            felt.append(float((a.cpu().double() - b.cpu().double()).abs().max()))
     except Exception:  # noqa: BLE001  (whatever a foreign model raises: it cannot be asked)
         return False
     return felt[0] <= APART.get(a.dtype, 1e-2) * felt[1]
