@@ -10,7 +10,6 @@ Importing this module imports TRL, which takes seconds.
 from __future__ import annotations
 
 import functools
-import warnings
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -21,6 +20,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from trl.trainer.sft_trainer import SFTTrainer as TRLTrainer
 
+from sgp.caller import warn
 from sgp.huggingface import UnsupportedModelError, probe
 from sgp.huggingface.loss import next_tokens
 from sgp.huggingface.patching import described, is_plain
@@ -157,10 +157,9 @@ def _check_version() -> None:
     if found < Version(first):
         raise RuntimeError(f"sgp.trl needs TRL {first} or later; this is {found}")
     if found >= Version(end):
-        warnings.warn(
+        warn(
             f"sgp.trl is tested with TRL from {first} to before {end}; this is {found}. Compare "
-            "a few losses with TRL's own trainer",
-            stacklevel=3,
+            "a few losses with TRL's own trainer"
         )
 
 
