@@ -199,9 +199,11 @@ def _is_empty(row: Row) -> bool:
 def _is_shifted(row: Row) -> bool:
     """Whether labels are aligned with logits in place of tokens; the last may be any."""
     ids, labels = row
+    if all(label in (IGNORE, x) for x, label in zip(ids, labels, strict=True)):
+        return False
     scored = [t for t, label in enumerate(labels) if label != IGNORE]
     ahead = [t for t in scored if t + 1 < len(ids) and labels[t] == ids[t + 1]]
-    return len(ahead) >= max(1, len(scored) - 1) and any(labels[t] != ids[t] for t in scored)
+    return len(ahead) >= max(1, len(scored) - 1)
 
 
 def _dispatching() -> bool:

@@ -144,9 +144,11 @@ def _labels(
 
 def _attended(mask: list[int], labels: list[int]) -> slice:
     """The tokens between the padding on the left and on the right, of which nothing is learned."""
+    if min(mask, default=0) > 0:
+        return slice(None)
     first = next((t for t, number in enumerate(mask) if number), len(mask))
     end = len(mask) - next((t for t, number in enumerate(reversed(mask)) if number), len(mask))
-    if 0 in mask[first:end] or any(number < 0 for number in mask):
+    if 0 in mask[first:end] or min(mask, default=0) < 0:
         raise ValueError(
             f"{NAME}: attention_mask is {str(mask)[:60]}; expected 1, or the number of a packed "
             "sequence, for tokens and 0 for padding on the left or the right"
@@ -166,7 +168,8 @@ def _starts(example: Mapping[str, Any], columns: dict[str, list[int]], N: int) -
     starts = {0}
     for name in ("attention_mask", "seq_idx"):
         numbers = columns.get(name, [])
-        starts |= {t for t, pair in enumerate(itertools.pairwise(numbers), 1) if len(set(pair)) > 1}
+        pairs = enumerate(itertools.pairwise(numbers), 1)
+        starts |= {t for t, (before, number) in pairs if number != before}
     if example.get("seq_lengths") is not None:
         lengths = _integers(example, "seq_lengths")
         if sum(lengths) != N or any(length <= 0 for length in lengths):
@@ -297,9 +300,10 @@ def _messages(example: Mapping[str, Any], name: str) -> Any:
     required: dict[str, Sequence[str]] = {}
     tools = _tools(example)
     for tool in tools if isinstance(tools, list) else []:
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else {}
-        parameters = function.get("parameters") or {}
-        required[function.get("name", "")] = parameters.get("required") or ()
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        parameters = function.get("parameters") if isinstance(function, Mapping) else None
+        if isinstance(function, Mapping) and isinstance(parameters, Mapping):  # no JSON, no code
+            required[function.get("name", "")] = parameters.get("required") or ()
     messages = example[name]
     return [_message(m, required) for m in messages] if isinstance(messages, list) else messages
 

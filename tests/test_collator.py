@@ -474,6 +474,9 @@ def test_none_that_is_meant_stays():
     assert kept["content"] is None
     assert unread == text
     assert template.given["tools"] == [tool("set", "to", by=by)]
+    for tools in ([len], [{"function": {"name": "set", "parameters": '{"type": "object"}'}}]):
+        sgp.Collator(template)([{"messages": [message], "tools": tools}])
+        assert template.given["tools"] == tools, "code, or JSON"
 
 
 # -- beside a model, and processes -----------------------------------------------------------------
