@@ -56,7 +56,8 @@ def tokenize(
     Chats are given the template's `tools` (also as JSON) and `chat_template_kwargs`, if they have
     them. `datasets` gives every row the keys of all others, with None: these are left out of
     messages (but for `content`), of tools (but for `default` and `const`), and of the arguments of
-    a tool call, unless the row's tools say that the argument is required.
+    a tool call, unless the row's tools say that the argument is required. What is JSON stays as it
+    is.
 
     Example:
         >>> tokenize({"input_ids": [5, 6, 7], "completion_mask": [0, 0, 1]}, None)
@@ -282,7 +283,7 @@ def _template(tokenizer: Any, messages: Any, **options: Any) -> dict[str, list[i
 
 def _tools(example: Mapping[str, Any]) -> Any:
     tools = example.get("tools")
-    return _without_none(json.loads(tools) if isinstance(tools, str) else tools, keep=NULLABLE)
+    return json.loads(tools) if isinstance(tools, str) else _without_none(tools, keep=NULLABLE)
 
 
 def _without_none(value: Any, *, keep: Sequence[str] = ()) -> Any:

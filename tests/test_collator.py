@@ -477,6 +477,10 @@ def test_none_that_is_meant_stays():
     for tools in ([len], [{"function": {"name": "set", "parameters": '{"type": "object"}'}}]):
         sgp.Collator(template)([{"messages": [message], "tools": tools}])
         assert template.given["tools"] == tools, "code, or JSON"
+    sgp.Collator(template)(
+        [{"messages": [message], "tools": '[{"name": "set", "parameters": null}]'}]
+    )
+    assert template.given["tools"] == [{"name": "set", "parameters": None}]
 
 
 # -- beside a model, and processes -----------------------------------------------------------------
