@@ -9,6 +9,8 @@ import warnings
 
 import torch
 
+from sgp.caller import warn
+
 CHOICES = ("auto", "triton", "torch")
 
 
@@ -119,4 +121,4 @@ def interpreter_fault() -> str:
 
 @functools.cache
 def _warn_once(why: str) -> None:
-    warnings.warn(f"sgp: CUDA tensors run PyTorch's operators: {why}", stacklevel=4)
+    warn(f"sgp: CUDA tensors run PyTorch's operators: {why}")

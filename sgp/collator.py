@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from sgp.caller import warn
 from sgp.examples import NAME, Row, tokenize
 from sgp.selection import IGNORE, Selection
 
@@ -36,6 +37,8 @@ class Collator:
         pad_to_multiple_of: of a row, as Tensor Cores like it.
         pad_token_id: None: the tokenizer's, its end of text, or 0.
         context_loss: prompts and the other side's turns carry loss too.
+        assistant_only_loss: of a completion, only what the chat template marks as the assistant's
+            carries loss, and not the results of tools, which stand between. TRL's name.
 
     A packed row is one sequence to a model with a cache, and to models whose attention knows no
     `position_ids`: a patched model and the Trainer go without a cache, and a patched model refuses
@@ -49,13 +52,21 @@ class Collator:
     * `position_ids`, of the same shape, from 0 in each sequence.
     * `attention_mask` (B, T), 1 and 0, if padded; `cu_seqlens` (S + 1,) int32 if packed.
     * `selection`: the `Selection` of the labels. A model that `sgp.huggingface.patch` has patched
-      takes it: no GPU has to wait for a count.
+      takes it: no GPU has to wait for a count. It is left out where accelerate reads the data in
+      one process and sends the others their share (a Trainer's way with an `IterableDataset`),
+      which only tensors survive; the labels say the same.
+
+    Rows that were padded before lose their padding, and rows that were packed before
+    (`position_ids` that begin again) are taken apart; `sgp.examples.tokenize` says by which
+    columns. A packed row needs `packed=True`.
 
     Raises:
-        ValueError: no example, or one that cannot be read, with its number.
+        ValueError: no example, or one that cannot be read, with its number; packed rows that
+            accelerate would cut up; `context_loss` with `assistant_only_loss`.
 
     Warns:
-        where a sequence carries no loss, once for each batch.
+        where a sequence carries no loss, or has labels that are its next tokens already, once for
+        each batch.
     """
 
     tokenizer: Any = None
@@ -64,29 +75,70 @@ class Collator:
     pad_to_multiple_of: int | None = None
     pad_token_id: int | None = None
     context_loss: bool = False
+    assistant_only_loss: bool = False
+    _dispatched: bool = field(default=False, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.context_loss and self.assistant_only_loss:
+            raise ValueError(
+                f"{NAME}: context_loss=True and assistant_only_loss=True; expected one of them"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a worker process, which cannot see for whom it reads."""
+        return {**vars(self), "_dispatched": self._dispatched or _dispatching()}
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Make the batch."""
         if not examples:
             raise ValueError(f"{NAME}: no examples")
-        rows = [self._row(number, example) for number, example in enumerate(examples)]
-        empty = [n for n, row in enumerate(rows) if all(x == IGNORE for x in row.labels[1:])]
-        if empty:
-            warnings.warn(
-                f"{NAME}: examples {empty} of {len(rows)} carry no loss"
-                + (f" within max_length = {self.max_length}" if self.max_length else ""),
-                stacklevel=2,
+        found = [self._rows(number, example) for number, example in enumerate(examples)]
+        cut = f" within max_length = {self.max_length}" if self.max_length else ""
+        self._warn(found, _is_empty, f"carry no loss{cut}")
+        self._warn(
+            found,
+            _is_shifted,
+            "have labels that are the next tokens already (labels[t] is input_ids[t + 1]). A model "
+            "shifts labels, and the selection is shifted here: each token would be trained to "
+            "predict the one after the next. Give labels[t] = input_ids[t]",
+        )
+        rows = [row for rows in found for row in rows]
+        dispatched = self._dispatched or _dispatching()
+        if self.packed and dispatched:
+            raise ValueError(
+                f"{NAME}: packed=True, and accelerate reads the data in one process and cuts the "
+                "batch up for the others, which a packed row does not survive. Let each process "
+                "read its own: accelerator_config={'dispatch_batches': False}, or packed=False"
             )
-        return self._pack(rows) if self.packed else self._pad(rows)
+        batch = self._pack(rows) if self.packed else self._pad(rows)
+        if dispatched:  # which concatenates tensors, and nothing else
+            del batch["selection"]
+        return batch
 
-    def _row(self, number: int, example: Mapping[str, Any]) -> Row:
+    def _rows(self, number: int, example: Mapping[str, Any]) -> list[Row]:
         try:
-            row = tokenize(example, self.tokenizer, context_loss=self.context_loss)
+            rows = tokenize(
+                example,
+                self.tokenizer,
+                context_loss=self.context_loss,
+                assistant_only_loss=self.assistant_only_loss,
+            )
         except ValueError as error:
             raise ValueError(f"example {number}: {error}") from error
-        if not row.input_ids:
+        if not all(row.input_ids for row in rows):
             raise ValueError(f"example {number}: {NAME}: no tokens")
-        return Row(row.input_ids[: self.max_length], row.labels[: self.max_length])
+        if len(rows) > 1 and not self.packed:
+            raise ValueError(
+                f"example {number}: {NAME}: a row of {len(rows)} packed sequences, of lengths "
+                f"{str([len(row.input_ids) for row in rows])[:60]}; packed=True takes it"
+            )
+        cut = slice(self.max_length)
+        return [Row(row.input_ids[cut], row.labels[cut]) for row in rows]
+
+    def _warn(self, found: list[list[Row]], is_so: Callable[[Row], bool], what: str) -> None:
+        numbers = [n for n, rows in enumerate(found) if all(map(is_so, rows))]
+        if numbers:
+            warn(f"{NAME}: examples {numbers} of {len(found)} {what}")
 
     def _pad(self, rows: list[Row]) -> dict[str, Any]:
         T = self._rounded(max(len(row.input_ids) for row in rows))
@@ -137,3 +189,27 @@ class Collator:
 
 def _filled(row: list[int], length: int, value: int) -> list[int]:
     return row + [value] * (length - len(row))
+
+
+def _is_empty(row: Row) -> bool:
+    """The first token has no predictor."""
+    return all(x == IGNORE for x in row.labels[1:])
+
+
+def _is_shifted(row: Row) -> bool:
+    """Whether labels are aligned with logits in place of tokens; the last may be any."""
+    ids, labels = row
+    if all(label in (IGNORE, x) for x, label in zip(ids, labels, strict=True)):
+        return False
+    scored = [t for t, label in enumerate(labels) if label != IGNORE]
+    ahead = [t for t in scored if t + 1 < len(ids) and labels[t] == ids[t + 1]]
+    return len(ahead) >= max(1, len(scored) - 1)
+
+
+def _dispatching() -> bool:
+    """Whether accelerate wants this batch in order to cut it up for several processes."""
+    state, loading = map(sys.modules.get, ("accelerate.state", "accelerate.data_loader"))
+    if state is None or loading is None or not state.GradientState._shared_state:  # noqa: SLF001  (else it is made)
+        return False
+    loader = state.GradientState().active_dataloader
+    return isinstance(loader, loading.DataLoaderDispatcher) and loader.state.num_processes > 1

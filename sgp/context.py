@@ -14,13 +14,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import warnings
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from sgp.caller import warn
 from sgp.losses import cross_entropy
 from sgp.selection import Selection
 
@@ -315,8 +315,7 @@ def _flat(cache: Any) -> tuple[Tensor, ...]:
 
 @functools.cache
 def _warn_of_detached() -> None:
-    warnings.warn(
+    warn(
         f'{NAME}: context_grad="detach" is not the gradient of the loss: what the model reads in '
-        "the context is not trained, and the loss curve does not show it",
-        stacklevel=3,
+        "the context is not trained, and the loss curve does not show it"
     )

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from sgp.caller import warn
 from sgp.selection import IGNORE
 
 NAME = "sgp.Collator"
@@ -18,6 +18,8 @@ MASKS = ("completion_mask", "assistant_masks")
 KINDS = "input_ids (with labels or masks), prompt and completion, messages, or text"
 
 REMOVED = "(Trainer removes the columns that a model does not take: remove_unused_columns=False.)"
+NULLABLE = ("default", "const")
+"""What may be null in the JSON schema of a tool."""
 
 
 class Row(NamedTuple):
@@ -27,8 +29,14 @@ class Row(NamedTuple):
     labels: list[int]
 
 
-def tokenize(example: Mapping[str, Any], tokenizer: Any, *, context_loss: bool = False) -> Row:
-    """Turn an example into a row.
+def tokenize(
+    example: Mapping[str, Any],
+    tokenizer: Any,
+    *,
+    context_loss: bool = False,
+    assistant_only_loss: bool = False,
+) -> list[Row]:
+    """Turn an example into the sequences that it holds: one, unless tokens were packed before.
 
     * `input_ids` and `labels`; or `input_ids` and `completion_mask`, `assistant_masks` (1: carries
       loss; where both are there, both must be 1); or `input_ids` alone, with `context_loss=True`.
@@ -37,57 +45,148 @@ def tokenize(example: Mapping[str, Any], tokenizer: Any, *, context_loss: bool =
     * `messages`: what the template marks with `{% generation %}`, the assistant's turns.
     * `text`: all.
 
+    Beside `input_ids`, where they are there and not None:
+
+    * `attention_mask`: tokens of 0, on the left or the right, are padding and left out. Other
+      numbers than 1 number the sequences of a packed row.
+    * `position_ids` that begin again from 0, `seq_idx` (a number for each token) and TRL's
+      `seq_lengths` say where the sequences of a packed row begin.
+    * `token_type_ids` must be 0. `special_tokens_mask` says nothing of the loss and is not read.
+
     Chats are given the template's `tools` (also as JSON) and `chat_template_kwargs`, if they have
-    them.
+    them. `datasets` gives every row the keys of all others, with None: these are left out of
+    messages (but for `content`), of tools (but for `default` and `const`), and of the arguments of
+    a tool call, unless the row's tools say that the argument is required. What is JSON stays as it
+    is.
 
     Example:
         >>> tokenize({"input_ids": [5, 6, 7], "completion_mask": [0, 0, 1]}, None)
-        Row(input_ids=[5, 6, 7], labels=[-100, -100, 7])
+        [Row(input_ids=[5, 6, 7], labels=[-100, -100, 7])]
 
     Args:
         example: one of the above.
         tokenizer: of transformers; not needed for `input_ids`.
         context_loss: prompts and the other side's turns carry loss too.
+        assistant_only_loss: of a completion, only what the template marks as the assistant's.
 
     Raises:
         ValueError: an example of no kind, tokens that nothing says the loss of, columns of
-            different lengths, a tokenizer that is missing, a chat template that marks nothing.
+            different lengths or with values that are not those above, padding that carries loss, a
+            tokenizer that is missing, a chat template that marks nothing, `assistant_only_loss`
+            where nothing says what is the assistant's.
     """
     if "input_ids" in example:
-        return _of_tokens(example, context_loss=context_loss)
+        return _of_tokens(example, context_loss, assistant_only_loss)
     if not {"prompt", "completion"} <= set(example) and not {"messages", "text"} & set(example):
         raise ValueError(f"{NAME}: an example has {sorted(example)}; expected {KINDS}. {REMOVED}")
     if tokenizer is None:
         raise ValueError(f"{NAME}: an example has {sorted(example)}; that needs a tokenizer")
     if "prompt" in example:
-        ids, start = _prompt_and_completion(example, tokenizer)
+        ids, start, mask = _prompt_and_completion(example, tokenizer, assistant_only_loss)
         start = 0 if context_loss else start
-        return Row(ids, [IGNORE] * start + ids[start:])
+        return [Row(ids, [IGNORE] * start + _marked(ids, mask)[start:])]
     if "messages" in example:
-        return _of_messages(example, tokenizer, context_loss=context_loss)
+        return [_of_messages(example, tokenizer, context_loss=context_loss)]
+    if assistant_only_loss:
+        raise ValueError(_no_turns("the example is a text"))
     ids = list(tokenizer(_ended(example["text"], tokenizer))["input_ids"])
-    return Row(ids, list(ids))
+    return [Row(ids, list(ids))]
 
 
-def _of_tokens(example: Mapping[str, Any], *, context_loss: bool) -> Row:
+# -- tokens ----------------------------------------------------------------------------------------
+
+
+def _of_tokens(
+    example: Mapping[str, Any], context_loss: bool, assistant_only_loss: bool
+) -> list[Row]:
     ids = _integers(example, "input_ids")
-    if example.get("labels") is not None:
-        labels = _integers(example, "labels")
-        _same_length(ids, labels, "labels")
-        return Row(ids, labels)
-    labels = list(ids)
-    if not context_loss and all(example.get(name) is None for name in MASKS):
+    columns = {
+        name: _integers(example, name)
+        for name in ("labels", *MASKS, "attention_mask", "position_ids", "seq_idx")
+        if example.get(name) is not None
+    }
+    for name, column in columns.items():
+        if len(ids) != len(column):
+            raise ValueError(f"{NAME}: {len(ids)} input_ids and {len(column)} {name}")
+    types = example.get("token_type_ids")
+    if types is not None and any(_integers(example, "token_type_ids")):
+        raise ValueError(
+            f"{NAME}: token_type_ids is {str(types)[:60]}; a batch has no token types, expected 0 "
+            "everywhere or no such column"
+        )
+    labels = _labels(example, ids, columns, context_loss, assistant_only_loss)
+    kept = _attended(columns.get("attention_mask", [1] * len(ids)), labels)
+    starts = _starts(example, {k: v[kept] for k, v in columns.items()}, len(ids[kept]))
+    bounds = itertools.pairwise([*starts, len(ids[kept])])
+    return [Row(ids[kept][a:b], labels[kept][a:b]) for a, b in bounds]
+
+
+def _labels(
+    example: Mapping[str, Any],
+    ids: list[int],
+    columns: dict[str, list[int]],
+    context_loss: bool,
+    assistant_only_loss: bool,
+) -> list[int]:
+    if "labels" in columns:
+        return columns["labels"]
+    masks = [columns[name] for name in MASKS if name in columns]
+    if context_loss:
+        masks = [columns.get("attention_mask", [1] * len(ids))]
+    elif assistant_only_loss and "assistant_masks" not in columns:
+        raise ValueError(_no_turns(f"an example has {sorted(example)}"))
+    elif not masks:
         raise ValueError(
             f"{NAME}: an example has {sorted(example)}: which tokens carry loss? Give it labels, "
             f"completion_mask or assistant_masks, or context_loss=True if all do. {REMOVED}"
         )
-    for name in MASKS:
-        if example.get(name) is None or context_loss:
-            continue
-        mask = _integers(example, name)
-        _same_length(ids, mask, name)
-        labels = [x if bit else IGNORE for x, bit in zip(labels, mask, strict=True)]
-    return Row(ids, labels)
+    return [x if all(bits) else IGNORE for x, *bits in zip(ids, *masks, strict=True)]
+
+
+def _attended(mask: list[int], labels: list[int]) -> slice:
+    """The tokens between the padding on the left and on the right, of which nothing is learned."""
+    if min(mask, default=0) > 0:
+        return slice(None)
+    first = next((t for t, number in enumerate(mask) if number), len(mask))
+    end = len(mask) - next((t for t, number in enumerate(reversed(mask)) if number), len(mask))
+    if 0 in mask[first:end] or min(mask, default=0) < 0:
+        raise ValueError(
+            f"{NAME}: attention_mask is {str(mask)[:60]}; expected 1, or the number of a packed "
+            "sequence, for tokens and 0 for padding on the left or the right"
+        )
+    for t in (*range(first), *range(max(first, end), len(mask))):
+        if labels[t] != IGNORE:
+            raise ValueError(
+                f"{NAME}: attention_mask[{t}] is 0 and the label there is {labels[t]}: padding "
+                "carries loss. Give it the label -100 or, if it is an end of text to be learned, "
+                "the mask 1"
+            )
+    return slice(first, end)
+
+
+def _starts(example: Mapping[str, Any], columns: dict[str, list[int]], N: int) -> list[int]:
+    """Where the sequences of a row begin, by what its columns say, padding left out."""
+    starts = {0}
+    for name in ("attention_mask", "seq_idx"):
+        numbers = columns.get(name, [])
+        pairs = enumerate(itertools.pairwise(numbers), 1)
+        starts |= {t for t, (before, number) in pairs if number != before}
+    if example.get("seq_lengths") is not None:
+        lengths = _integers(example, "seq_lengths")
+        if sum(lengths) != N or any(length <= 0 for length in lengths):
+            raise ValueError(f"{NAME}: {N} input_ids and seq_lengths = {str(lengths)[:60]}")
+        starts |= {end for end in itertools.accumulate(lengths) if end < N}
+    positions = columns.get("position_ids")
+    if positions is not None:
+        starts |= {t for t in range(1, N) if positions[t] == 0}
+    found = sorted(starts)
+    counted = [t for a, b in itertools.pairwise([*found, N]) for t in range(b - a)]
+    if positions is not None and positions != counted:
+        raise ValueError(
+            f"{NAME}: position_ids of the {N} tokens are {str(positions)[:60]}; expected to count "
+            "from 0 in each sequence, as the batch's do"
+        )
+    return found
 
 
 def _integers(example: Mapping[str, Any], name: str) -> list[int]:
@@ -98,26 +197,34 @@ def _integers(example: Mapping[str, Any], name: str) -> list[int]:
     return [int(x) for x in column]
 
 
-def _same_length(ids: list[int], column: list[int], name: str) -> None:
-    if len(ids) != len(column):
-        raise ValueError(f"{NAME}: {len(ids)} input_ids and {len(column)} {name}")
+# -- text and chats --------------------------------------------------------------------------------
 
 
-def _prompt_and_completion(example: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], int]:
-    """The tokens of both, and where the completion begins."""
-    prompt, completion = example["prompt"], example["completion"]
-    if isinstance(prompt, str):
+def _prompt_and_completion(
+    example: Mapping[str, Any], tokenizer: Any, assistant_only_loss: bool
+) -> tuple[list[int], int, list[int]]:
+    """The tokens of both, where the completion begins, and which of all may carry loss."""
+    if isinstance(example["prompt"], str):
+        if assistant_only_loss:
+            raise ValueError(_no_turns("the completion is a text"))
+        prompt, completion = example["prompt"], _ended(example["completion"], tokenizer)
         alone = list(tokenizer(prompt)["input_ids"])
-        ids = list(tokenizer(prompt + _ended(completion, tokenizer))["input_ids"])
+        ids = list(tokenizer(prompt + completion)["input_ids"])
+        mask = [1] * len(ids)
     else:
         given = _given(example)
+        prompt, completion = (_messages(example, name) for name in ("prompt", "completion"))
         alone = _template(tokenizer, prompt, **given, add_generation_prompt=True)["input_ids"]
-        ids = _template(tokenizer, [*prompt, *completion], **given)["input_ids"]
+        ids, mask = _turns(tokenizer, [*prompt, *completion], given, assistant_only_loss)
     pairs = zip(alone, ids, strict=False)
     start = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     if start < len(alone):
-        _warn_of_boundary(tokenizer.decode(alone[start:]))
-    return ids, start
+        lost = tokenizer.decode(alone[start:])
+        warn(
+            f"{NAME}: the tokens of a prompt alone are not the first of prompt and completion "
+            f"together (they merge, or the template differs): {lost!r} is scored as completion"
+        )
+    return ids, start, mask
 
 
 def _ended(text: str, tokenizer: Any) -> str:
@@ -126,10 +233,22 @@ def _ended(text: str, tokenizer: Any) -> str:
 
 
 def _of_messages(example: Mapping[str, Any], tokenizer: Any, *, context_loss: bool) -> Row:
-    messages, given = example["messages"], _given(example)
-    if context_loss:
+    messages = _messages(example, "messages")
+    ids, mask = _turns(tokenizer, messages, _given(example), not context_loss)
+    return Row(ids, _marked(ids, mask))
+
+
+def _marked(ids: list[int], mask: list[int]) -> list[int]:
+    return [x if bit else IGNORE for x, bit in zip(ids, mask, strict=True)]
+
+
+def _turns(
+    tokenizer: Any, messages: Any, given: dict[str, Any], assistant_only: bool
+) -> tuple[list[int], list[int]]:
+    """The tokens of a chat, and which of them are the assistant's, or all."""
+    if not assistant_only:
         ids = _template(tokenizer, messages, **given)["input_ids"]
-        return Row(ids, list(ids))
+        return ids, [1] * len(ids)
     found = _template(tokenizer, messages, **given, return_assistant_tokens_mask=True)
     ids, mask = found["input_ids"], found.get("assistant_masks", [])
     if not any(mask):
@@ -137,14 +256,21 @@ def _of_messages(example: Mapping[str, Any], tokenizer: Any, *, context_loss: bo
             f"{NAME}: the chat template marks no token of {str(messages)[:80]!r} as the "
             "assistant's; it needs {% generation %} ... {% endgeneration %} around those turns"
         )
-    return Row(ids, [x if bit else IGNORE for x, bit in zip(ids, mask, strict=True)])
+    return ids, mask
+
+
+def _no_turns(what: str) -> str:
+    return (
+        f"{NAME}: assistant_only_loss=True asks which tokens are the assistant's, and {what}; "
+        "expected messages, or input_ids with assistant_masks"
+    )
 
 
 def _given(example: Mapping[str, Any]) -> dict[str, Any]:
     """What an example says to the template beside its messages."""
-    tools = example.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    return {"tools": tools, **(example.get("chat_template_kwargs") or {})}
+    options = example.get("chat_template_kwargs") or {}
+    options = {name: value for name, value in options.items() if value is not None}
+    return {"tools": _tools(example), **options}
 
 
 def _template(tokenizer: Any, messages: Any, **options: Any) -> dict[str, list[int]]:
@@ -152,9 +278,58 @@ def _template(tokenizer: Any, messages: Any, **options: Any) -> dict[str, list[i
     return {name: list(column) for name, column in found.items()}
 
 
-def _warn_of_boundary(lost: str) -> None:
-    warnings.warn(
-        f"{NAME}: the tokens of a prompt alone are not the first of prompt and completion together "
-        f"(they merge, or the template differs): {lost!r} is scored as completion",
-        stacklevel=5,
-    )
+# -- None that `datasets` put where another row has a key ------------------------------------------
+
+
+def _tools(example: Mapping[str, Any]) -> Any:
+    tools = example.get("tools")
+    return json.loads(tools) if isinstance(tools, str) else _without_none(tools, keep=NULLABLE)
+
+
+def _without_none(value: Any, *, keep: Sequence[str] = ()) -> Any:
+    """The value without the keys of its mappings that are None."""
+    if isinstance(value, Mapping):
+        return {
+            k: _without_none(v, keep=keep) for k, v in value.items() if v is not None or k in keep
+        }
+    if isinstance(value, list):
+        return [_without_none(v, keep=keep) for v in value]
+    return value
+
+
+def _messages(example: Mapping[str, Any], name: str) -> Any:
+    required: dict[str, Sequence[str]] = {}
+    tools = _tools(example)
+    for tool in tools if isinstance(tools, list) else []:
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        parameters = function.get("parameters") if isinstance(function, Mapping) else None
+        if isinstance(function, Mapping) and isinstance(parameters, Mapping):  # no JSON, no code
+            required[function.get("name", "")] = parameters.get("required") or ()
+    messages = example[name]
+    return [_message(m, required) for m in messages] if isinstance(messages, list) else messages
+
+
+def _message(message: Any, required: dict[str, Sequence[str]]) -> Any:
+    if not isinstance(message, Mapping):
+        return message
+    found = {k: v for k, v in message.items() if v is not None or k == "content"}
+    if isinstance(found.get("content"), list):
+        found["content"] = _without_none(found["content"])
+    if isinstance(found.get("tool_calls"), list):
+        found["tool_calls"] = [_call(call, required) for call in found["tool_calls"]]
+    return found
+
+
+def _call(call: Any, required: dict[str, Sequence[str]]) -> Any:
+    """A call of OpenAI's form, with a `function` inside, or a name and arguments alone."""
+    if not isinstance(call, Mapping):
+        return call
+    found = {k: v for k, v in call.items() if v is not None or k == "arguments"}
+    if "function" in found:
+        found["function"] = _call(found["function"], required)
+    if isinstance(found.get("arguments"), Mapping):
+        keep = required.get(found.get("name", ""), ())
+        found["arguments"] = {
+            k: _without_none(v) for k, v in found["arguments"].items() if v is not None or k in keep
+        }
+    return found

@@ -203,6 +203,12 @@ class Selection:
             >>> labels = torch.tensor([[-100, -100, 7, 8], [-100, 5, -100, 6]])  # Hugging Face's
             >>> Selection.from_labels(labels, shift=True).rows
             tensor([1, 2, 4, 6])
+            >>> target = torch.tensor([[-100, 7, 8, -100], [5, -100, 6, -100]])  # the same, as of
+            >>> Selection.from_labels(target).rows                               # F.cross_entropy
+            tensor([1, 2, 4, 6])
+
+        Hugging Face's labels without `shift=True` would train each token to predict itself. Labels
+        alone do not show it; `sgp.audit`, which sees the inputs too, does.
 
         Args:
             labels: (T,) one sequence, (B, T) a sequence a row, or more dimensions; integers.

@@ -10,7 +10,6 @@ Importing this module imports TRL, which takes seconds.
 from __future__ import annotations
 
 import functools
-import warnings
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -21,6 +20,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from trl.trainer.sft_trainer import SFTTrainer as TRLTrainer
 
+from sgp.caller import warn
 from sgp.huggingface import UnsupportedModelError, probe
 from sgp.huggingface.loss import next_tokens
 from sgp.huggingface.patching import described, is_plain
@@ -69,7 +69,7 @@ def add_fused_lm_head(
 
     Args:
         model: a causal language model of transformers with a plain `nn.Linear` head; PEFT's around
-            one is looked into.
+            one is looked into, and a head among its `modules_to_save` is taken.
         temperature: the logits are divided by it.
         cast_lm_head_to_fp32: not supported: `sgp`'s logits are float32 anyway, from operands in
             the head's dtype.
@@ -91,24 +91,12 @@ def add_fused_lm_head(
         )
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     head = model.get_output_embeddings()  # type: ignore[operator]
-    selective = SelectiveHead.of(head)
-    if selective is None:
-        if not is_plain(head):
-            raise UnsupportedModelError(
-                f"{NAME}: the head of {type(model).__name__} is {described(head)}; expected a "
-                "plain nn.Linear"
-            )
-        found = probe.post_processing(model, head)
-        if found is None:
-            raise UnsupportedModelError(
-                f"{NAME}: the logits of {type(model).__name__} are more than scaled and softcapped"
-            )
-        selective = SelectiveHead(found.logit_scale, found.softcap)
-        SelectiveHead.on(head, selective)
-    if "mean_logits" in outputs and selective.softcap is not None:
+    selectives = _selectives(head) or _add_to(model, head)
+    softcap = selectives[0].softcap
+    if "mean_logits" in outputs and softcap is not None:
         raise UnsupportedModelError(
-            f"{NAME}: {type(model).__name__} has a softcap of {selective.softcap}: the mean of its "
-            "logits needs all of them"
+            f"{NAME}: {type(model).__name__} has a softcap of {softcap}: the mean of its logits "
+            "needs all of them"
         )
     fused = _Fused(_inner(model), temperature, frozenset(outputs))
 
@@ -120,6 +108,38 @@ def add_fused_lm_head(
 
     model.forward = MethodType(forward, model)
     vars(model)["sgp_trl"] = True
+
+
+def _layers(head: nn.Module) -> list[nn.Module]:
+    """The linear layers of a head, of which one runs: `modules_to_save` of PEFT makes several."""
+    copies = getattr(head, "modules_to_save", None)  # one of each adapter
+    if isinstance(copies, nn.ModuleDict):
+        return [head.original_module, *copies.values()]  # type: ignore[list-item]
+    return [head]
+
+
+def _selectives(head: nn.Module) -> list[SelectiveHead]:
+    """One of each layer, or none if a layer has none."""
+    found = [SelectiveHead.of(layer) for layer in _layers(head)]
+    return [each for each in found if each] if all(found) else []
+
+
+def _add_to(model: nn.Module, head: nn.Module) -> list[SelectiveHead]:
+    for layer in _layers(head):
+        if not is_plain(layer) and SelectiveHead.of(layer) is None:
+            raise UnsupportedModelError(
+                f"{NAME}: the head of {type(model).__name__} is {described(layer)}; expected a "
+                "plain nn.Linear"
+            )
+    found = probe.post_processing(model, head)
+    if found is None:
+        raise UnsupportedModelError(
+            f"{NAME}: the logits of {type(model).__name__} are more than scaled and softcapped"
+        )
+    selective = SelectiveHead(found.logit_scale, found.softcap)
+    for layer in _layers(head):
+        SelectiveHead.on(layer, selective)
+    return [selective]
 
 
 class SFTTrainer(TRLTrainer):
@@ -158,10 +178,9 @@ def _check_version() -> None:
     if found < Version(first):
         raise RuntimeError(f"sgp.trl needs TRL {first} or later; this is {found}")
     if found >= Version(end):
-        warnings.warn(
+        warn(
             f"sgp.trl is tested with TRL from {first} to before {end}; this is {found}. Compare "
-            "a few losses with TRL's own trainer",
-            stacklevel=3,
+            "a few losses with TRL's own trainer"
         )
 
 
@@ -189,18 +208,21 @@ def _run(
             means = _means(hidden, weight, head["linear_bias"], scored != IGNORE) * factor
         return found.log_prob, found.entropy, found.is_top1, means
 
-    selective = SelectiveHead.of(model.get_output_embeddings())  # type: ignore[operator]
-    if selective is None:
+    selectives = _selectives(model.get_output_embeddings())  # type: ignore[operator]
+    if not selectives:
         raise RuntimeError(
             f"{NAME}: the head of {type(model).__name__} was replaced after it was added; add it "
             "again"
         )
-    request = selective.request = Request(compute)
+    request = Request(compute)
     try:
+        for selective in selectives:
+            selective.request = request
         out = fused.before(model, *args, **{**kwargs, "use_cache": False})
         log_probs, entropy, is_top1, means = reveal(out.logits, request)
     finally:
-        selective.request = None
+        for selective in selectives:
+            selective.request = None
     mask = target != IGNORE
     if shifted is None:  # the last column predicts nothing
         log_probs, entropy, is_top1, mask = (x[:, :-1] for x in (log_probs, entropy, is_top1, mask))

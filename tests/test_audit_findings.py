@@ -274,9 +274,27 @@ def test_padding_without_a_mask_is_the_tokenizers(batch):
     assert "padding-scored" in seen(batch)
 
 
-def test_targets_that_nothing_shifts(batch):
+@pytest.mark.parametrize("last_only", [False, True])
+@pytest.mark.parametrize("given", ["selection", "shift_labels"])
+def test_targets_that_nothing_shifts(batch, given, last_only):
     """The model would learn to repeat its input."""
-    selection = sgp.Selection.from_labels(batch.pop("labels"), shift=False)
-    found = findings.find(read(batch, selection=selection))
-    assert [f.code for f in found][:3] == ["labels-not-the-inputs"] * 3
-    assert "predict itself" in found[0].message
+    labels = batch.pop("labels")
+    if last_only:  # of the row without padding, where no column follows it
+        labels[:, :-1] = -100
+    rows = (labels != -100).any(1).nonzero()[:, 0].tolist()
+    if given == "selection":
+        view = read(batch, selection=sgp.Selection.from_labels(labels))
+    else:
+        view = read({**batch, "shift_labels": labels})
+    found = [f for f in findings.find(view) if f.code == "labels-not-the-inputs"]
+    assert [int(f.where.split()[1].strip(",")) for f in found] == rows
+    assert all("predict itself" in f.message for f in found)
+    right = read(batch, selection=sgp.Selection.from_labels(labels, shift=True))
+    assert not [f for f in findings.find(right) if f.code in findings.ERRORS[:2]]
+
+
+def test_a_token_that_repeats_is_shifted():
+    ids = torch.full((1, 6), 7)
+    labels = ids.clone()
+    labels[:, :3] = -100
+    assert not [f for f in look({"input_ids": ids, "labels": labels}) if f.severity == "error"]

@@ -317,8 +317,9 @@ def test_explain(machine, wanted, triton, interpreted, device, dtype, choice, wo
 
 def test_cuda_without_triton_says_so_once(machine):
     machine(wanted="auto", triton=False)
-    with pytest.warns(UserWarning, match="Triton is not installed"):
+    with pytest.warns(UserWarning, match="Triton is not installed") as said:
         assert backend.choose(CUDA, torch.float32) == "torch"
+    assert said[0].filename == __file__
     assert backend.choose(CUDA, torch.float32) == "torch"  # a second warning is an error here
 
 

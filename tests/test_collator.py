@@ -1,6 +1,9 @@
 """The collator: TRL's labels for the same rows, and the selection of those labels."""
 
+import pickle
+import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 import sgp
 from sgp.huggingface import patch
+from tests import streamed
 from tests.families import V, make
+from tests.ranks import run_ranks
 
 TEMPLATE = """{% for tool in tools or [] %}{{ tool['name'] + ' ' }}{% endfor %}\
 {% if polite %}{{ 'thanks ' }}{% endif %}\
@@ -165,6 +170,96 @@ def test_masks_and_labels_of_tokens():
     assert torch.equal(again["labels"], packed["labels"])
 
 
+PADDED = {  # rows of two real ones, padded as a tokenizer would, and what beside them is harmless
+    "left": {"input_ids": [0, 0, 5, 6, 7], "attention_mask": [0, 0, 1, 1, 1],
+             "labels": [-100, -100, -100, 6, 7], "position_ids": [0, 0, 0, 1, 2]},
+    "right": {"input_ids": [5, 6, 7, 0, 0], "attention_mask": [1, 1, 1, 0, 0],
+              "completion_mask": [0, 1, 1, 0, 0], "special_tokens_mask": [0, 0, 0, 1, 1]},
+    "both": {"input_ids": [0, 5, 6, 7, 0], "attention_mask": [0, 1, 1, 1, 0],
+             "labels": [-100, -100, 6, 7, -100], "token_type_ids": [0] * 5, "seq_idx": [0] * 5},
+    "none": {"input_ids": [5, 6, 7], "attention_mask": [True] * 3, "labels": [-100, 6, 7],
+             "position_ids": [0, 1, 2], "seq_idx": None, "token_type_ids": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("row", PADDED.values(), ids=PADDED)
+def test_a_rows_own_padding_is_taken_away(row, packed):
+    plain = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, EXAMPLES["labels"][0]]
+    for given in (row, {k: None if v is None else torch.tensor(v) for k, v in row.items()}):
+        found = sgp.Collator(packed=packed)([given, plain[1]])
+        expected = sgp.Collator(packed=packed)(plain)
+        for name in expected.keys() - {"selection"}:
+            assert torch.equal(found[name], expected[name]), name
+        assert torch.equal(found["selection"].rows, expected["selection"].rows)
+
+
+def test_context_loss_leaves_padding_out():
+    row = {"input_ids": [0, 5, 6, 0], "attention_mask": [0, 1, 1, 0]}
+    assert sgp.Collator(context_loss=True)([row])["labels"].tolist() == [[5, 6]]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_loss_of_padded_rows_is_that_of_the_rows(family):
+    """Rotary positions do not feel how far on the left padding pushes a row; learned ones do."""
+    row = {"input_ids": [0, 0, 11, 12, 13], "attention_mask": [0, 0, 1, 1, 1],
+           "labels": [-100, -100, -100, 12, 13]}  # fmt: skip
+    model = make(family).eval()
+    batch = sgp.Collator()(
+        [row, {"input_ids": [21, 22, 23, 24, 25], "labels": [-100, 22, -100, 24, 25]}]
+    )
+    del batch["selection"]
+    right = {k: torch.tensor([v]) for k, v in row.items()}
+    right["position_ids"] = torch.tensor([[0, 0, 0, 1, 2]])
+    logits = model(**batch).logits[0, :3]
+    torch.testing.assert_close(logits, model(**right).logits[0, 2:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "seams",
+    [
+        {"position_ids": [0, 1, 2, 0, 1]},
+        {"attention_mask": [1, 1, 1, 2, 2]},
+        {"seq_idx": [0, 0, 0, 1, 1]},
+        {"seq_lengths": [3, 2]},
+        {"seq_lengths": [3, 2], "position_ids": [0, 1, 2, 0, 1], "attention_mask": [1] * 5},
+    ],
+    ids=" and ".join,
+)
+def test_rows_that_were_packed_before_are_taken_apart(seams):
+    found = sgp.Collator(packed=True, max_length=2)(
+        [ROW | seams, {"input_ids": [3, 4], "labels": [3, 4]}]
+    )
+    assert found["cu_seqlens"].tolist() == [0, 2, 4, 6]
+    assert found["input_ids"].tolist() == [[5, 6, 8, 9, 3, 4]]
+    assert found["position_ids"].tolist() == [[0, 1] * 3]
+    assert found["labels"].tolist() == [[-100, 6, -100, 9, -100, 4]]
+    assert found["selection"].num_sequences == 3
+
+
+def test_padding_around_a_packed_row():
+    row = {"input_ids": [0, 5, 6, 8, 9, 0], "attention_mask": [0, 1, 1, 2, 2, 0],
+           "labels": [-100, -100, 6, 8, 9, -100]}  # fmt: skip
+    found = sgp.Collator(packed=True)([row])
+    assert found["labels"].tolist() == [[-100, 6, -100, 9]]
+
+
+def test_labels_that_are_shifted_already_are_said():
+    """They are aligned with the logits; the collator's are aligned with the tokens."""
+    shifted = {"input_ids": [5, 6, 7, 8], "labels": [-100, 7, 8, 2]}
+    repeated = {"input_ids": [5, 5, 5, 5], "labels": [-100, 5, 5, 5]}
+    last = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, -100, 8]}
+    with pytest.warns(UserWarning, match=r"examples \[1\] of 4 have labels that are the next"):
+        sgp.Collator()([repeated, shifted, last, EXAMPLES["labels"][0]])
+
+
+def test_a_first_token_alone_carries_no_loss():
+    """It has no predictor."""
+    with pytest.warns(UserWarning, match=r"examples \[1\] of 2 carry no loss"):
+        found = sgp.Collator()([ROW, {"input_ids": [5, 6], "labels": [5, -100]}])
+    assert found["selection"].sequence.tolist() == [0] * 4
+
+
 def test_what_is_cut_off_is_said(tokenizer):
     collate = sgp.Collator(tokenizer, max_length=6)
     with pytest.warns(UserWarning, match=r"examples \[0, 2\] of 3 carry no loss within"):
@@ -191,6 +286,29 @@ def test_a_prompt_that_is_not_a_prefix_is_said():
     assert found["labels"].tolist() == [[-100, 2, 1]]
 
 
+MERGED = [{"prompt": "xx a", "completion": " b c"}]
+EMPTY = [{"input_ids": [1, 2], "labels": [-100, -100]}]
+
+
+@pytest.mark.parametrize("examples", [MERGED, EMPTY], ids=["a merge", "no loss"])
+def test_warnings_point_at_the_users_line(examples):
+    collate = sgp.Collator(Merging())
+    loader = torch.utils.data.DataLoader(examples, collate_fn=collate)
+    thread = threading.Thread(target=collate, args=(examples,))  # in which no line is the user's
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        collate(examples)
+        next(iter(loader))
+        thread.start()
+        thread.join()
+    assert [warning.filename for warning in said][:2] == [__file__] * 2
+    assert "collate(examples)" in Path(__file__).read_text().splitlines()[said[0].lineno - 1]
+    assert Path(said[2].filename).is_file(), "and not sys"
+
+
+ROW = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, 7, 8, 9]}
+
+
 @pytest.mark.parametrize(
     ("examples", "message"),
     [
@@ -205,6 +323,18 @@ def test_a_prompt_that_is_not_a_prefix_is_said():
         ([{"input_ids": [1, 2]}], r"has \['input_ids'\]: which tokens carry loss\? .*context_loss"),
         ([{"input_ids": [1], "labels": None}], "Trainer removes .*: remove_unused_columns=False"),
         ([{"input_ids": [], "labels": []}], "example 0: sgp.Collator: no tokens"),
+        ([ROW | {"attention_mask": [0] * 5, "labels": [-100] * 5}], "example 0: .* no tokens"),
+        ([ROW | {"attention_mask": [1, 1, 0, 1, 1]}], r"is \[1, 1, 0, 1, 1\]; expected 1"),
+        ([ROW | {"attention_mask": [-1, 1, 1, 1, 1]}], r"is \[-1, 1, 1, 1, 1\]; expected 1"),
+        ([ROW | {"attention_mask": [1, 1, 1, 1]}], "5 input_ids and 4 attention_mask"),
+        (
+            [ROW | {"attention_mask": [1, 1, 1, 1, 0]}],
+            r"attention_mask\[4\] is 0 and the label there is 9: padding carries loss",
+        ),
+        ([ROW | {"position_ids": [2, 3, 4, 5, 6]}], r"are \[2, 3, 4, 5, 6\]; expected to count"),
+        ([ROW | {"position_ids": [0, 1, 0, 1, 2]}], r"2 packed sequences, .*\[2, 3\]; packed=True"),
+        ([ROW | {"seq_lengths": [2, 2]}], r"5 input_ids and seq_lengths = \[2, 2\]"),
+        ([ROW | {"token_type_ids": [0, 0, 1, 1, 1]}], r"token_type_ids is \[0, 0, 1, 1, 1\]"),
     ],
 )  # fmt: skip
 def test_what_is_refused(examples, message):
@@ -220,6 +350,140 @@ def test_a_template_without_generation_is_refused(tokenizer):
             sgp.Collator(tokenizer)(EXAMPLES["messages"])
     finally:
         tokenizer.chat_template = TEMPLATE
+
+
+def test_the_context_loss_of_a_prompt(tokenizer):
+    for kind in ("prompt and completion", "conversations"):
+        found = sgp.Collator(tokenizer, context_loss=True)(EXAMPLES[kind])
+        attended = found["attention_mask"] == 1
+        assert torch.equal(found["labels"][attended], found["input_ids"][attended])
+
+
+# -- turns and tools -------------------------------------------------------------------------------
+
+TRACE = {
+    "prompt": say("Square this number . 3 ."),
+    "completion": [
+        {"role": "assistant", "content": "Square 3"},
+        {"role": "user", "content": "9"},  # as a tool would answer
+        {"role": "assistant", "content": "The result is 9 ."},
+    ],
+}
+
+
+def scored(tokenizer, example, **options):
+    labels = sgp.Collator(tokenizer, **options)([example])["labels"][0]
+    return tokenizer.decode(labels[labels != -100])
+
+
+def test_the_assistants_tokens_of_a_completion(tokenizer):
+    whole = "Square 3 </s> <user> 9 <assistant> The result is 9 . </s>"
+    assert scored(tokenizer, TRACE) == whole
+    only = "Square 3 </s> The result is 9 . </s>"
+    assert scored(tokenizer, TRACE, assistant_only_loss=True) == only
+    before = TRACE | {"prompt": say("hello", "hello", "why")}
+    assert scored(tokenizer, before, assistant_only_loss=True) == only, "no turn of the prompt"
+    chat = EXAMPLES["messages"][0]
+    assert scored(tokenizer, chat, assistant_only_loss=True) == scored(tokenizer, chat)
+    masks = sgp.Collator(assistant_only_loss=True)(EXAMPLES["masks"])
+    assert torch.equal(masks["labels"], sgp.Collator()(EXAMPLES["masks"])["labels"])
+
+
+@pytest.mark.parametrize(
+    ("example", "what"),
+    [
+        ({"prompt": "hello", "completion": " why"}, "the completion is a text"),
+        ({"text": "hello"}, "the example is a text"),
+        ({"input_ids": [5], "completion_mask": [1]}, r"has \['completion_mask', 'input_ids'\]"),
+    ],
+)
+def test_where_nothing_says_what_is_the_assistants(example, what, tokenizer):
+    with pytest.raises(ValueError, match=f"example 0: .*assistant_only_loss=True asks .*{what}"):
+        sgp.Collator(tokenizer, assistant_only_loss=True)([example])
+
+
+def test_context_and_assistant_only_contradict_each_other():
+    with pytest.raises(ValueError, match="context_loss=True and assistant_only_loss=True"):
+        sgp.Collator(context_loss=True, assistant_only_loss=True)
+
+
+class Template:
+    """A tokenizer that keeps what its template was given."""
+
+    eos_token = None
+
+    def apply_chat_template(self, messages, **options):
+        self.given = {"messages": messages, **options}
+        alone = options.get("add_generation_prompt", False)
+        return {"input_ids": [1] if alone else [1, 2], "assistant_masks": [0, 1]}
+
+
+def call(name, **arguments):
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def tool(name, *required, **properties):
+    parameters = {"type": "object", "properties": properties, "required": list(required)}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def test_none_that_datasets_put_in_is_left_out():
+    """A row gets the keys of all rows: what the template sees is the row as it was written."""
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "Where?"}]},
+                {"role": "assistant", "content": None, "tool_calls": [
+                    call("find", thing="key", where={"room": "hall"}, many=[{"a": 1}])]},
+            ],
+            "tools": [tool("find", "thing", thing={"type": "string"})],
+            "chat_template_kwargs": {"polite": True},
+        },
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image", "image": "x.png"}], "name": "Ann"},
+                {"role": "assistant", "content": [], "tool_calls": [
+                    call("walk", steps=3, where={"floor": 2}, many=[{"b": 2}])]},
+            ],
+            "tools": [tool("walk", steps={"type": "integer", "enum": [1, 3]})],
+            "chat_template_kwargs": {"terse": True},
+        },
+    ]  # fmt: skip
+    assert Dataset.from_list(rows)[0] != rows[0], "it puts None in"
+    template = Template()
+    for row, given in zip(rows, Dataset.from_list(rows), strict=True):
+        sgp.Collator(template)([given])
+        for name in ("messages", "tools"):
+            assert template.given[name] == row[name], name
+        assert {"polite", "terse"} & template.given.keys() == row["chat_template_kwargs"].keys()
+        prompt, completion = given.pop("messages")
+        sgp.Collator(template)([given | {"prompt": [prompt], "completion": [completion]}])
+        assert template.given["messages"] == row["messages"]
+
+
+def test_none_that_is_meant_stays():
+    """What the tools say is required, a schema's default, and what is written as JSON."""
+    message = {"role": "assistant", "content": None, "tool_calls": [call("set", to=None, by=None)]}
+    text = {"role": "assistant", "content": "", "tool_calls": [
+        {"name": "set", "arguments": '{"to": null}'}]}  # fmt: skip
+    by = {"type": "integer", "default": None}
+    template = Template()
+    sgp.Collator(template)([{"messages": [message, text], "tools": [tool("set", "to", by=by)]}])
+    kept, unread = template.given["messages"]
+    assert kept["tool_calls"] == [call("set", to=None)]
+    assert kept["content"] is None
+    assert unread == text
+    assert template.given["tools"] == [tool("set", "to", by=by)]
+    for tools in ([len], [{"function": {"name": "set", "parameters": '{"type": "object"}'}}]):
+        sgp.Collator(template)([{"messages": [message], "tools": tools}])
+        assert template.given["tools"] == tools, "code, or JSON"
+    sgp.Collator(template)(
+        [{"messages": [message], "tools": '[{"name": "set", "parameters": null}]'}]
+    )
+    assert template.given["tools"] == [{"name": "set", "parameters": None}]
+
+
+# -- beside a model, and processes -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["rows", "fused"])
@@ -249,3 +513,30 @@ def test_workers_carry_the_selection():
     (batch,) = loader
     assert batch["selection"].rows.tolist() == [0, 2, 4]
     assert batch["selection"].to("cpu", non_blocking=True).num_sequences == 2
+
+
+def test_a_stream_that_one_process_reads_for_two(tmp_path):
+    """accelerate puts batches together and cuts them up, which only tensors survive."""
+    ways = [(0, None), (1, None), (0, False)]  # workers, dispatch_batches
+    (first, error), (second, _) = run_ranks(streamed.batches, 2, tmp_path, ways)
+    tensors = {"input_ids", "labels", "attention_mask", "position_ids"}
+    for here, there, (_, dispatch) in zip(first, second, ways, strict=True):
+        alone = dispatch is False  # each process reads for itself
+        for keys, _, kept in (*here, *there):
+            assert keys == (tensors | {"selection"} if alone else tensors)
+            assert kept == (6 if alone else None)
+        assert {t for _, tokens, _ in (*here, *there) for t in tokens} == set(range(0, 100, 10))
+        assert here[0][1] + there[0][1] == [0, 10, 20, 30]
+    assert "packed=True, and accelerate reads the data in one process" in error
+    assert "dispatch_batches" in error
+
+
+def test_a_stream_in_one_process_keeps_its_selection():
+    accelerate = pytest.importorskip("accelerate")
+    loader = accelerate.data_loader.prepare_data_loader(
+        torch.utils.data.DataLoader(streamed.Stream(), 2, collate_fn=sgp.Collator()),
+        num_processes=1, process_index=0, put_on_device=True, device=torch.device("cpu"),
+    )  # fmt: skip
+    assert isinstance(loader, accelerate.data_loader.DataLoaderDispatcher)
+    assert all(batch["selection"].num_kept == 6 for batch in loader)
+    assert pickle.loads(pickle.dumps(sgp.Collator())) == sgp.Collator()  # noqa: S301

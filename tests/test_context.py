@@ -254,8 +254,9 @@ def test_batches_without_context_or_output(llama, input_ids):
 
 def test_the_warning_of_detach_comes_once(llama, input_ids):
     context._warn_of_detached.cache_clear()
-    with pytest.warns(UserWarning, match="not the gradient of the loss"):
+    with pytest.warns(UserWarning, match="not the gradient of the loss") as said:
         sgp.context_loss(llama, input_ids, CONTEXTS, lengths=LENGTHS, context_grad="detach")
+    assert said[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sgp.context_loss(llama, input_ids, CONTEXTS, lengths=LENGTHS, context_grad="detach")

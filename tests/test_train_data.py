@@ -24,6 +24,8 @@ from sgp.train.data import (
     split,
 )
 from sgp.train.errors import UserError
+from sgp.train.options import Options
+from sgp.train.prepare import prepare
 from sgp.train.stdlib import function_pairs, source_files, stdlib_pairs
 
 GOOD = b'{"prompt": "2+2=", "completion": "4"}'
@@ -362,3 +364,20 @@ def test_an_epoch_holds_every_example_once_and_the_next_is_shuffled_anew():
 def test_batch_larger_than_the_data():
     batches = epochs(numbered(3), batch_size=100, seed=0)
     assert [sorted(batch) for batch in contexts(batches, 2)] == [[1, 2, 3]] * 2
+
+
+def test_a_pair_that_comes_again_is_trained_on_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "m.py").write_text('def f(x):\n    "Double."\n    return 2 * x\n')
+    lines = [{"prompt": p, "completion": "y"} for p in "abacaa"] + [
+        {"prompt": "a", "completion": "z"}
+    ]
+    data = tmp_path / "d.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = []
+    found = prepare(Options(data=data, library=tmp_path, vocabulary=270, hidden=16), said.append)
+    kept = [(example.context, example.output) for example in (*found.train, *found.held_out)]
+    assert len(kept) == len({repr(example) for example in kept}) == 4
+    assert found.counts["pairs"] == 7
+    assert found.counts["identical"] == 3
+    assert "data: 3 pairs identical to an earlier pair: dropped" in said

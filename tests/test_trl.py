@@ -4,6 +4,7 @@ import copy
 import runpy
 import warnings
 
+import peft
 import pytest
 import torch
 import trl
@@ -41,6 +42,8 @@ def run(model, batch, **more):
 )
 def test_the_fused_head_is_trls(family, temperature):
     model, batch = make(family), make_batch()
+    if model.get_output_embeddings().bias is not None:  # zeros when it is made
+        torch.nn.init.normal_(model.get_output_embeddings().bias)
     fields = FIELDS if family == "gemma2" else (*FIELDS, "mean_logits")
     add_fused_lm_head(model, temperature, outputs=fields)
     expected, true = run(model, batch)
@@ -117,6 +120,63 @@ def test_sft_logs_what_trls_trainer_logs(family, options, data, tmp_path):
         assert set(log) == set(true)
         for name in ("loss", "entropy", "mean_token_accuracy", "num_tokens"):
             assert log[name] == pytest.approx(true[name], rel=1e-4), name
+
+
+def fused(model, batch):
+    """A fused output, and the gradients of what is trained."""
+    model.zero_grad()
+    out = model(**batch, fused_lm_head=True)
+    if out.loss.requires_grad:
+        (out.loss + 0.1 * (out.log_probs.exp() * out.entropy).sum()).backward()
+    return out, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("modules", [["lm_head"], ["lm_head", "embed_tokens"]])
+def test_a_head_that_peft_trains_whole(modules):
+    """The copy of the adapter in use, or, without adapters, the head that was."""
+    batch = make_batch()
+    lora = {"task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"]}
+    found = {}
+    for add in (add_fused_lm_head, sgp.trl.add_fused_lm_head):
+        config = peft.LoraConfig(**lora, modules_to_save=modules)
+        model = quiet(lambda config=config: peft.get_peft_model(make("llama"), config))
+        add(model.get_base_model(), outputs=(*FIELDS, "mean_logits"))
+        model.add_adapter("late", config)
+        head = model.get_base_model().get_output_embeddings()
+        with torch.no_grad():
+            for number, copy_of in enumerate(head.modules_to_save.values()):
+                copy_of.weight.mul_(0.5 + 0.2 * number)
+        outputs = found[add] = [fused(model, batch)]
+        with model.disable_adapter():
+            outputs.append(fused(model, batch))
+        model.set_adapter("late")
+        outputs.append(fused(model, batch))
+    assert len({round(out.loss.item(), 3) for out, _ in found[add]}) == 3
+    for (out, gradients), (expected, true) in zip(*reversed(found.values()), strict=True):
+        for name in (*FIELDS, "mean_logits", "loss"):
+            torch.testing.assert_close(
+                getattr(out, name), getattr(expected, name), rtol=2e-5, atol=1e-5
+            )
+        assert gradients.keys() == true.keys()
+        for name, gradient in true.items():
+            error = (gradients[name] - gradient).abs().max()
+            assert error <= 5e-5 * gradient.abs().max(), name
+    assert any("modules_to_save.late" in name and "lm_head" in name for name in gradients)
+
+
+def test_sft_with_a_saved_head(data, tmp_path):
+    def losses(kind):
+        tokenizer, rows = data
+        arguments = trl.SFTConfig(output_dir=str(tmp_path), **COMMON)
+        lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, modules_to_save=["lm_head"])
+        return logs_of(
+            kind(make("llama"), arguments, train_dataset=rows, processing_class=tokenizer,
+                 peft_config=lora)
+        )  # fmt: skip
+
+    expected, found = (quiet(lambda k=k: losses(k)) for k in (trl.SFTTrainer, sgp.trl.SFTTrainer))
+    assert [log["loss"] for log in found] == pytest.approx([log["loss"] for log in expected])
+    assert found[1]["loss"] != found[0]["loss"]
 
 
 def test_a_patched_model_is_no_hindrance_and_no_help(data, tmp_path, monkeypatch):
@@ -253,10 +313,15 @@ def test_what_is_refused(monkeypatch):
     with pytest.raises(RuntimeError, match=r"needs TRL 1\.16 or later; this is 1\.15\.2"):
         sgp.trl.add_fused_lm_head(model)
     monkeypatch.setattr(trl, "__version__", "2.0.0")
-    with pytest.warns(UserWarning, match=r"is tested with TRL from 1\.16 to before 1\.17"):
+    with pytest.warns(UserWarning, match=r"is tested with TRL from 1\.16 to before 1\.17") as said:
         sgp.trl.add_fused_lm_head(model)
+    assert said[0].filename == __file__
     monkeypatch.undo()
     model = make("llama")
     model.lm_head = torch.nn.Sequential(model.lm_head)
     with pytest.raises(UnsupportedModelError, match=r"is torch.*Sequential; expected a plain"):
+        sgp.trl.add_fused_lm_head(model)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"])
+    model = quiet(lambda: peft.get_peft_model(make("llama"), lora))
+    with pytest.raises(UnsupportedModelError, match=r"is peft.*lora.*Linear; expected a plain"):
         sgp.trl.add_fused_lm_head(model)

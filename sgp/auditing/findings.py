@@ -80,14 +80,16 @@ def labels_and_inputs(view: View) -> Iterator[Finding]:
     differ = marked & (view.labels != view.input_ids)
     ahead = torch.zeros_like(differ)
     ahead[:, :-1] = marked[:, :-1] & (view.labels[:, :-1] == view.input_ids[:, 1:])
-    behind = torch.zeros_like(differ)
-    behind[:, 1:] = marked[:, 1:] & (view.labels[:, 1:] == view.input_ids[:, :-1])
-    for row in _rows(differ):
+    following = torch.zeros_like(differ)
+    following[:, :-1] = view.targets[:, :-1] == view.input_ids[:, 1:]
+    others = view.predicts & (view.targets != view.input_ids)
+    itself = ~others.any(1) & (view.predicts & ~following).any(1)  # not just a token repeated
+    for row in _rows(differ | itself[:, None]):
         scored = int(marked[row].sum())
-        if int(behind[row].sum()) == scored:
+        if bool(itself[row]):
             yield _of(
                 "labels-not-the-inputs",
-                _place(differ, row),
+                _place(view.predicts, row),
                 "each token is trained to predict itself: nothing shifts these labels. Pass "
                 "shift=True, or targets that are the next token's",
             )
