@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import sgp.train
+from sgp.interrupt import Interrupted, StopRequest
 from sgp.train import run as run_module
 from sgp.train.batch import Example, collate
 from sgp.train.compare import Comparison, Row, compare
 from sgp.train.errors import UserError
-from sgp.train.interrupt import StopRequest
 from sgp.train.loop import LOSSES, Curves, make_learners, pytorch_loss, schedule, train
 from sgp.train.memory import cpu_peak
 from sgp.train.model import check_head, load, save, split_model, tiny_llama
@@ -397,7 +397,9 @@ def raise_interrupt():
 def test_interrupted_run_keeps_what_it_had(options, monkeypatch, capsys, action, steps):
     interrupting(monkeypatch, action, at=3)
     handler = signal.getsignal(signal.SIGINT)
-    assert run(Options(**vars(options) | {"steps": 1000})) == 130
+    saved = rf"^after {steps} of 1000 steps; saved in .*: model/, loss.png, summary.json$"
+    with pytest.raises(Interrupted, match=saved):
+        run(Options(**vars(options) | {"steps": 1000}))
     assert signal.getsignal(signal.SIGINT) is handler
     written = summary(options)
     assert (written["ended"], written["steps"]) == ("interrupted", steps)
@@ -411,7 +413,7 @@ def test_interrupted_run_keeps_what_it_had(options, monkeypatch, capsys, action,
 
 def test_interrupt_before_the_first_step_saves_nothing(options, monkeypatch):
     interrupting(monkeypatch, raise_interrupt, at=1)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match=r"^before the first step; nothing was saved$"):
         run(options)
     assert list(options.out.iterdir()) == []
 
@@ -427,7 +429,8 @@ def test_ctrl_c_while_the_held_out_loss_is_measured_keeps_the_rest(options, monk
         return original(job)
 
     monkeypatch.setattr(run_module, "_evaluate", evaluate)
-    assert run(options) == 130
+    with pytest.raises(Interrupted, match=r"model/, loss.png, summary.json$"):
+        run(options)
     assert summary(options)["held_out"]["after"] is None
     assert summary(options)["steps"] == options.steps
     assert "not measured" in capsys.readouterr().out
@@ -442,7 +445,8 @@ def test_ctrl_c_while_saving_waits_for_the_files(options, monkeypatch, capsys):
         original(*arguments)
 
     monkeypatch.setattr(run_module, "save", slow_save)
-    assert run(options) == 130
+    with pytest.raises(Interrupted, match=r"model/, loss.png, summary.json$"):
+        run(options)
     assert "saving; one moment" in capsys.readouterr().err
     load(str(options.out / "model"))
     assert summary(options)["steps"] == options.steps

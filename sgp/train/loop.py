@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 import sgp
+from sgp.interrupt import StopRequest
 from sgp.train.batch import IGNORE_INDEX, Batch
-from sgp.train.interrupt import StopRequest
 from sgp.train.model import Parts, split_model
 
 Loss = Callable[[Parts, Batch, str], Tensor]
