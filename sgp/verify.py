@@ -151,7 +151,7 @@ def run(*, quick: bool = False, output: pathlib.Path | None = None) -> int:
         return _conclude(todo, outcomes, device, console)
     except KeyboardInterrupt:
         failed = sum(not outcome.passed for outcome in outcomes)
-        where = "nothing was written; --output FILE.json keeps the results"
+        where = "nothing was written (--output FILE.json keeps the results)"
         raise Interrupted(
             f"after {len(outcomes)} of {len(todo)} cases, {failed} of which failed; "
             f"{where if output is None else f'their results are in {output}'}"
@@ -173,7 +173,7 @@ def _conclude(
     verdict = f"[red]{len(failed)} FAILED" if failed else "[green]all passed"
     console.print(f"{len(outcomes)} cases, {verdict}")
     for outcome in failed:
-        console.print(_failure(outcome), style="red", markup=False, soft_wrap=True)
+        _print_failure(outcome, console)
     if len(outcomes) < len(todo):
         rest = len(todo) - len(outcomes)
         console.print(f"[red]{rest} cases were not run: after this failure the GPU answers nothing")
@@ -410,7 +410,7 @@ def _check_all(
                     results.add(outcome)
                 progress.advance(bar)
                 if not outcome.passed:
-                    console.print(_failure(outcome), style="red", markup=False, soft_wrap=True)
+                    _print_failure(outcome, console)
                 if broken := bool(outcome.raised) and not answers(device):
                     break
             console.print(_summary(outcomes[first:]), highlight=False, soft_wrap=True)
@@ -430,7 +430,7 @@ def _summary(outcomes: list[Outcome]) -> str:
     )
 
 
-def _failure(outcome: Outcome) -> str:
+def _print_failure(outcome: Outcome, console: Console) -> None:
     """A case that failed, and how."""
     case = outcome.case
     options = "" if case.options == "plain" else ", all options"
@@ -438,10 +438,11 @@ def _failure(outcome: Outcome) -> str:
         f"loss {outcome.loss:.1e} (bound {outcome.loss_bound:.1e}), gradient "
         f"{outcome.gradient:.1e} (PyTorch {outcome.plain_gradient:.1e})"
     )
-    return (
+    text = (
         f"failed: {case.path}, V = {_grouped(case.V)}, {_name(case.dtype)}, "
         f"{case.kept:.0%} of the rows kept{options}: {how}"
     )
+    console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def answers(device: torch.device) -> bool:

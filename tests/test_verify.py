@@ -177,7 +177,7 @@ def test_who_interrupts_verify_is_told_what_stands(saved, tmp_path, monkeypatch)
     monkeypatch.setattr(verify, "check", checked)
     monkeypatch.delenv("SGP_BACKEND", raising=False)
     total = len(list(verify.cases(quick=True)))
-    stands = f"their results are in {output}" if saved else "nothing was written; --output FILE"
+    stands = f"their results are in {output}" if saved else "nothing was written (--output FILE"
     with pytest.raises(Interrupted) as caught:
         verify.run(quick=True, output=output if saved else None)
     said = str(caught.value)

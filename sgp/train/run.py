@@ -89,7 +89,14 @@ def _run(options: Options, disk: _Disk) -> bool:
     _require_packages()
     _check_folder(options.out)
     setup = prepare(options, lambda text: console.print(text, soft_wrap=True))
-    with at_most(cores.count()):
+    usual, free = torch.get_num_threads(), cores.count()
+    with at_most(free) as threads:
+        if free is not None and threads < usual:
+            console.print(
+                f"threads: {threads} in place of {usual}: other programs leave about {free:.1f} "
+                "cores free, and PyTorch's threads wait for each other",
+                soft_wrap=True,
+            )
         job = _start(setup, options, console)
         _make_folder(options.out)
         before = _evaluate(job)
