@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import subprocess
 import sys
 
@@ -48,9 +49,9 @@ def everything() -> int:
         words = f"python -m {module} {' '.join(arguments)}"
         print(f"\n== {words}", flush=True)
         command = [sys.executable, "-m", module, *arguments]
-        code = subprocess.run(command, check=False).returncode
-        if code == INTERRUPTED:
-            return code
+        code = _run(command)
+        if code in (INTERRUPTED, -signal.SIGINT):
+            return INTERRUPTED
         if code:
             failed.append(words)
     for words in failed:
@@ -58,13 +59,20 @@ def everything() -> int:
     return 1 if failed else 0
 
 
+def _run(command: list[str]) -> int:
+    """The command's exit code; Ctrl-C is left to the command, which writes what it has."""
+    # A function, because a command would inherit SIG_IGN.
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        return subprocess.run(command, check=False).returncode
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def main() -> None:
     """Run bench/NAME.py with the arguments that follow."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name == "all":
-        del sys.argv[1]
-        sys.exit(everything())
-    if name not in COMMANDS:
+    if name not in ("all", *COMMANDS):
         listing = "\n".join(
             f"  {command:10} {what}" for command, what in {"all": EVERYTHING, **COMMANDS}.items()
         )
@@ -75,9 +83,9 @@ def main() -> None:
         sys.exit(f"unknown: {name}\n{usage}")
     del sys.argv[1]
     try:
-        sys.exit(importlib.import_module(f"bench.{name}").main())
+        sys.exit(everything() if name == "all" else importlib.import_module(f"bench.{name}").main())
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(f"python -m bench {name}: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 

@@ -8,6 +8,12 @@ ranks; `reference` is the definition of all in plain PyTorch.
 Kernels are imported at first use.
 """
 
+# ruff: noqa: E402
+
+from sgp import interrupt as _interrupt
+
+_interrupt.watch_start()  # first: the import of PyTorch takes most of a command's start
+
 from sgp import huggingface, parallel, reference
 from sgp.auditing import AuditReport, audit
 from sgp.collator import Collator

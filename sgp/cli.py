@@ -9,8 +9,13 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
-_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+from sgp import interrupt
+
 _USAGE = 2
+
+_MODEL = "folder or hub name of a causal language model (default: a tiny Llama)"
+
+_Job = Callable[[], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,13 +31,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         >>> main(["train", "--data", "missing.jsonl"])  # one line on standard error
         2
     """
-    arguments = _parser().parse_args(argv)
-    command: Callable[[argparse.Namespace], int] = arguments.run
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    from sgp.train.errors import UserError  # noqa: PLC0415  # only commands need it
+
     try:
-        return command(arguments)
-    except KeyboardInterrupt:
-        print(f"sgp {arguments.command}: interrupted", file=sys.stderr)
-        return _INTERRUPTED
+        job: _Job = arguments.prepare(arguments)  # imports what it needs
+        with interrupt.raising():
+            return job()
+    except UserError as error:
+        print(f"sgp {arguments.command}: {error}", file=sys.stderr)
+        return _USAGE
+    except KeyboardInterrupt as stop:
+        words = ["sgp", f"{arguments.command}:", "interrupted", *map(str, stop.args)]
+        print(" ".join(words), file=sys.stderr)
+        return interrupt.INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="sgp", description="Selective Gradient Propagation: the loss of the output tokens."
     )
     parser.add_argument("--version", action="version", version=f"sgp {_version()}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_train(
         commands.add_parser("train", help="train a small model, PyTorch's loss beside sgp's")
     )
@@ -50,9 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check the kernels against the reference")
     verify.add_argument("--quick", action="store_true", help="a small part of the checks")
     verify.add_argument("--output", type=Path, metavar="FILE.json", help="write the results too")
-    verify.set_defaults(run=_verify)
+    verify.set_defaults(prepare=_verify)
     doctor = commands.add_parser("doctor", help="say what runs on this machine, and why")
-    doctor.set_defaults(run=_doctor)
+    doctor.set_defaults(prepare=_doctor)
     return parser
 
 
@@ -63,34 +79,60 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "model, a picture of both loss curves and a summary. By default the data are the "
         "functions of the Python standard library."
     )
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     add = parser.add_argument
     add(
         "--data",
         type=Path,
         metavar="FILE.jsonl",
-        help='lines of {"prompt": ..., "completion": ...}',
+        help='lines of {"prompt": ..., "completion": ...} (default: the standard library)',
     )
-    add("--model", metavar="PATH", help="folder or hub name of a causal model, else a tiny Llama")
-    add("--steps", type=_count, default=60, metavar="N", help="optimizer steps")
-    add("--batch-size", type=_count, default=4, metavar="B", help="sequences a step")
+    add("--model", metavar="PATH", help=_MODEL)
+    add(
+        "--steps",
+        type=_count,
+        default=60,
+        metavar="N",
+        help="optimizer steps (default: %(default)s)",
+    )
+    add(
+        "--batch-size",
+        type=_count,
+        default=4,
+        metavar="B",
+        help="sequences a step (default: %(default)s)",
+    )
     add(
         "--loss",
         choices=("pytorch", "sgp", "sgp-linear"),
         default="sgp-linear",
         help="of the second copy, which is saved: the usual loss (a control), sgp's on the kept "
-        "rows' logits, or sgp's with the head inside",
+        "rows' logits, or sgp's with the head inside (default: %(default)s)",
     )
-    add("--seed", type=int, default=0, help="of the weights and the order of the data")
-    add("--out", type=Path, default=Path("sgp-out"), metavar="FOLDER", help="where files are saved")
-    add("--max-length", type=_count, metavar="T", help="window in tokens, 128 if not given")
-    add("--lr", type=_positive, help="largest learning rate; 4e-3, or 5e-5 with --model")
-    parser.set_defaults(run=_train)
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the weights and the order of the data (default: %(default)s)",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path("sgp-out"),
+        metavar="FOLDER",
+        help="where files are saved (default: %(default)s)",
+    )
+    add(
+        "--max-length",
+        type=_count,
+        metavar="T",
+        help="window in tokens (default: 128, or less if the model has less)",
+    )
+    add("--lr", type=_positive, help="largest learning rate (default: 4e-3, with --model 5e-5)")
+    parser.set_defaults(prepare=_train)
 
 
-def _train(arguments: argparse.Namespace) -> int:
-    from sgp.train.errors import UserError  # noqa: PLC0415  # only this command needs it
-    from sgp.train.options import Options  # noqa: PLC0415  # same reason
+def _train(arguments: argparse.Namespace) -> _Job:
+    from sgp.train.options import Options  # noqa: PLC0415  # only this command needs it
     from sgp.train.run import run  # noqa: PLC0415  # same reason
 
     options = Options(
@@ -104,14 +146,7 @@ def _train(arguments: argparse.Namespace) -> int:
         lr=arguments.lr,
         loss=arguments.loss,
     )
-    try:
-        return run(options)
-    except UserError as error:
-        print(f"sgp train: {error}", file=sys.stderr)
-        return _USAGE
-    except KeyboardInterrupt:  # later ones end the training early and are not raised
-        print("sgp train: interrupted before the first step; nothing was saved", file=sys.stderr)
-        return _INTERRUPTED
+    return lambda: run(options)
 
 
 def _add_audit(parser: argparse.ArgumentParser) -> None:
@@ -127,35 +162,42 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
         help="lines of input_ids and labels (-100: no loss; not shifted), as a collator makes "
         "them, or of prompt and completion, which the tokenizer turns into both",
     )
-    add("--model", metavar="PATH", help="folder or hub name of a causal model, else a tiny Llama")
-    add("--tokenizer", metavar="PATH", help="folder or hub name; default: the model's")
-    add("--rows", type=_count, default=4, metavar="B", help="samples for a backward pass (4)")
-    add("--max-length", type=_count, default=512, metavar="T", help="their tokens, at most (512)")
+    add("--model", metavar="PATH", help=_MODEL)
+    add("--tokenizer", metavar="PATH", help="folder or hub name (default: the model's)")
+    add(
+        "--rows",
+        type=_count,
+        default=4,
+        metavar="B",
+        help="samples for a backward pass (default: %(default)s)",
+    )
+    add(
+        "--max-length",
+        type=_count,
+        default=512,
+        metavar="T",
+        help="their tokens, at most (default: %(default)s)",
+    )
     add("--out", type=Path, metavar="FOLDER", help="write audit.png, audit.html and audit.json")
-    parser.set_defaults(run=_audit)
+    parser.set_defaults(prepare=_audit)
 
 
-def _audit(arguments: argparse.Namespace) -> int:
-    from sgp.auditing import command  # noqa: PLC0415  only this command needs it
-    from sgp.train.errors import UserError  # noqa: PLC0415  same reason
+def _audit(arguments: argparse.Namespace) -> _Job:
+    from sgp.auditing import command  # noqa: PLC0415  # only this command needs it
 
-    try:
-        return command.run(arguments)
-    except UserError as error:
-        print(f"sgp audit: {error}", file=sys.stderr)
-        return _USAGE
+    return lambda: command.run(arguments)
 
 
-def _verify(arguments: argparse.Namespace) -> int:
+def _verify(arguments: argparse.Namespace) -> _Job:
     from sgp import verify  # noqa: PLC0415  # only this command needs it
 
-    return verify.run(quick=arguments.quick, output=arguments.output)
+    return lambda: verify.run(quick=arguments.quick, output=arguments.output)
 
 
-def _doctor(_: argparse.Namespace) -> int:
+def _doctor(_: argparse.Namespace) -> _Job:
     from sgp import doctor  # noqa: PLC0415  # only this command needs it
 
-    return doctor.run()
+    return doctor.run
 
 
 def _version() -> str:

@@ -14,7 +14,10 @@ from rich.table import Table
 from sgp import backend
 
 VOCABULARIES = (1_024, 32_000, 151_936, 262_144)
-PACKAGES = ("torch", "triton", "transformers", "tokenizers", "matplotlib", "rich")
+PACKAGES = (
+    "torch", "triton", "numpy", "transformers", "tokenizers", "datasets", "accelerate", "peft",
+    "trl", "matplotlib", "rich",
+)  # fmt: skip
 VARIABLES = {
     "SGP_BACKEND": "auto | triton | torch: force an implementation",
     "SGP_ROW_FORM": "auto | resident | streaming | staying | blockwise: force a row kernel",

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sgp import backend, reference
+from sgp.interrupt import Interrupted
 from sgp.linear import linear_cross_entropy
 from sgp.log_probs import linear_token_log_probs
 from sgp.losses import cross_entropy
@@ -114,8 +115,12 @@ class Outcome(NamedTuple):
 def run(*, quick: bool = False, output: pathlib.Path | None = None) -> int:
     """Check, print the table, write it as JSON if asked; 0 if every case passed, else 1.
 
-    On a CPU the kernels run in Triton's interpreter (this sets TRITON_INTERPRET=1, so call it
-    before anything imports the kernels); on a GPU they are compiled.
+    A line is printed after each group of cases, and each case is in the file before the next
+    begins. On a CPU the kernels run in Triton's interpreter (this sets TRITON_INTERPRET=1, so call
+    it before anything imports the kernels); on a GPU they are compiled.
+
+    Raises:
+        Interrupted: Ctrl-C; says how far it came and what was written.
     """
     console = Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -133,6 +138,7 @@ def run(*, quick: bool = False, output: pathlib.Path | None = None) -> int:
         why = error.strerror if folder and folder.is_dir() else f"{folder} is no folder"
         console.print(f"sgp verify: --output {output}: {why}", soft_wrap=True)
         return 2
+    todo, outcomes = list(cases(quick=quick)), list[Outcome]()
     before = os.environ.get("SGP_BACKEND")
     os.environ["SGP_BACKEND"] = "triton"  # an error where the kernels cannot run, never a fallback
     try:
@@ -140,20 +146,34 @@ def run(*, quick: bool = False, output: pathlib.Path | None = None) -> int:
         if choice == "error":
             console.print(f"sgp verify: the kernels cannot run: {why}", soft_wrap=True)
             return 2
-        todo = list(cases(quick=quick))
-        outcomes = _check_all(todo, device, console, results)
+        console.print(f"sgp verify: {len(todo)} cases; {machine(device)}", soft_wrap=True)
+        _check_all(todo, outcomes, device, console, results)
+        return _conclude(todo, outcomes, device, console)
+    except KeyboardInterrupt:
+        failed = sum(not outcome.passed for outcome in outcomes)
+        where = "nothing was written (--output FILE.json keeps the results)"
+        raise Interrupted(
+            f"after {len(outcomes)} of {len(todo)} cases, {failed} of which failed; "
+            f"{where if output is None else f'their results are in {output}'}"
+        ) from None
     finally:
         if before is None:
             del os.environ["SGP_BACKEND"]
         else:
             os.environ["SGP_BACKEND"] = before
-    failed = [outcome for outcome in outcomes if not outcome.passed]
+
+
+def _conclude(
+    todo: list[Case], outcomes: list[Outcome], device: torch.device, console: Console
+) -> int:
+    """The tables and what failed; 1 if anything did."""
     for table in _tables(outcomes, device):
         console.print(table)
+    failed = [outcome for outcome in outcomes if not outcome.passed]
     verdict = f"[red]{len(failed)} FAILED" if failed else "[green]all passed"
     console.print(f"{len(outcomes)} cases, {verdict}")
     for outcome in failed:
-        console.print(f"[red]failed: {outcome}", markup=True, soft_wrap=True)
+        _print_failure(outcome, console)
     if len(outcomes) < len(todo):
         rest = len(todo) - len(outcomes)
         console.print(f"[red]{rest} cases were not run: after this failure the GPU answers nothing")
@@ -367,23 +387,61 @@ def _plain(
 
 
 def _check_all(
-    todo: list[Case], device: torch.device, console: Console, results: _Results | None
-) -> list[Outcome]:
+    todo: list[Case],
+    outcomes: list[Outcome],
+    device: torch.device,
+    console: Console,
+    results: _Results | None,
+) -> None:
     """Every case; only those before it where one leaves a GPU that answers nothing any more."""
-    outcomes: list[Outcome] = []
-    with warnings.catch_warnings(), Progress(console=console, transient=True) as progress:
+    # Where nobody watches a bar, rich would leave an empty line in its place.
+    progress = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with warnings.catch_warnings(), progress:
         # NumPy inside the interpreter says aloud what a GPU does silently in masked lanes.
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
         bar = progress.add_task("kernels against the reference", total=len(todo))
-        for case in todo:
-            outcome = attempt(case, device)
-            outcomes.append(outcome)
-            if results is not None:
-                results.add(outcome)
-            progress.advance(bar)
-            if outcome.raised and not answers(device):
+        for _, group in itertools.groupby(todo, lambda case: (case.V, case.dtype)):
+            first, broken = len(outcomes), False
+            for case in group:
+                outcome = attempt(case, device)
+                outcomes.append(outcome)
+                if results is not None:
+                    results.add(outcome)
+                progress.advance(bar)
+                if not outcome.passed:
+                    _print_failure(outcome, console)
+                if broken := bool(outcome.raised) and not answers(device):
+                    break
+            console.print(_summary(outcomes[first:]), highlight=False, soft_wrap=True)
+            if broken:
                 break
-    return outcomes
+
+
+def _summary(outcomes: list[Outcome]) -> str:
+    """A group of cases of one vocabulary and dtype, in a line."""
+    _, dtype, V, *_ = outcomes[0].case
+    loss, _, gradient, _ = (_largest(errors) for errors in _errors(outcomes))
+    failed = sum(not outcome.passed for outcome in outcomes)
+    verdict = f"[red]{failed} FAILED" if failed else "[green]ok"
+    return (
+        f"V = {_grouped(V)}, {_name(dtype)}: {len(outcomes)} cases, errors up to {loss} (loss), "
+        f"{gradient} (gradient): {verdict}"
+    )
+
+
+def _print_failure(outcome: Outcome, console: Console) -> None:
+    """A case that failed, and how."""
+    case = outcome.case
+    options = "" if case.options == "plain" else ", all options"
+    how = outcome.raised or (
+        f"loss {outcome.loss:.1e} (bound {outcome.loss_bound:.1e}), gradient "
+        f"{outcome.gradient:.1e} (PyTorch {outcome.plain_gradient:.1e})"
+    )
+    text = (
+        f"failed: {case.path}, V = {_grouped(case.V)}, {_name(case.dtype)}, "
+        f"{case.kept:.0%} of the rows kept{options}: {how}"
+    )
+    console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def answers(device: torch.device) -> bool:
@@ -425,12 +483,25 @@ def _tables(outcomes: list[Outcome], device: torch.device) -> Iterator[Table]:
             if group:
                 good = all(outcome.passed for outcome in group)
                 table.add_row(
-                    str(dtype).removeprefix("torch."),
-                    f"{V:,}".replace(",", " "),
-                    *(_largest(errors) for errors in zip(*(o[1:5] for o in group), strict=True)),
+                    _name(dtype),
+                    _grouped(V),
+                    *(_largest(errors) for errors in _errors(group)),
                     "[green]ok" if good else "[red]FAILED",
                 )
         yield table
+
+
+def _errors(outcomes: list[Outcome]) -> Iterator[tuple[float, ...]]:
+    """Of each kind of error, those of all the outcomes."""
+    return zip(*(outcome[1:5] for outcome in outcomes), strict=True)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _grouped(number: int) -> str:
+    return f"{number:,}".replace(",", " ")
 
 
 def _largest(errors: Iterable[float]) -> str:
@@ -461,7 +532,7 @@ class _Results:
 
 def as_record(outcome: Outcome) -> dict[str, Any]:
     """An outcome as JSON has it; what was not computed is null."""
-    case = outcome.case._asdict() | {"dtype": str(outcome.case.dtype).removeprefix("torch.")}
+    case = outcome.case._asdict() | {"dtype": _name(outcome.case.dtype)}
     row = case | {name: value for name, value in outcome._asdict().items() if name != "case"}
     return {name: None if value != value else value for name, value in row.items()}  # noqa: PLR0124
 

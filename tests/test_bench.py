@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -496,8 +497,46 @@ def test_the_command_lists_what_there_is():
         [sys.executable, "-m", "bench", "--help"], cwd=ROOT, capture_output=True, text=True,
         check=True,
     )  # fmt: skip
-    for command in ("all", "compare", "traffic", "resources", "predict", "report", "gpu"):
+    table = (ROOT / "README.md").read_text().partition("| `python -m bench` |")[2]
+    for command in ("all", *bench_main.COMMANDS):
         assert f"  {command} " in run.stdout
+        assert command == "all" or f"`{command}`" in table.partition("\n\n")[0]
+
+
+def test_ctrl_c_in_all_is_the_running_commands(monkeypatch):
+    """It ends with what it has and 130, is not killed on the way, and nothing comes after it."""
+    code = (
+        "import os, signal, sys\n"
+        "os.kill(os.getppid(), signal.SIGINT)\n"
+        "sys.exit(130 if signal.getsignal(signal.SIGINT) is signal.default_int_handler else 3)\n"
+    )
+    ended = []
+    run, handler = bench_main._run, signal.getsignal(signal.SIGINT)
+
+    def pressed(command):
+        assert command
+        ended.append(run([sys.executable, "-c", code]))
+        return ended[-1]
+
+    monkeypatch.setattr(bench_main, "_run", pressed)
+    monkeypatch.setattr(sys, "argv", ["bench", "all"])
+    with pytest.raises(SystemExit) as caught:
+        bench_main.main()
+    assert caught.value.code == 130
+    assert ended == [130], "waited for, and the last one"
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_ctrl_c_in_a_command_is_one_line(monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_main.importlib, "import_module", interrupted)
+    monkeypatch.setattr(sys, "argv", ["bench", "compare"])
+    with pytest.raises(SystemExit) as caught:
+        bench_main.main()
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "python -m bench compare: interrupted\n"
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

@@ -1,8 +1,12 @@
 """The command line: arguments, exit codes, and one whole run as a user starts it."""
 
 import argparse
+import contextlib
+import doctest
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import sgp
-from sgp import cli
+from sgp import cli, interrupt
 from sgp.train.model import save, split_model, tiny_llama
 from sgp.train.tokenizer import load_or_train, wrap
 
@@ -104,7 +108,7 @@ def test_bad_value_is_refused_and_repeated(option, value, capsys):
     assert repr(value) in error
 
 
-@pytest.mark.parametrize("words", [[], ["fly"], ["train", "--stepz", "3"]])
+@pytest.mark.parametrize("words", [["fly"], ["train", "--stepz", "3"]])
 def test_unknown_words_are_refused(words, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(words)
@@ -140,12 +144,6 @@ def test_doctor_passes_its_code(monkeypatch):
     assert cli.main(["doctor"]) == 0
 
 
-def test_ctrl_c_has_its_own_code(monkeypatch, capsys):
-    stub(monkeypatch, "doctor", KeyboardInterrupt())
-    assert cli.main(["doctor"]) == 130
-    assert capsys.readouterr().err == "sgp doctor: interrupted\n"
-
-
 def test_version(capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["--version"])
@@ -157,24 +155,39 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"sgp {version}\n"
 
 
+def test_alone_it_prints_its_help(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sgp"])
+    assert cli.main() == cli.main([]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == 2 * cli._parser().format_help()
+    assert all(name in shown.out for name in ("train", "audit", "verify", "doctor"))
+    assert shown.err == ""
+
+
 def test_every_option_has_help():
     parser = cli._parser()
     (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     assert set(commands.choices) == {"train", "audit", "verify", "doctor"}
     for command in commands.choices.values():
         assert all(action.help for action in command._actions)
-        command.format_help()  # a stray % in a help text is an error here
+        text = " ".join(command.format_help().split())  # a stray % in a help text is an error
+        assert "None" not in text
+        for action in command._actions:
+            if action.default not in (None, False, argparse.SUPPRESS):
+                assert f"(default: {action.default})" in text, action.dest
 
 
 def test_help_imports_nothing_heavy():
     """`import sgp` brings torch; the command line adds nothing to it."""
     code = (
-        "import sgp, sys; before = set(sys.modules); from sgp import cli\n"
+        "import signal, sys; handler = signal.getsignal(signal.SIGINT)\n"
+        "import sgp; before = set(sys.modules); from sgp import cli\n"
         "try: cli.main(['train', '--help'])\n"
         "except SystemExit: pass\n"
         "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
         "assert not new & {'transformers', 'tokenizers', 'matplotlib', 'rich', 'triton'}, new\n"
         "assert not [name for name in sys.modules if name.startswith('sgp.train')]\n"
+        "assert signal.getsignal(signal.SIGINT) is handler, 'Ctrl-C is left to other programs'\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
@@ -205,21 +218,154 @@ def test_unusable_input_is_one_line_and_code_2(tmp_path, model, capsys):
     assert not out.exists(), "nothing is left behind"
 
 
-def test_interrupt_before_the_first_step(monkeypatch, capsys):
-    from sgp.train import run
+# -- Ctrl-C -----------------------------------------------------------------------------------
 
-    def interrupted(_):
-        raise KeyboardInterrupt
+PRESS = """
+import os, signal, sys
 
-    monkeypatch.setattr(run, "run", interrupted)
-    assert cli.main(["train"]) == 130
-    assert "nothing was saved" in capsys.readouterr().err
+class Finder:
+    def find_spec(self, name, *_):
+        if name == os.environ["CTRL_C_AT"]:
+            sys.meta_path.remove(self)
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+"""
+SCRIPT = "import sys\nfrom sgp.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
+
+
+@pytest.mark.parametrize(
+    ("as_script", "command", "module"),
+    [
+        (True, "train", "torch"),
+        (False, "audit", "numpy"),  # begun in C, where a KeyboardInterrupt is dropped
+        (True, "verify", "sgp.verify"),
+        (False, "doctor", "sgp.doctor"),
+    ],
+)
+def test_ctrl_c_during_an_import_is_one_line(as_script, command, module, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(PRESS)  # Python imports it before all else
+    script = tmp_path / "sgp"
+    script.write_text(SCRIPT)
+    words = [str(script)] if as_script else ["-W", "error", "-m", "sgp"]
+    words += [command, *["x.jsonl"] * (command == "audit")]
+    path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    found = subprocess.run(
+        [sys.executable, *words],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path, "CTRL_C_AT": module},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    line = f"sgp {command}: interrupted while it started; nothing was written\n"
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", line)
+
+
+def test_ctrl_c_raises_while_a_command_works_and_is_silent_after_it(monkeypatch):
+    left = []
+    monkeypatch.setattr(interrupt.os, "_exit", left.append)
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/sgp", "train"])
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        interrupt.watch_start()
+        with pytest.raises(KeyboardInterrupt), interrupt.raising():
+            signal.raise_signal(signal.SIGINT)
+        assert left == []
+        signal.raise_signal(signal.SIGINT)
+        assert left == [130]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("name", ["doctor", "verify"])
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (KeyboardInterrupt(), "interrupted"),
+        (
+            interrupt.Interrupted("after 3 steps; saved in x"),
+            "interrupted after 3 steps; saved in x",
+        ),
+    ],
+    ids=["plain", "with what stands"],
+)
+def test_ctrl_c_has_its_own_code_and_line(name, error, line, monkeypatch, capsys):
+    stub(monkeypatch, name, error)
+    assert cli.main([name]) == 130
+    assert capsys.readouterr().err == f"sgp {name}: {line}\n"
+
+
+SAVED = "after 1 of 1 steps; saved in {out}: model/, loss.png, summary.json"
+
+
+def press():
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("where", "line"),
+    [
+        ("sgp.train.run.prepare", "before the first step; nothing was saved"),
+        ("sgp.train.report.held_out_table", SAVED),
+    ],
+)
+def test_ctrl_c_in_train_says_what_stands(where, line, model, data, tmp_path, monkeypatch, capsys):
+    import importlib
+
+    module, _, name = where.rpartition(".")
+    module = importlib.import_module(module)
+    original = getattr(module, name)
+
+    def pressed(*arguments, **keywords):
+        press()
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(module, name, pressed)
+    out = tmp_path / "out"
+    words = ["train", "--model", model, "--data", data, "--out", out, "--steps", 1]
+    assert cli.main([str(word) for word in words]) == 130
+    shown = capsys.readouterr()
+    assert shown.err.splitlines()[-1] == f"sgp train: interrupted {line.format(out=out)}"
+    files = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    assert files == ([] if "nothing" in line else ["loss.png", "model", "summary.json"])
+    assert ("saved in" in shown.out) == bool(files), "the last table was printed to its end"
+
+
+@pytest.mark.parametrize(
+    ("method", "line"),
+    [
+        ("print", "before it wrote anything"),
+        ("plot", "after it wrote audit.html, audit.json, audit.png in {out}"),
+    ],
+)
+def test_ctrl_c_in_audit_says_what_stands(method, line, tmp_path, monkeypatch, capsys):
+    from sgp.auditing.report import AuditReport
+
+    original = getattr(AuditReport, method)
+
+    def pressed(*arguments, **keywords):
+        press()
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(AuditReport, method, pressed)
+    file, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    file.write_text(json.dumps({"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}) + "\n")
+    assert cli.main(["audit", str(file), "--out", str(out)]) == 130
+    expected = f"sgp audit: interrupted {line.format(out=out)}"
+    assert capsys.readouterr().err.splitlines()[-1] == expected
+    assert len(list(out.glob("audit.*"))) == (3 if method == "plot" else 0)
+
+
+def test_docstring_examples_of_interrupt():
+    assert doctest.testmod(interrupt, optionflags=doctest.ELLIPSIS).failed == 0
 
 
 # -- as a user starts it ----------------------------------------------------------------------
 
 
-def start(model, data, out, *words, **keywords):
+def start(model, data, out, *words, stderr=subprocess.PIPE):
     command = [sys.executable, "-W", "error", "-m", "sgp", "train", "--model", model]
     command += ["--data", data, "--out", out, *words]
     return subprocess.Popen(
@@ -227,9 +373,8 @@ def start(model, data, out, *words, **keywords):
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        **keywords,
     )
 
 
@@ -250,19 +395,25 @@ def test_whole_run(model, data, tmp_path):
 
 
 def test_ctrl_c_from_outside(model, data, tmp_path):
-    """The signal comes at a time of its own choosing; the run ends with 130 and whole files."""
-    process = start(model, data, tmp_path / "out", "--steps", "1000000")
-    for line in process.stdout:
-        if line.startswith(" sgp, linear head"):
-            break  # the table of heads: what follows is the training
-    try:
-        process.communicate(timeout=2)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    """It is pressed when the progress bar shows a step; the run ends with 130 and whole files."""
+    screen, terminal = pty.openpty()
+    process = start(model, data, tmp_path / "out", "--steps", "99999", stderr=terminal)
+    os.close(terminal)
+    shown = ""
+    while not re.search(r"[1-9]\d*/99999", shown):
+        shown += os.read(screen, 4096).decode(errors="replace")
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(OSError):  # the process has closed it
+        while True:
+            shown += os.read(screen, 4096).decode(errors="replace")
+    out, _ = process.communicate(timeout=60)
+    os.close(screen)
+    assert process.returncode == 130, shown
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["ended"] == "interrupted"
-    assert summary["steps"] == len(summary["losses"]["sgp"]) > 0
-    assert "interrupted after" in out
+    steps = summary["steps"]
+    assert steps == len(summary["losses"]["sgp"]) > 0
+    assert "stopping after this step" in shown
+    assert f"sgp train: interrupted after {steps} of 99999 steps; saved in" in shown
+    assert f"interrupted after {steps} of" in out
     assert (tmp_path / "out" / "model" / "config.json").exists()

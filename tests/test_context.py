@@ -203,6 +203,41 @@ def test_the_context_stops_after_the_last_layers_keys_and_values(llama, input_id
     assert seen == ["mlp", "head"], "of the rest alone"
 
 
+@pytest.mark.parametrize("mark", context.SHARDED)
+def test_a_sharded_model_runs_to_its_end(llama, input_ids, mark):
+    """What frees its weights waits for the end of the forward pass."""
+    expected = sgp.context_loss(llama, input_ids, CONTEXTS, lengths=LENGTHS)
+    setattr(llama.lm_head.weight, mark, True)
+    seen = []
+    llama.model.layers[-1].mlp.register_forward_hook(lambda *_: seen.append("mlp"))
+    llama.lm_head.register_forward_hook(lambda *_: seen.append("head"))
+    assert sgp.context_loss(llama, input_ids, CONTEXTS, lengths=LENGTHS) == expected
+    assert seen == ["mlp", "head"] * 2, "of the context too"
+
+
+def test_detached_contexts_train_all_weights_under_autocast(llama, input_ids):
+    """A bfloat16 copy of a weight that was made without a graph is not used with one.
+
+    Autocast itself sees to that in newer releases of PyTorch, not in all that are supported.
+    """
+    found = []
+    for autocast in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss = sgp.context_loss(
+                llama, input_ids, CONTEXTS, lengths=LENGTHS, context_grad="detach"
+            )
+        found.append(gradients(llama, loss))
+    assert_same(found[0], found[1], 0.1)
+
+
+def test_contexts_of_a_group_have_one_length(llama):
+    """The tokens are the same, so that nothing else tells the contexts apart."""
+    ids = torch.arange(T).expand(4, T)
+    with pytest.raises(ValueError, match=r"row 3 has another context than row 2 \(lengths 6 and 5"):
+        sgp.context_loss(llama, ids, torch.tensor([4, 4, 5, 6]), num_outputs_per_context=2)
+
+
 def test_without_gradients_there_is_a_loss(llama, input_ids):
     with torch.no_grad():
         found = [

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import sgp.train
+from sgp.interrupt import Interrupted, StopRequest
 from sgp.train import run as run_module
 from sgp.train.batch import Example, collate
 from sgp.train.compare import Comparison, Row, compare
 from sgp.train.errors import UserError
-from sgp.train.interrupt import StopRequest
 from sgp.train.loop import LOSSES, Curves, make_learners, pytorch_loss, schedule, train
 from sgp.train.memory import cpu_peak
 from sgp.train.model import check_head, load, save, split_model, tiny_llama
@@ -28,6 +28,7 @@ from sgp.train.report import comparison_heading, comparison_table, write_summary
 from sgp.train.run import run
 from sgp.train.threads import FreeCores, at_most
 from sgp.train.tokenizer import load_or_train, wrap
+from tests.families import make
 
 V = 270
 MODULES = sorted(path.stem for path in Path(sgp.train.__file__).parent.glob("*.py"))
@@ -102,21 +103,29 @@ def test_head_on_hidden_states_is_the_models_own(model, batch, device):
     check_head(split_model(model.to(device)), batch)
 
 
-def test_model_that_changes_its_logits_is_refused(batch, device):
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+def test_model_that_changes_its_logits_is_refused(device):
+    """By more than a scale and a softcap, which are found."""
+    capped = make("gemma2").to(device)
+    parts = split_model(capped)
+    assert (parts.logit_scale, parts.softcap) == (1.0, 3.0)
 
-    config = Gemma2Config(
-        vocab_size=V,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-        final_logit_softcapping=0.01,
-    )
-    parts = split_model(Gemma2ForCausalLM(config).to(device).eval())
-    with pytest.raises(UserError, match=r"changes its logits .* final_logit_softcapping=0\.01"):
+    def shift(_, __, out):
+        out.logits = out.logits + 1
+        return out
+
+    capped.register_forward_hook(shift)
+    with pytest.raises(UserError, match="by more than a scale and a softcap"):
+        split_model(capped)
+
+
+def test_head_that_does_not_give_the_models_logits_is_refused(batch, device):
+    """The parts are tried on the first batch: another cap, and a head that does more."""
+    parts = split_model(make("gemma2").to(device).eval())
+    check_head(parts, batch)
+    with pytest.raises(UserError, match=r"logits differ by up to .* scale 1 and softcap 4\.0"):
+        check_head(parts._replace(softcap=4.0), batch)
+    parts.head.register_forward_hook(lambda _, __, logits: logits + 1)
+    with pytest.raises(UserError, match="logits differ by up to"):
         check_head(parts, batch)
 
 
@@ -126,29 +135,42 @@ def test_tokenizer_larger_than_the_model_is_refused(model, device):
         check_head(split_model(model.to(device)), batch)
 
 
-def test_model_without_head_or_backbone_is_refused(model):
-    with pytest.raises(UserError, match="no linear head"):
+def test_model_without_a_plain_head_is_refused(model):
+    with pytest.raises(UserError, match=r"no plain nn.Linear as its head \(found: none\)"):
         split_model(model.base_model)
+    other = copy.deepcopy(model)
+    other.set_output_embeddings(torch.nn.Sequential(other.get_output_embeddings()))
+    with pytest.raises(UserError, match=r"\(found: torch.nn.modules.container.Sequential\)"):
+        split_model(other)
 
 
 # -- the two losses ---------------------------------------------------------------------------
 
 
-def test_every_loss_is_the_mean_over_output_tokens(model, batch, device):
-    parts = split_model(model.to(device).eval())
-    with torch.no_grad():
-        log_prob = parts.head(parts.hidden(batch)).double().log_softmax(-1)
-        outputs = [
-            (row, column)
-            for row in range(len(batch.lengths))
-            for column in range(int(batch.context_lengths[row]), int(batch.lengths[row]))
-        ]
-        each = [-log_prob[r, c - 1, batch.input_ids[r, c]] for r, c in outputs]
-    truth = float(torch.stack(each).mean())
+@pytest.mark.parametrize("family", ["llama", "opt", "cohere", "granite", "gemma2"])
+def test_every_loss_is_the_mean_over_output_tokens(family, batch, device):
+    """Of the model's own logits: plain, with a bias, scaled, scaled and capped."""
+    parts = split_model(make(family).to(device).eval())
+    check_head(parts, batch)
+    log_prob = parts.logits(batch).double().log_softmax(-1)
+    outputs = [
+        (row, column)
+        for row in range(len(batch.lengths))
+        for column in range(int(batch.context_lengths[row]), int(batch.lengths[row]))
+    ]
+    each = torch.stack([-log_prob[r, c - 1, batch.input_ids[r, c]] for r, c in outputs])
+    total, count = float(each.detach().sum()), len(each)
+    weights = list(parts.model.parameters())
+    true = torch.autograd.grad(each.mean(), weights, retain_graph=True, allow_unused=True)
     for loss, _ in LOSSES.values():
-        mean, total = (loss(parts, batch, reduction).detach() for reduction in ("mean", "sum"))
-        assert float(mean) == pytest.approx(truth, rel=1e-5)
-        assert float(total) == pytest.approx(truth * len(each), rel=1e-5)
+        assert float(loss(parts, batch, "sum").detach()) == pytest.approx(total, 1e-5)
+        mean = loss(parts, batch, "mean")
+        assert float(mean.detach()) == pytest.approx(total / count, 1e-5)
+        gradients = torch.autograd.grad(mean, weights, allow_unused=True)
+        for found, expected in zip(gradients, true, strict=True):
+            assert (found is None) == (expected is None)
+            if expected is not None:
+                assert (found - expected).norm() <= 1e-4 * expected.norm() + 1e-7
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -230,6 +252,16 @@ def test_comparison_measures_three_heads(model, batch, device):
     assert kept_rows.peak_bytes < all_rows.peak_bytes
 
 
+@pytest.mark.parametrize("family", ["cohere", "gemma2"])
+def test_comparison_has_the_models_scale_and_cap(family, batch, device):
+    parts = split_model(make(family).to(device).eval())
+    own = float(pytorch_loss(parts, batch).detach())
+    for row in compare(parts, batch).rows:
+        assert row.loss == pytest.approx(own, rel=1e-5)
+        assert row.loss_error < 1e-5
+        assert row.gradient_error < 1e-5
+
+
 def test_comparison_sees_a_wrong_gradient_and_a_wrong_loss(model, batch, device, monkeypatch):
     from sgp.train import compare as module
 
@@ -276,6 +308,21 @@ def test_threads_are_at_most_the_free_cores_and_restored(free, count):
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("free", "said"), [(0.4, True), (None, False), (9.0, False)])
+def test_fewer_threads_are_explained(free, said, options, monkeypatch, capsys):
+    monkeypatch.setattr(FreeCores, "count", lambda _: free)
+    monkeypatch.setattr(run_module, "_start", raise_interrupt)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(Interrupted):
+            run(options)
+    finally:
+        torch.set_num_threads(before)
+    line = "threads: 1 in place of 2: other programs leave about 0.4 cores free"
+    assert (line in capsys.readouterr().out) == said
 
 
 def test_table_fits_a_narrow_terminal():
@@ -385,7 +432,7 @@ def press_twice():
     press()
 
 
-def raise_interrupt():
+def raise_interrupt(*_):
     raise KeyboardInterrupt
 
 
@@ -397,7 +444,9 @@ def raise_interrupt():
 def test_interrupted_run_keeps_what_it_had(options, monkeypatch, capsys, action, steps):
     interrupting(monkeypatch, action, at=3)
     handler = signal.getsignal(signal.SIGINT)
-    assert run(Options(**vars(options) | {"steps": 1000})) == 130
+    saved = rf"^after {steps} of 1000 steps; saved in .*: model/, loss.png, summary.json$"
+    with pytest.raises(Interrupted, match=saved):
+        run(Options(**vars(options) | {"steps": 1000}))
     assert signal.getsignal(signal.SIGINT) is handler
     written = summary(options)
     assert (written["ended"], written["steps"]) == ("interrupted", steps)
@@ -411,7 +460,7 @@ def test_interrupted_run_keeps_what_it_had(options, monkeypatch, capsys, action,
 
 def test_interrupt_before_the_first_step_saves_nothing(options, monkeypatch):
     interrupting(monkeypatch, raise_interrupt, at=1)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match=r"^before the first step; nothing was saved$"):
         run(options)
     assert list(options.out.iterdir()) == []
 
@@ -427,7 +476,8 @@ def test_ctrl_c_while_the_held_out_loss_is_measured_keeps_the_rest(options, monk
         return original(job)
 
     monkeypatch.setattr(run_module, "_evaluate", evaluate)
-    assert run(options) == 130
+    with pytest.raises(Interrupted, match=r"model/, loss.png, summary.json$"):
+        run(options)
     assert summary(options)["held_out"]["after"] is None
     assert summary(options)["steps"] == options.steps
     assert "not measured" in capsys.readouterr().out
@@ -442,7 +492,8 @@ def test_ctrl_c_while_saving_waits_for_the_files(options, monkeypatch, capsys):
         original(*arguments)
 
     monkeypatch.setattr(run_module, "save", slow_save)
-    assert run(options) == 130
+    with pytest.raises(Interrupted, match=r"model/, loss.png, summary.json$"):
+        run(options)
     assert "saving; one moment" in capsys.readouterr().err
     load(str(options.out / "model"))
     assert summary(options)["steps"] == options.steps
@@ -537,6 +588,21 @@ def test_window_of_a_given_model(options, model, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "1 pair with a completion that passes the window of 32: cut there" in out
     assert "1 pair with a context that fills the window of 32: skipped" in out
+
+
+def test_scaled_and_capped_models_are_trained(options, tmp_path):
+    """`--model` takes what `patch` takes."""
+    tokenizer = wrap(load_or_train(["def f(): pass"], size=V, folder=None))
+    data = jsonl(tmp_path / "d.jsonl", *((f"{i}=", str(i)) for i in range(8)))
+    for family, expected in (("cohere", (0.25, None)), ("gemma2", (1.0, 3.0))):
+        folder = tmp_path / family
+        parts = split_model(make(family, vocab_size=V).eval())
+        assert (parts.logit_scale, parts.softcap) == expected
+        save(parts, tokenizer, folder)
+        one = Options(**vars(options) | {"model": str(folder), "data": data, "steps": 2})
+        assert run(one) == 0
+        assert summary(one)["losses"]["largest_difference"] < 1e-4
+        assert max(row["gradient_error"] for row in summary(one)["head"]["rows"]) < 1e-5
 
 
 # -- small things -----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sgp import backend, doctor, losses, verify
+from sgp.interrupt import Interrupted
 
 
 def test_verify_passes_here_and_records_every_case(tmp_path, capsys, monkeypatch):
@@ -64,9 +65,20 @@ def test_verify_leaves_the_environment_as_it_was(monkeypatch):
 def test_doctor_names_versions_backends_and_reasons(capsys, monkeypatch):
     monkeypatch.delenv("SGP_BACKEND", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
+    versions = {"torch": torch.__version__}
+
+    def version(name):
+        if name == "datasets":
+            raise doctor.importlib.metadata.PackageNotFoundError(name)
+        return versions.setdefault(name, f"1.{len(versions)}")
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", version)
     assert doctor.run() == 0
     shown = capsys.readouterr().out
-    assert torch.__version__ in shown
+    rows = [[cell.strip() for cell in line.split("│")[1:3]] for line in shown.splitlines()]
+    for name in ("torch", "triton", "numpy", "transformers", "accelerate", "peft", "trl"):
+        assert [name, versions[name]] in rows
+    assert ["datasets", "not installed"] in rows
     for name in doctor.VARIABLES:
         assert name in shown
     _, why = backend.explain(torch.device("cpu"), torch.float32)
@@ -121,6 +133,57 @@ def test_verify_ends_where_the_gpu_answers_nothing_more(tmp_path, capsys, monkey
     assert verify.run(quick=True, output=output) == 1
     assert len(json.loads(output.read_text())["cases"]) == 1
     assert "cases were not run: after this failure" in " ".join(capsys.readouterr().out.split())
+
+
+def passes(case, _):
+    return verify.Outcome(case, 0.0, 0.0, 1e-7, 1e-7, 1e-6, passed=True)
+
+
+def test_verify_says_each_group_before_the_next_begins(capsys, monkeypatch):
+    """Who pipes it sees it go on, and keeps what was done when it is cut."""
+    groups, seen = [], []
+
+    def checked(case, device):
+        group = (case.V, case.dtype)
+        if group not in groups:
+            groups.append(group)
+            seen.append(capsys.readouterr().out)
+        return passes(case, device)._replace(passed=case.V != 32_000 or case.kept != 1)
+
+    monkeypatch.setattr(verify, "check", checked)
+    assert verify.run(quick=True) == 1
+    seen.append(capsys.readouterr().out)
+    assert f"sgp verify: {len(list(verify.cases(quick=True)))} cases; " in seen[0]
+    for (V, dtype), text in zip(groups, seen[1:], strict=True):
+        name = f"V = {V:,}, ".replace(",", " ", V > 999) + str(dtype).removeprefix("torch.")
+        lines = [line for line in text.splitlines() if line.startswith(f"{name}: ")]
+        assert len(lines) == 1
+        assert lines[0].endswith("FAILED" if V == 32_000 else ": ok")
+    assert "failed: in place, V = 32 000, float32, 100% of the rows kept: loss 0.0e+00" in seen[-3]
+    assert "\n\n" not in "".join(seen), "no empty lines where the bar is not shown"
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_who_interrupts_verify_is_told_what_stands(saved, tmp_path, monkeypatch):
+    output = tmp_path / "verify.json"
+    count = iter(range(100))
+
+    def checked(case, device):
+        number = next(count)
+        if number == 5:
+            raise KeyboardInterrupt
+        return passes(case, device)._replace(passed=number != 2)
+
+    monkeypatch.setattr(verify, "check", checked)
+    monkeypatch.delenv("SGP_BACKEND", raising=False)
+    total = len(list(verify.cases(quick=True)))
+    stands = f"their results are in {output}" if saved else "nothing was written (--output FILE"
+    with pytest.raises(Interrupted) as caught:
+        verify.run(quick=True, output=output if saved else None)
+    said = str(caught.value)
+    assert said.startswith(f"after 5 of {total} cases, 1 of which failed; {stands}")
+    assert "SGP_BACKEND" not in os.environ
+    assert not saved or len(json.loads(output.read_text())["cases"]) == 5
 
 
 def test_verify_needs_no_installed_package_and_asks_for_its_file_first(

@@ -17,6 +17,7 @@ from torch import Tensor
 from sgp.auditing import audit, ends_of, look, vocabulary_of
 from sgp.auditing.findings import OF_THE_GRADIENT, Finding
 from sgp.auditing.report import AuditReport
+from sgp.interrupt import Interrupted, StopRequest
 from sgp.selection import IGNORE
 from sgp.train.errors import UserError
 
@@ -28,8 +29,26 @@ SHOWN = 24  # tokens of a sample in the terminal
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Audit the file; 1 if there are errors in it."""
+    """Audit the file; 1 if there are errors in it.
+
+    Raises:
+        UserError: The file, the tokenizer or the model cannot be used.
+        Interrupted: Ctrl-C; says what was written.
+    """
     console = Console()
+    try:
+        report, codes, samples, failed = _audit(arguments, console)
+    except KeyboardInterrupt:
+        raise Interrupted("before it wrote anything") from None
+    if arguments.out:
+        _write(arguments.out, report, codes, samples, console)
+    return 1 if failed else 0
+
+
+def _audit(
+    arguments: argparse.Namespace, console: Console
+) -> tuple[AuditReport, Counter[str], int, bool]:
+    """Print everything; return the report, the findings' codes, the samples, and if any is bad."""
     tokenizer = _tokenizer(arguments)
     numbered = list(_samples(arguments.data, tokenizer))
     if not numbered:
@@ -65,14 +84,13 @@ def run(arguments: argparse.Namespace) -> int:
             soft_wrap=True,
             markup=False,
         )
-    if arguments.out:
-        _write(arguments.out, report, codes, len(samples), console)
     for finding in report.findings:
         if finding.code in OF_THE_GRADIENT:
             console.print(f"backward pass: {finding}", soft_wrap=True, markup=False)
     found = [finding for _, finding in examples.values()]
     found += [finding for finding in report.findings if finding.code in OF_THE_GRADIENT]
-    return 1 if any(finding.severity == "error" for finding in found) else 0
+    failed = any(finding.severity == "error" for finding in found)
+    return report, codes, len(samples), failed
 
 
 def _model(arguments: argparse.Namespace, samples: list[dict[str, Any]]) -> Any:
@@ -111,12 +129,18 @@ def _with_loss(samples: list[dict[str, Any]], max_length: int) -> list[int]:
 def _write(
     folder: Path, report: AuditReport, codes: Counter[str], samples: int, console: Console
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the three files; Ctrl-C waits until they are whole."""
     content = {"samples": samples, "findings": dict(codes), "report": report.to_dict()}
-    report.plot(folder / "audit.png")
-    report.to_html(folder / "audit.html")
-    (folder / "audit.json").write_text(json.dumps(content) + "\n")
-    console.print(f"wrote {', '.join(sorted(p.name for p in folder.glob('audit.*')))} in {folder}")
+    with StopRequest(Console(stderr=True).print) as stop:
+        stop.protect("writing; one moment")
+        folder.mkdir(parents=True, exist_ok=True)
+        report.plot(folder / "audit.png")
+        report.to_html(folder / "audit.html")
+        (folder / "audit.json").write_text(json.dumps(content) + "\n")
+        names = ", ".join(sorted(path.name for path in folder.glob("audit.*")))
+        console.print(f"wrote {names} in {folder}")
+    if stop.requested:
+        raise Interrupted(f"after it wrote {names} in {folder}")
 
 
 def _tokenizer(arguments: argparse.Namespace) -> Any:

@@ -12,7 +12,7 @@ from torch.nn import functional
 import sgp
 from sgp.train.batch import IGNORE_INDEX, Batch
 from sgp.train.memory import cpu_peak
-from sgp.train.model import Parts
+from sgp.train.model import Parts, post_processed
 
 _MOST_REPETITIONS = 9
 _SECONDS = 2.0  # no further repetitions once this has passed, but at least three
@@ -27,6 +27,13 @@ class Inputs(NamedTuple):
     bias: Tensor | None  # (V,) fp32
     labels: Tensor  # (B, T) int64, shifted, -100 where there is no loss
     selection: sgp.Selection
+    logit_scale: float
+    softcap: float | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What PyTorch's operators make of some hidden states."""
+        logits = functional.linear(hidden, self.weight, self.bias)
+        return post_processed(logits, self.logit_scale, self.softcap)
 
 
 class Row(NamedTuple):
@@ -53,25 +60,35 @@ class Comparison(NamedTuple):
 
 def all_rows(x: Inputs) -> Tensor:
     """PyTorch's usual head: logits of all N rows."""
-    logits = functional.linear(x.hidden, x.weight, x.bias).flatten(0, 1)
+    logits = x.logits(x.hidden).flatten(0, 1)
     return functional.cross_entropy(logits, x.labels.flatten(), ignore_index=IGNORE_INDEX)
 
 
 def kept_rows(x: Inputs) -> Tensor:
     """PyTorch on the M kept rows, gathered by hand."""
     hidden = x.hidden.flatten(0, 1)[x.selection.rows]
-    return functional.cross_entropy(functional.linear(hidden, x.weight, x.bias), x.selection.target)
+    return functional.cross_entropy(x.logits(hidden), x.selection.target)
 
 
 def sgp_rows(x: Inputs) -> Tensor:
     """The M kept rows with sgp's loss."""
     hidden = x.hidden.flatten(0, 1)[x.selection.rows]
-    return sgp.cross_entropy(functional.linear(hidden, x.weight, x.bias), x.selection.target)
+    logits = functional.linear(hidden, x.weight, x.bias)
+    return sgp.cross_entropy(
+        logits, x.selection.target, logit_scale=x.logit_scale, softcap=x.softcap
+    )
 
 
 def sgp_linear(x: Inputs) -> Tensor:
     """The M kept rows with the head inside the loss."""
-    return sgp.linear_cross_entropy(x.hidden, x.weight, x.selection, linear_bias=x.bias)
+    return sgp.linear_cross_entropy(
+        x.hidden,
+        x.weight,
+        x.selection,
+        linear_bias=x.bias,
+        logit_scale=x.logit_scale,
+        softcap=x.softcap,
+    )
 
 
 Head = Callable[[Inputs], Tensor]
@@ -104,6 +121,8 @@ def compare(parts: Parts, batch: Batch) -> Comparison:
         bias=None if bias is None else bias.detach(),
         labels=batch.shifted_labels,
         selection=batch.selection,
+        logit_scale=parts.logit_scale,
+        softcap=parts.softcap,
     )
     truth = _float64(x)
     measured = {name: _errors_and_peak(head, x, truth) for name, head in HEADS.items()}
@@ -154,12 +173,16 @@ def _float64(x: Inputs) -> Gradients:
     chunk = max(1, _TRUTH_LOGITS // weight.shape[0])
     for start in range(0, rows.numel(), chunk):
         part = slice(start, start + chunk)
-        log_prob = functional.linear(kept[part], weight, bias).log_softmax(dim=-1)
+        logits = functional.linear(kept[part], weight, bias)
+        logits = post_processed(logits, x.logit_scale, x.softcap)
+        log_prob = logits.log_softmax(dim=-1)
         of_target = target[part, None]
         loss -= log_prob.gather(1, of_target).sum()
         d_logits = log_prob.exp_()
         d_logits.scatter_add_(1, of_target, -torch.ones_like(of_target, dtype=torch.float64))
-        d_logits /= rows.numel()
+        d_logits *= x.logit_scale / rows.numel()
+        if x.softcap is not None:  # the derivative of softcap * tanh(x / softcap)
+            d_logits *= 1 - (logits / x.softcap) ** 2
         d_kept[part] = d_logits @ weight
         d_weight += d_logits.T @ kept[part]
     d_hidden = torch.zeros_like(x.hidden, dtype=torch.float64).flatten(0, 1)

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 import sgp
+from sgp.interrupt import StopRequest
 from sgp.train.batch import IGNORE_INDEX, Batch
-from sgp.train.interrupt import StopRequest
 from sgp.train.model import Parts, split_model
 
 Loss = Callable[[Parts, Batch, str], Tensor]
@@ -21,9 +21,8 @@ Loss = Callable[[Parts, Batch, str], Tensor]
 
 def pytorch_loss(parts: Parts, batch: Batch, reduction: str = "mean") -> Tensor:
     """The usual loss: logits of every row, then cross-entropy that ignores most of them."""
-    logits = parts.head(parts.hidden(batch))  # (B, T, V)
     return functional.cross_entropy(
-        logits.flatten(0, 1),
+        parts.logits(batch).flatten(0, 1),
         batch.shifted_labels.flatten(),
         ignore_index=IGNORE_INDEX,
         reduction=reduction,
@@ -32,8 +31,7 @@ def pytorch_loss(parts: Parts, batch: Batch, reduction: str = "mean") -> Tensor:
 
 def sgp_loss(parts: Parts, batch: Batch, reduction: str = "mean") -> Tensor:
     """The same loss from the kept rows alone: gather the hidden states, then the head."""
-    hidden = parts.hidden(batch).flatten(0, 1)[batch.selection.rows]  # (M, D)
-    return sgp.cross_entropy(parts.head(hidden), batch.selection.target, reduction=reduction)
+    return sgp.cross_entropy(parts.kept_logits(batch), batch.selection.target, reduction=reduction)
 
 
 def sgp_linear_loss(parts: Parts, batch: Batch, reduction: str = "mean") -> Tensor:
@@ -43,6 +41,8 @@ def sgp_linear_loss(parts: Parts, batch: Batch, reduction: str = "mean") -> Tens
         parts.head.weight,
         batch.selection,
         linear_bias=parts.head.bias,
+        logit_scale=parts.logit_scale,
+        softcap=parts.softcap,
         reduction=reduction,
     )
 

@@ -1,13 +1,16 @@
-"""The model that is trained, split into a backbone and a linear head."""
+"""The model that is trained, its linear head, and what follows the head."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from sgp.huggingface import probe
+from sgp.huggingface.patching import described, is_plain
 from sgp.train.batch import Batch
 from sgp.train.errors import UserError
 
@@ -17,19 +20,45 @@ HIDDEN, LAYERS, HEADS = 96, 2, 4
 
 
 class Parts(NamedTuple):
-    """A causal language model and its two halves."""
+    """A causal language model, its head, and what it does with the head's output."""
 
     model: Any
-    backbone: Any  # input_ids (B, T) -> last_hidden_state (B, T, D)
     head: nn.Linear  # (D) -> (V)
+    logit_scale: float = 1.0
+    softcap: float | None = None  # logits = softcap(logit_scale * head(hidden))
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return the model's own logits: (B, T, V)."""
+        logits: Tensor = self.model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        ).logits
+        return logits
+
+    def kept_logits(self, batch: Batch) -> Tensor:
+        """Return the model's own logits of the rows that carry loss: (M, V)."""
+        with self._before_head(lambda hidden: hidden.flatten(0, 1)[batch.selection.rows][None]):
+            return self.logits(batch).squeeze(0)
 
     def hidden(self, batch: Batch) -> Tensor:
-        """Return what the head reads: (B, T, D)."""
-        output = self.backbone(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        )
-        state: Tensor = output.last_hidden_state
-        return state
+        """Return what the head reads: (B, T, D). The head itself runs on one row."""
+        read: list[Tensor] = []
+
+        def note(hidden: Tensor) -> Tensor:
+            read.append(hidden)
+            return hidden[:1, :1]
+
+        with self._before_head(note):
+            self.logits(batch)
+        return read[0]
+
+    @contextmanager
+    def _before_head(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Let the head read something else than the model gives it."""
+        hook = self.head.register_forward_pre_hook(lambda _, arguments: (change(arguments[0]),))
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def tiny_llama(vocabulary: int, window: int, *, seed: int, hidden: int = HIDDEN) -> Any:
@@ -102,26 +131,41 @@ def save(parts: Parts, tokenizer: Any, folder: Path) -> None:
 
 
 def split_model(model: Any) -> Parts:
-    """Find the backbone and the head, or say why the model cannot be used.
+    """Find the head, its scale and its softcap, or say why the model cannot be used.
+
+    Every model is taken that `sgp.huggingface.patch` takes in mode "fused".
 
     Raises:
-        UserError: The model has no linear head, or no backbone apart from it.
+        UserError: The model has no linear head, or more than a scale and a softcap follows it.
     """
     name = type(model).__name__
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        raise UserError(f"--model: {name} has no linear head (found {type(head).__name__})")
-    if model.base_model is model:
-        raise UserError(f"--model: {name} has no backbone apart from its head")
-    return Parts(model, model.base_model, head)
+    if not isinstance(head, nn.Linear) or not is_plain(head):
+        kind = "none" if head is None else described(head)
+        raise UserError(f"--model: {name} has no plain nn.Linear as its head (found: {kind})")
+    try:
+        found = probe.post_processing(model, head)
+    except Exception as error:  # whatever a foreign model raises is the reason
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--model: {name} cannot be run on tokens alone: {reason}") from error
+    if found is None:
+        raise UserError(
+            f"--model: {name} changes its logits after the head by more than a scale and a "
+            "softcap; `sgp train` needs logits = softcap(scale * head(hidden))"
+        )
+    return Parts(model, head, found.logit_scale, found.softcap)
+
+
+def post_processed(logits: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
+    """Return softcap(logit_scale * logits), as the model has it."""
+    if logit_scale != 1.0:
+        logits = logits * logit_scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 @torch.no_grad()
 def check_head(parts: Parts, batch: Batch) -> None:
-    """Check that the model's own logits are the head applied to the hidden states.
-
-    A model that changes its logits afterwards (softcap, scale) would be trained on another loss
-    than its own.
+    """Check that the model's own logits are those of its parts.
 
     Raises:
         UserError: The two differ, or a token is outside the vocabulary.
@@ -133,18 +177,14 @@ def check_head(parts: Parts, batch: Batch) -> None:
             f"--model: token {largest} is outside {name}'s vocabulary of "
             f"{parts.head.out_features}; is this the model's own tokenizer?"
         )
-    ours = parts.head(parts.hidden(batch))
-    own = parts.model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    ).logits
+    logits = functional.linear(parts.hidden(batch), parts.head.weight, parts.head.bias)
+    ours = post_processed(logits, parts.logit_scale, parts.softcap)
+    own = parts.logits(batch)
     difference = float((ours - own).abs().max())
     if difference > 1e-3 * max(1.0, float(own.abs().max())):
-        config = getattr(parts.model, "config", None)
-        softcap = getattr(config, "final_logit_softcapping", None)
-        cause = f"its config has final_logit_softcapping={softcap}" if softcap else "scale or cap?"
         raise UserError(
-            f"--model: {name} changes its logits after the head (they differ by up to "
-            f"{difference:.3g}; {cause}); `sgp train` needs logits = head(hidden)"
+            f"--model: {name}'s logits differ by up to {difference:.3g} from softcap(scale * "
+            f"head(hidden)) with scale {parts.logit_scale:g} and softcap {parts.softcap}"
         )
 
 

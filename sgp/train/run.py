@@ -4,7 +4,7 @@ import importlib.util
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+from sgp.interrupt import Interrupted, StopRequest
 from sgp.train import report
 from sgp.train.batch import Batch, collate, epochs, grouped
 from sgp.train.compare import Comparison, compare
 from sgp.train.errors import UserError
-from sgp.train.interrupt import StopRequest
 from sgp.train.loop import Curves, Learner, make_learners, train
 from sgp.train.model import check_head, save, split_model
 from sgp.train.options import Options
@@ -26,7 +26,6 @@ from sgp.train.picture import draw
 from sgp.train.prepare import Setup, prepare
 from sgp.train.threads import FreeCores, at_most
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _HELD_OUT_PAIRS = 64  # of the pairs held out, so many are evaluated
 _GPU_STEPS_A_LOOK = 10  # reading a loss waits for the GPU: the progress bar does so this rarely
 
@@ -51,36 +50,64 @@ class _Result(NamedTuple):
     ended: str  # "complete" or "interrupted"
 
 
+@dataclass
+class _Disk:
+    """What stands on disk, in the words for who presses Ctrl-C now."""
+
+    words: str = "before the first step; nothing was saved"
+
+
 def run(options: Options) -> int:
-    """Train, print, save; return 0, or 130 if Ctrl-C ended the run early.
+    """Train, print, save; return 0.
 
     Tables go to standard output; the progress bar and messages about Ctrl-C to standard error.
 
     Raises:
         UserError: The data, the model or the output folder cannot be used.
-        KeyboardInterrupt: Ctrl-C before the first step was done; nothing is saved.
+        Interrupted: Ctrl-C ended the run early; says what was saved.
 
     Example:
         >>> run(Options(data=Path("missing.jsonl")))
         Traceback (most recent call last):
         sgp.train.errors.UserError: --data missing.jsonl: no such file or directory
     """
+    disk = _Disk()
+    try:
+        interrupted = _run(options, disk)
+    except KeyboardInterrupt:
+        interrupted = True
+    if interrupted:
+        raise Interrupted(disk.words)
+    return 0
+
+
+def _run(options: Options, disk: _Disk) -> bool:
+    """Everything; whether Ctrl-C was pressed since training began."""
     begin, cores = time.perf_counter(), FreeCores()
     console = Console(highlight=False, markup=False, emoji=False)
     errors = Console(highlight=False, markup=False, emoji=False, stderr=True)
     _require_packages()
     _check_folder(options.out)
     setup = prepare(options, lambda text: console.print(text, soft_wrap=True))
-    with at_most(cores.count()):
+    usual, free = torch.get_num_threads(), cores.count()
+    with at_most(free) as threads:
+        if free is not None and threads < usual:
+            console.print(
+                f"threads: {threads} in place of {usual}: other programs leave about {free:.1f} "
+                "cores free, and PyTorch's threads wait for each other",
+                soft_wrap=True,
+            )
         job = _start(setup, options, console)
         _make_folder(options.out)
         before = _evaluate(job)
         with StopRequest(errors.print) as stop:
             curves = _train(job, options, stop, errors)
             if not len(curves):
-                raise KeyboardInterrupt
+                return True
             stop.protect()
             save(job.learners["sgp"].parts, setup.tokenizer, options.out / "model")
+            saved = f"after {len(curves)} of {options.steps} steps; saved in {options.out}: model/"
+            disk.words = f"{saved} alone"
             stop.release()
             try:
                 after = _evaluate(job)
@@ -90,9 +117,10 @@ def run(options: Options) -> int:
             whole = len(curves) == options.steps and after
             result = _Result(curves, before, after, "complete" if whole else "interrupted")
             _write(job, options, result, seconds=time.perf_counter() - begin)
-            interrupted = stop.requested
-        _print(job, options, result, console, seconds=time.perf_counter() - begin)
-    return INTERRUPTED if interrupted else 0
+            disk.words = f"{saved}, loss.png, summary.json"
+            stop.protect(None)
+            _print(job, options, result, console, seconds=time.perf_counter() - begin)
+    return stop.requested
 
 
 def _start(setup: Setup, options: Options, console: Console) -> _Job:
@@ -139,7 +167,7 @@ def _train(job: _Job, options: Options, stop: StopRequest, errors: Console) -> C
 
         def on_step(number: int, of_pytorch: Tensor, of_sgp: Tensor) -> None:
             if number % every == 0 or number == options.steps:
-                text = f"loss: PyTorch {float(of_pytorch):.4f}, {options.loss} {float(of_sgp):.4f}"
+                text = f"PyTorch {float(of_pytorch):.4f}, {options.loss} {float(of_sgp):.4f}"
                 progress.update(task, losses=text)
             progress.update(task, completed=number)
 
