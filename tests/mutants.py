@@ -43,13 +43,16 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 LIST = Path(__file__).with_suffix(".jsonl")
-LEFT_OUT = (".*", "__pycache__", "*.egg-info", "build", "dist", "sgp-out", "trainer-out", "trl-out")
+LEFT_OUT = (  # beside .git, what git ignores
+    ".git", ".venv", ".*_cache", ".hypothesis", ".benchmarks", "__pycache__", "*.egg-info", "build",
+    "dist", "sgp-out", "trainer-out", "trl-out",
+)  # fmt: skip
 FINE = ("noticed", "equivalent")
 NOTHING_RUN = (4, 5)  # pytest's exit status: usage error, nothing collected
 
@@ -223,15 +226,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(bool(wrong))
     counts: Counter[str] = Counter()
     with ThreadPoolExecutor(options.jobs) as pool:
-        for result in pool.map(lambda change: attempt(change, limit=options.limit), changes):
+        tried = [pool.submit(attempt, change, limit=options.limit) for change in changes]
+        for done in as_completed(tried):
+            result = done.result()
             counts[result.verdict] += 1
             print(f"{result.change.id:5} {result.verdict:11} {result.change.file}: ", end="")
             print(f"{result.change.words}" + (f"  [{result.by}]" if result.by else ""), flush=True)
-    tried = len(changes) - counts["equivalent"]
+    others = len(changes) - counts["equivalent"]
     print(f"{len(changes)} changes:", ", ".join(f"{n} {what}" for what, n in counts.most_common()))
-    if tried:
-        print(f"noticed: {counts['noticed']} of {tried} that are not equivalent", end=" ")
-        print(f"({counts['noticed'] / tried:.1%})")
+    if others:
+        print(f"noticed: {counts['noticed']} of {others} that are not equivalent", end=" ")
+        print(f"({counts['noticed'] / others:.1%})")
     return int(any(verdict not in FINE for verdict in counts))
 
 

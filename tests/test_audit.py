@@ -135,9 +135,9 @@ def test_the_parts_are_not_defined_where_not_every_layer_is_seen(batch):
         assert sgp.audit(model, batch).context_share is None
 
 
-@pytest.mark.parametrize(("much", "defined"), [(0.0, True), (0.6, False)])
+@pytest.mark.parametrize(("much", "defined"), [(0.0, True), (0.003, False)])
 def test_the_parts_in_bfloat16_allow_for_its_rounding_and_no_more(batch, much, defined):
-    """A tenth of a squared norm that came from outside the module is no rounding."""
+    """A weight used outside its module: a tenth of its squared norm, which is no rounding."""
     model = make("llama").bfloat16()
     up = model.model.layers[0].mlp.up_proj
     model.model.layers[0].mlp.register_forward_hook(
