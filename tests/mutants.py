@@ -193,12 +193,14 @@ def faults(changes: Sequence[Change], root: Path = ROOT) -> Iterator[str]:
 
 def without_tests(changes: Sequence[Change]) -> Iterator[str]:
     """The arguments for which pytest, in this process, collects nothing."""
-    import pytest  # noqa: PLC0415  (prints its version's warnings where it is not needed)
+    import pytest
 
     os.chdir(ROOT)
     for tests in sorted({tests for change in changes for tests in change.tests}):
         with contextlib.redirect_stdout(io.StringIO()):
-            status = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *shlex.split(tests)])
+            status = pytest.main(
+                ["--collect-only", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]
+            )
         if status:
             of = [change.id for change in changes if tests in change.tests]
             yield f"{', '.join(of)}: pytest collects nothing for {tests}"

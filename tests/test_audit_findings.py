@@ -293,7 +293,7 @@ def test_padding_that_a_mask_marks_as_output_is_no_lost_output(batch):
     assert seen(batch) == set()
 
 
-def test_a_few_labels_that_are_the_next_token_are_not_shifted_labels(batch):
+def test_a_few_labels_that_are_the_next_token_are_not_shifted_labels():
     """All but one of them have to be: the last token of a row has no next one."""
     ids, labels = torch.arange(20, 30)[None], torch.full((1, 10), -100)
     labels[0, 4:9] = ids[0, 5:10]

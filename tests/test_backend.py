@@ -283,6 +283,21 @@ def machine(monkeypatch):
     backend._warn_once.cache_clear()
 
 
+@interpreted_only
+@pytest.mark.parametrize(
+    ("value", "choice"),
+    [*((yes, "triton") for yes in ("1", "true", "On", "YES", "y")), ("0", "error"), ("", "error")],
+)
+def test_the_interpreter_is_asked_for_in_tritons_words(value, choice, monkeypatch):
+    monkeypatch.setenv("SGP_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    backend._interpreted.cache_clear()
+    try:
+        assert backend.explain(CPU, torch.float32)[0] == choice
+    finally:
+        backend._interpreted.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("wanted", "triton", "interpreted", "device", "dtype", "choice", "words"),
     [

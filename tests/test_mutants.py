@@ -63,7 +63,9 @@ def test_what_is_said_of_a_change(verdict, repository):
 def test_faults_of_a_list(repository):
     def fault(**other):
         change = {"id": "X1", "file": "code_of_it.py", "old": "2 * x", "new": "3 * x"}
-        return "".join(faults([Change(**{"tests": ("test_it.py",), **change, **other})], repository))
+        return "".join(
+            faults([Change(**{"tests": ("test_it.py",), **change, **other})], repository)
+        )
 
     assert fault() == ""
     assert "not exactly once 'x'" in fault(old="x")
