@@ -25,7 +25,7 @@ What is said of a change:
 
 Choose changes, or all of them, by ids and by files, or folders. All of them take hours on two
 cores. `--check` tries nothing: it asks of every change whether `old` is where it should be and
-whether pytest collects something for each of its tests, in about a minute. The exit status is 0 if
+whether pytest collects something for each of its tests, in two minutes. The exit status is 0 if
 all that was chosen is noticed or equivalent (with `--check`: is as it should be), and 1 if not.
 """
 

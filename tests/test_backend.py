@@ -338,14 +338,15 @@ def test_cuda_without_triton_says_so_once(machine):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "device", "triton"),
+    ("wanted", "device", "triton", "dtype"),
     [
-        ("torch", CUDA, False),  # asked for: nothing to warn of
-        ("auto", CPU, False),
-        ("auto", CPU, True),
-        ("torch", CUDA, True),
+        ("torch", CUDA, False, torch.float32),  # asked for: nothing to warn of
+        ("auto", CPU, False, torch.float32),
+        ("auto", CPU, True, torch.float32),
+        ("torch", CUDA, True, torch.float32),
+        ("auto", CUDA, True, torch.float64),  # which no kernel computes in
     ],
 )
-def test_what_was_asked_for_is_no_warning(machine, wanted, device, triton):
+def test_what_was_asked_for_is_no_warning(machine, wanted, device, triton, dtype):
     machine(wanted=wanted, triton=triton)
-    assert backend.choose(device, torch.float32) == "torch"
+    assert backend.choose(device, dtype) == "torch"
