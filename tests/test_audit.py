@@ -135,6 +135,55 @@ def test_the_parts_are_not_defined_where_not_every_layer_is_seen(batch):
         assert sgp.audit(model, batch).context_share is None
 
 
+@pytest.mark.parametrize(("much", "defined"), [(0.0, True), (0.003, False)])
+def test_the_parts_in_bfloat16_allow_for_its_rounding_and_no_more(batch, much, defined):
+    """A weight used outside its module: a tenth of its squared norm, which is no rounding."""
+    model = make("llama").bfloat16()
+    up = model.model.layers[0].mlp.up_proj
+    model.model.layers[0].mlp.register_forward_hook(
+        lambda _, args, result: result + much * args[0] @ up.weight.t()[:, :32]
+    )
+    assert (sgp.audit(model, batch).context_share is not None) == defined
+
+
+def test_the_parts_of_a_tied_head_that_has_a_gradient_at_context_too(batch):
+    """A z-loss over every position: the sum over positions is made by hand, weight by weight."""
+    model = make("tied")
+
+    def z_loss(_module, _args, result):
+        result.loss = result.loss + 0.05 * result.logits.logsumexp(-1).square().mean()
+        return result
+
+    model.register_forward_hook(z_loss)
+    report = sgp.audit(model, batch)
+    seen = []  # (weight, inputs, gradient of outputs) of every use of a weight
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            module.register_forward_hook(lambda m, args, out: seen.append((m, args[0], out)))
+    loss = model(**batch).loss
+    deltas = torch.autograd.grad(loss, [out for *_, out in seen])
+    outputs = torch.arange(T) >= (torch.tensor(CONTEXTS) - 1)[:, None]
+    parts = {}
+    for (module, x, _), delta in zip(seen, deltas, strict=True):
+        for at, mask in enumerate((outputs, ~outputs)):
+            if isinstance(module, torch.nn.Embedding):
+                ids = x.masked_select(mask)
+                kept = (ids != module.padding_idx)[:, None]
+                part = torch.zeros_like(module.weight).index_add_(0, ids, delta[mask] * kept)
+            else:
+                part = delta[mask].t() @ x[mask]
+            found = parts.setdefault(id(module.weight), [0, 0])
+            found[at] = found[at] + part
+    linear = {id(m.weight) for m, *_ in seen if isinstance(m, torch.nn.Linear)}
+    of_outputs = torch.cat([parts[k][0].flatten() for k in parts if k in linear])
+    of_context = torch.cat([parts[k][1].flatten() for k in parts if k in linear])
+    whole = of_outputs + of_context
+    share = (of_context.norm() / whole.norm()).item()
+    assert report.context_share == pytest.approx(share, rel=1e-3)
+    cosine = torch.cosine_similarity(whole, of_outputs, dim=0).item()
+    assert report.cosine_detached == pytest.approx(cosine, rel=1e-3)
+
+
 def test_everything_is_left_as_it_was(model, batch):
     for p in model.parameters():
         p.grad = torch.randn_like(p)

@@ -1,6 +1,7 @@
 """Every finding is planted and found, and absent from a batch that is right."""
 
 import inspect
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -298,3 +299,93 @@ def test_a_token_that_repeats_is_shifted():
     labels = ids.clone()
     labels[:, :3] = -100
     assert not [f for f in look({"input_ids": ids, "labels": labels}) if f.severity == "error"]
+
+
+# -- where a finding begins, and where it ends -----------------------------------------------------
+
+
+def test_padding_that_a_mask_marks_as_output_is_no_lost_output(batch):
+    """A mask that was padded with ones, or made before the row was cut."""
+    batch["completion_mask"] = (batch["labels"] != -100).long()
+    batch["completion_mask"][1, LENGTHS[1] + 1 :] = 1
+    assert seen(batch) == set()
+
+
+def test_a_few_labels_that_are_the_next_token_are_not_shifted_labels():
+    """All but one of them have to be: the last token of a row has no next one."""
+    ids, labels = torch.arange(20, 30)[None], torch.full((1, 10), -100)
+    labels[0, 4:9] = ids[0, 5:10]
+    assert seen({"input_ids": ids, "labels": labels}) >= {"labels-shifted-twice"}
+    labels[0, 9] = 40
+    assert seen({"input_ids": ids, "labels": labels}) >= {"labels-shifted-twice"}
+    labels[0, 8] = 40
+    found = seen({"input_ids": ids, "labels": labels})
+    assert "labels-not-the-inputs" in found
+    assert "labels-shifted-twice" not in found
+
+
+def test_an_end_of_text_before_two_more_tokens_is_not_at_the_end(batch):
+    batch = {"input_ids": batch["input_ids"][:1], "labels": batch["labels"][:1]}
+    batch["input_ids"][0, -3:] = batch["labels"][0, -3:] = torch.tensor([9, EOS, 9])
+    assert seen(batch) == set(), "a template's line break"
+    batch["input_ids"][0, -3:] = batch["labels"][0, -3:] = torch.tensor([EOS, 9, 9])
+    assert seen(batch) == {"no-eos"}
+
+
+def test_packed_sequences_of_one_token():
+    """Each has position 0: a position that does not rise begins a sequence."""
+    ids = torch.arange(3, 11)[None]
+    batch = {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 0, 0, 0, 1, 2]])}
+    labels = torch.full_like(ids, -100)
+    labels[0, 2] = ids[0, 2]
+    for at in (3, 4, 5):
+        wrong = labels.clone()
+        wrong[0, at] = ids[0, at]
+        found = look({**batch, "labels": wrong})
+        assert [(f.code, f.where) for f in found] == [("crosses-boundary", f"row 0, token {at}")]
+    assert look({**batch, "labels": labels}) == []
+
+
+@pytest.mark.parametrize(("other", "said"), [("rounded", False), (0.98, True), (1.02, True)])
+def test_a_loss_of_bfloat16_is_no_other_loss_and_two_per_cent_are_one(other, said, model, batch):
+    def loss(out):
+        return out.loss.bfloat16().float() if other == "rounded" else out.loss * other
+
+    model.forward = OtherLoss(model.forward, loss)
+    report = sgp.audit(model, batch, tokenizer=Tokenizer())
+    assert [f.code for f in report.findings] == ["another-loss"] * said
+    assert report.loss != pytest.approx(-mean_log_prob(report), rel=1e-6), "it is another number"
+
+
+def mean_log_prob(report):
+    losses = [token.loss for row in report.tokens for token in row if token.loss is not None]
+    return -sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize(("nats", "said"), [(0.5, False), (2.0, True), (10.0, True)])
+def test_worse_than_uniform_by_more_than_a_nat(nats, said, model, batch):
+    """Logits that are 0 but for the target's give a loss of any size."""
+    targets = torch.full((B, T), -100)
+    targets[:, :-1] = batch["labels"][:, 1:]
+    # log(V - 1 + exp(x)) - x = log V + nats for the target's logit x
+    x = -math.log(V * math.exp(nats) - 1) + math.log(V - 1)
+
+    def logits(_module, _args, result):
+        return 0 * result + x * torch.nn.functional.one_hot(targets.clamp(min=0), V)
+
+    model.lm_head.register_forward_hook(logits)
+    report = sgp.audit(model, batch, tokenizer=Tokenizer())
+    assert -mean_log_prob(report) == pytest.approx(math.log(V) + nats)
+    assert ("worse-than-uniform" in {f.code for f in report.findings}) == said
+
+
+def test_a_gradient_that_is_not_finite_although_the_loss_is(model, batch):
+    """As where a fused operator's backward overflows: no token's loss shows it."""
+    layer = model.model.layers[0].mlp.down_proj
+    layer.register_full_backward_hook(lambda _, grads, __: (torch.full_like(grads[0], torch.inf),))
+    report = sgp.audit(model, batch, tokenizer=Tokenizer())
+    assert math.isfinite(report.loss)
+    found = [f for f in report.findings if f.code == "nan"]
+    assert [f.where for f in found] == [""]
+    assert "model.layers.0.mlp.gate_proj.weight" in found[0].message
+    assert report.errors == found

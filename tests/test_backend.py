@@ -283,6 +283,21 @@ def machine(monkeypatch):
     backend._warn_once.cache_clear()
 
 
+@interpreted_only
+@pytest.mark.parametrize(
+    ("value", "choice"),
+    [*((yes, "triton") for yes in ("1", "true", "On", "YES", "y")), ("0", "error"), ("", "error")],
+)
+def test_the_interpreter_is_asked_for_in_tritons_words(value, choice, monkeypatch):
+    monkeypatch.setenv("SGP_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    backend._interpreted.cache_clear()
+    try:
+        assert backend.explain(CPU, torch.float32)[0] == choice
+    finally:
+        backend._interpreted.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("wanted", "triton", "interpreted", "device", "dtype", "choice", "words"),
     [
@@ -324,14 +339,15 @@ def test_cuda_without_triton_says_so_once(machine):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "device", "triton"),
+    ("wanted", "device", "triton", "dtype"),
     [
-        ("torch", CUDA, False),  # asked for: nothing to warn of
-        ("auto", CPU, False),
-        ("auto", CPU, True),
-        ("torch", CUDA, True),
+        ("torch", CUDA, False, torch.float32),  # asked for: nothing to warn of
+        ("auto", CPU, False, torch.float32),
+        ("auto", CPU, True, torch.float32),
+        ("torch", CUDA, True, torch.float32),
+        ("auto", CUDA, True, torch.float64),  # which no kernel computes in
     ],
 )
-def test_what_was_asked_for_is_no_warning(machine, wanted, device, triton):
+def test_what_was_asked_for_is_no_warning(machine, wanted, device, triton, dtype):
     machine(wanted=wanted, triton=triton)
-    assert backend.choose(device, torch.float32) == "torch"
+    assert backend.choose(device, dtype) == "torch"

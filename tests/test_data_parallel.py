@@ -257,6 +257,8 @@ def test_positions_are_refused_by_name():
     whole = sgp.Selection.from_labels(torch.tensor([[1, 2, 3, 4]]))
     with pytest.raises(ValueError, match=r"positions are \(2,\); expected \(n,\), ascending"):
         whole.cut(torch.tensor([1, 0]))
+    with pytest.raises(ValueError, match=r"expected \(n,\), ascending"):
+        whole.cut(torch.tensor([1, 1]))
     with pytest.raises(ValueError, match=r"positions go from 2 to 4; expected columns"):
         whole.cut(torch.tensor([2, 4]))
     with pytest.raises(TypeError, match=r"positions is torch\.float32"):

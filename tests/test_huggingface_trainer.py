@@ -1,5 +1,7 @@
 """A patched model under transformers.Trainer: the losses of the stock model."""
 
+from types import SimpleNamespace
+
 import peft
 import pytest
 import torch
@@ -7,6 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 import sgp
 from sgp.huggingface import AuditCallback, AuditError, patch
+from tests.audited import Tokenizer, codes
 from tests.families import V, make
 
 
@@ -188,6 +191,72 @@ def test_the_callback_stops_a_run(tmp_path):
         train(model, tmp_path, data=ShiftedTwice(), callbacks=[AuditCallback(stop_on_errors=True)])
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert not model._forward_pre_hooks
+
+
+class Run:
+    """The beginning and the end of a training run as a callback sees it, without a Trainer."""
+
+    def __init__(self, folder, callback, *, first_process=True, tokenizer=None):
+        self.model, self.callback = make("llama"), callback
+        state = SimpleNamespace(is_world_process_zero=first_process)
+        self.given = SimpleNamespace(output_dir=str(folder)), state, None
+        callback.on_train_begin(*self.given, model=self.model, processing_class=tokenizer)
+
+    def forward(self, **changes):
+        row = Rows()[0]
+        batch = {"input_ids": row["input_ids"][None], "labels": row["labels"][None]}
+        return self.model(**{**batch, **changes})
+
+    def end(self):
+        self.callback.on_train_end(*self.given, model=self.model)
+
+
+def test_the_callback_audits_once_and_on_the_first_process_only(tmp_path):
+    callback = AuditCallback()
+    run = Run(tmp_path, callback)
+    run.forward()
+    first = callback.report
+    assert first is not None
+    run.forward()
+    assert callback.report is first
+    other = AuditCallback(page=tmp_path / "other.html")
+    Run(tmp_path, other, first_process=False).forward()
+    assert other.report is None
+    assert not (tmp_path / "other.html").exists()
+
+
+def test_the_callback_of_a_run_without_a_batch_leaves_no_hook(tmp_path):
+    callback = AuditCallback()
+    run = Run(tmp_path, callback)
+    run.end()
+    assert not run.model._forward_pre_hooks
+    run.forward()
+    assert callback.report is None
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_batch_that_cannot_be_audited_stops_a_run_only_where_that_was_asked(
+    stop, tmp_path, caplog
+):
+    run = Run(tmp_path, AuditCallback(stop_on_errors=stop))
+    if stop:
+        with pytest.raises(AuditError, match=r"could not be audited: .*expected labels"):
+            run.forward(labels=None)
+    else:
+        with caplog.at_level("WARNING", "sgp.huggingface"):
+            run.forward(labels=None)
+        assert "could not be audited: " in caplog.text
+
+
+def test_the_callback_asks_the_trainers_tokenizer(tmp_path):
+    """Without one it would not know where a text should end."""
+    for own, given in ((None, Tokenizer()), (Tokenizer(), None)):
+        callback = AuditCallback(own)
+        Run(tmp_path, callback, tokenizer=given).forward()
+        assert codes(callback.report) == {"no-eos"}
+    callback = AuditCallback()
+    Run(tmp_path, callback).forward()
+    assert codes(callback.report) == set()
 
 
 def test_a_mask_that_the_trainer_removes_is_missed(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sgp import Selection, reference
+from sgp import Selection, cross_entropy, reference
 
 X = -100
 NAN, INF = math.nan, math.inf
@@ -697,6 +697,14 @@ def test_linear_token_log_probs(biased):
         assert mine.shape == (2, 4)
 
 
+@pytest.mark.parametrize("function", [reference.cross_entropy, cross_entropy])
+def test_a_negative_weight_of_an_ignored_token_is_no_error(function):
+    logits, target = torch.randn(3, 5), torch.tensor([1, -100, 4])
+    weights = torch.tensor([1.0, -7.0, 2.0])
+    loss = function(logits, target, token_weight=weights)
+    assert loss == function(logits, target, token_weight=weights.abs())
+
+
 # -- errors ----------------------------------------------------------------------------------------
 
 LOGITS, TARGET = torch.zeros(3, 5), torch.tensor([0, 1, 2])
@@ -761,11 +769,17 @@ def test_cross_entropy_errors(kwargs, error, words):
         ({"temperature": 0.0}, ValueError, ["temperature", "0.0"]),
         ({"temperature": -1.0}, ValueError, ["temperature", "-1.0"]),
         ({"temperature": NAN}, ValueError, ["temperature", "nan"]),
+        ({"temperature": INF}, ValueError, ["temperature", "inf"]),
         ({"target": torch.zeros(3, 5)}, (TypeError, ValueError), ["target", "float32"]),
         ({"target": torch.tensor([0, 5, 2])}, IndexError, ["target[1] = 5", "[0, 5)"]),
         ({"softcap": 0.0}, ValueError, ["softcap", "0.0"]),
     ],
-    ids=["temperature 0", "temperature -1", "temperature nan", "probabilities", "range", "softcap"],
+    ids=[
+        *(f"temperature {t}" for t in (0, -1, NAN, INF)),
+        "probabilities",
+        "range",
+        "softcap",
+    ],
 )
 def test_token_log_probs_errors(kwargs, error, words):
     with pytest.raises(error) as caught:

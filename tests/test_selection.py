@@ -596,6 +596,20 @@ def test_to_moves_everything_but_the_count(full):
     assert_same(full.to("cpu"), full)
 
 
+@pytest.mark.parametrize("non_blocking", [False, True])
+def test_to_waits_only_where_it_is_told_to(full, non_blocking, monkeypatch):
+    """Whether a copy waits shows on a GPU alone; what it is asked for shows everywhere."""
+    asked = []
+
+    def to(tensor, _device, *, non_blocking=False):
+        asked.append(non_blocking)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    full.to("cuda", non_blocking=non_blocking)
+    assert asked == [non_blocking] * 4
+
+
 def test_to_without_weights_and_boundaries(device):
     selection = Selection.from_labels(torch.tensor([1, X])).to(device)
     assert selection.device.type == device

@@ -298,6 +298,15 @@ def test_free_cores_are_idle_ones_and_our_own(monkeypatch):
     assert FreeCores().count() is None, "not Linux"
 
 
+def test_a_core_that_waits_for_a_disk_is_idle(tmp_path, monkeypatch):
+    """The fields of /proc/stat: user, nice, system, idle, iowait, irq; in hundredths."""
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  900 10 90 4000 2000 5 5 0 0 0\ncpu0 1 1 1 1 1 1 1 0 0 0\n")
+    monkeypatch.setattr("sgp.train.threads.Path", lambda _: stat)
+    monkeypatch.setattr("sgp.train.threads.os.sysconf", lambda _: 100)
+    assert FreeCores._now()[2] == pytest.approx((4000 + 2000) / 100)
+
+
 @pytest.mark.parametrize(("free", "count"), [(None, 3), (0.0, 1), (1.9, 2), (9.0, 3)])
 def test_threads_are_at_most_the_free_cores_and_restored(free, count):
     before = torch.get_num_threads()
@@ -499,6 +508,22 @@ def test_ctrl_c_while_saving_waits_for_the_files(options, monkeypatch, capsys):
     assert summary(options)["steps"] == options.steps
 
 
+def test_the_handler_of_before_is_put_back():
+    """In a notebook, say, where Ctrl-C stops a cell and not the process."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def of_the_caller(*_):
+        """Stops a cell."""
+
+    signal.signal(signal.SIGINT, of_the_caller)
+    try:
+        with StopRequest(print):
+            assert signal.getsignal(signal.SIGINT) is not of_the_caller
+        assert signal.getsignal(signal.SIGINT) is of_the_caller
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_training_works_outside_the_main_thread(options):
     codes = []
     thread = threading.Thread(target=lambda: codes.append(run(options)))
@@ -575,6 +600,12 @@ def test_missing_model_folder(options, name):
 def test_model_folder_without_a_model(options, tmp_path):
     (tmp_path / "empty").mkdir()
     assert f"--model {tmp_path / 'empty'}: " in refused(options, model=str(tmp_path / "empty"))
+
+
+def test_a_model_folder_in_the_home_folder(options, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "no such folder" not in refused(options, model="~/empty"), "it is there"
 
 
 def test_window_of_a_given_model(options, model, tmp_path, capsys):

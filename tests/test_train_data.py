@@ -1,5 +1,6 @@
 """What `sgp train` reads: pairs, splits, tokenizer cache, windows, batches."""
 
+import gc
 import json
 import random
 import sys
@@ -111,6 +112,17 @@ def test_source_files_are_ordered_and_leave_out_tests_and_unreadable_files(tmp_p
     assert "é" in files["latin.py"]
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_reading_leaves_the_garbage_collector_as_it_was(enabled):
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        stdlib_pairs([("a.py", "x = 1")])
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
 def test_standard_library_has_plenty():
     files = list(source_files())
     small = [(path, text) for path, text in files if path.startswith(("json/", "email/"))]
@@ -193,6 +205,7 @@ def test_split_has_no_pair_on_both_sides_and_ignores_order():
     assert texts[0] & texts[1] == set()
     assert len(train) + len(held_out) == len(distinct)
     assert 0.5 < len(held_out) / len(distinct) / HELD_OUT_FRACTION < 1.5
+    assert len(held_out) / len(distinct) < 0.1, "one in twenty, as it is documented"
     shuffled = random.Random(0).sample(distinct, len(distinct))  # noqa: S311
     assert split(shuffled, lambda pair: pair.digest)[1] == held_out
 

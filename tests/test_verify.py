@@ -43,6 +43,67 @@ def test_verify_fails_when_a_kernel_is_wrong(fault, capsys, monkeypatch):
     assert "FAILED" in capsys.readouterr().out
 
 
+def check(path, V=7):
+    case = verify.Case(path, torch.float32, V, 0.25, "plain")
+    return verify.check(case, torch.device("cpu"))
+
+
+def test_a_loss_off_by_ten_parts_in_a_million_fails(monkeypatch):
+    path = "loss and gradient in one launch"
+    assert check(path).passed
+    right = verify.cross_entropy
+
+    def off(*arguments, **options):
+        result = right(*arguments, **options)
+        if options.get("return_stats"):
+            return result
+        return result + 1e-5 * result.detach()
+
+    monkeypatch.setattr(verify, "cross_entropy", off)
+    outcome = check(path)
+    assert not outcome.passed
+    assert outcome.loss == pytest.approx(1e-5, rel=0.1)
+
+
+def test_a_gradient_of_an_ignored_row_fails_however_small(monkeypatch):
+    right = verify.cross_entropy
+
+    def off(logits, target, **options):
+        result = right(logits, target, **options)
+        if options.get("return_stats"):
+            return result
+        ignored = logits[target == -100].sum()
+        return result + 1e-12 * (ignored - ignored.detach())
+
+    monkeypatch.setattr(verify, "cross_entropy", off)
+    assert not check("loss and gradient in one launch").passed
+
+
+def test_a_top1_that_is_wrong_fails(monkeypatch):
+    right = verify.cross_entropy
+
+    def off(*arguments, **options):
+        result = right(*arguments, **options)
+        if options.get("return_stats"):
+            return result[0], result[1]._replace(is_top1=~result[1].is_top1)
+        return result
+
+    monkeypatch.setattr(verify, "cross_entropy", off)
+    assert not check("loss and gradient in one launch").passed
+
+
+def test_a_weights_gradient_that_is_wrong_fails(monkeypatch):
+    assert check("linear head").passed
+    right = verify.linear_cross_entropy
+
+    def off(hidden, head, *arguments, **options):
+        more = head + 1e-4 * (head - head.detach())
+        return right(hidden, more, *arguments, **options)
+
+    monkeypatch.setattr(verify, "linear_cross_entropy", off)
+    assert not check("linear head").passed
+
+
 def test_verify_says_where_it_cannot_run(capsys, monkeypatch, tmp_path):
     assert verify.run(quick=True, output=tmp_path / "missing" / "x.json") == 2
     assert "is no folder" in capsys.readouterr().out
