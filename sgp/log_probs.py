@@ -32,6 +32,7 @@ def token_log_probs(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    shift: bool | int = False,
 ) -> TokenLogProbs:
     """What each row of logits says about its target, from one read of the kept rows.
 
@@ -49,7 +50,7 @@ def token_log_probs(
         target: class indices, or a Selection.
         ignore_index: targets of this value get zeros; None means -100.
         temperature: divides the scored logits, after scale and softcap.
-        softcap, logit_scale: as in `sgp.cross_entropy`.
+        softcap, logit_scale, shift: as in `sgp.cross_entropy`.
 
     Returns:
         TokenLogProbs of the target's shape: `log_prob`, `entropy` and `lse` in nats, float32
@@ -66,11 +67,11 @@ def token_log_probs(
     if is_dtensor(input, target):
         return dtensor_module().of_logits(  # type: ignore[no-any-return]
             token_log_probs, input, target, ignore_index=ignore_index, temperature=temperature,
-            softcap=softcap, logit_scale=logit_scale,
+            softcap=softcap, logit_scale=logit_scale, shift=shift,
         )  # fmt: skip
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
-    problem = make_problem(LOG_PROBS, input, target, None, None, recipe)
+    problem = make_problem(LOG_PROBS, input, target, None, None, recipe, shift=shift)
     if problem.has_probabilities:
         raise TypeError(f"{LOG_PROBS}: target is {problem.target.dtype}; expected class indices")
     refuse_forward_mode(LOG_PROBS, input)
@@ -103,7 +104,7 @@ def linear_token_log_probs(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    shift: bool = False,
+    shift: bool | int = False,
     chunk_rows: int | None = None,
 ) -> TokenLogProbs:
     """`token_log_probs(input @ linear_weight.T + linear_bias, target)` without N x V logits.

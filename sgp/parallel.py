@@ -77,6 +77,7 @@ def cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     lse_square_scale: float = 0.0,
+    shift: bool | int = False,
     inplace: bool = False,
     return_stats: Literal[False] = False,
 ) -> Tensor: ...
@@ -98,6 +99,7 @@ def cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     lse_square_scale: float = 0.0,
+    shift: bool | int = False,
     inplace: bool = False,
     return_stats: Literal[True],
 ) -> tuple[Tensor, TokenLogProbs]: ...
@@ -119,6 +121,7 @@ def cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     lse_square_scale: float = 0.0,
+    shift: bool | int = False,
     inplace: bool = False,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, TokenLogProbs]:
@@ -139,8 +142,8 @@ def cross_entropy(
         vocab_size: V, where the shards together have more columns: the last ones are padding, are
             not read, and get a gradient of zero. None: all columns count.
         ignore_index, reduction, label_smoothing, token_weight, denominator, softcap, logit_scale,
-            lse_square_scale, inplace, return_stats: as in `sgp.cross_entropy`. Class probabilities
-            are refused.
+            lse_square_scale, shift, inplace, return_stats: as in `sgp.cross_entropy`. Class
+            probabilities are refused.
 
     Returns:
         As `sgp.cross_entropy`, the same bits on every rank. The gradient is computed in backward,
@@ -166,7 +169,7 @@ def cross_entropy(
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
     check_reduction(name, reduction, denominator)
-    problem = logits_problem(name, local_logits, target, token_weight, recipe)
+    problem = logits_problem(name, local_logits, target, token_weight, recipe, shift)
     need_grad = torch.is_grad_enabled() and local_logits.requires_grad
     if inplace and need_grad:
         check_inplace(name, local_logits)
@@ -214,7 +217,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     lse_square_scale: float = 0.0,
-    shift: bool = False,
+    shift: bool | int = False,
     chunk_rows: int | None = None,
     return_stats: Literal[False] = False,
     options: object = None,
@@ -240,7 +243,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     lse_square_scale: float = 0.0,
-    shift: bool = False,
+    shift: bool | int = False,
     chunk_rows: int | None = None,
     return_stats: Literal[True],
     options: object = None,
@@ -266,7 +269,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     lse_square_scale: float = 0.0,
-    shift: bool = False,
+    shift: bool | int = False,
     chunk_rows: int | None = None,
     return_stats: bool = False,
     options: object = None,
@@ -342,6 +345,7 @@ def token_log_probs(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    shift: bool | int = False,
 ) -> TokenLogProbs:
     """`sgp.token_log_probs` of logits whose vocabulary is split over the ranks of a group.
 
@@ -350,7 +354,7 @@ def token_log_probs(
 
     Args:
         local_logits, target, group, vocab_size: as in `cross_entropy`.
-        ignore_index, temperature, softcap, logit_scale: as in `sgp.token_log_probs`.
+        ignore_index, temperature, softcap, logit_scale, shift: as in `sgp.token_log_probs`.
 
     Returns:
         As `sgp.token_log_probs`, the same bits on every rank; 24 bytes exchanged a kept row.
@@ -361,7 +365,7 @@ def token_log_probs(
     name = "sgp.parallel.token_log_probs"
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
-    problem = logits_problem(name, local_logits, target, None, recipe)
+    problem = logits_problem(name, local_logits, target, None, recipe, shift)
     shard, rows = agree_on_logits(name, group, problem, target, vocab_size, None, ())
     call = Call(shard, problem.recipe, need_stats=True, of_stats=True)
     out: tuple[Tensor, ...] = apply(
@@ -384,7 +388,7 @@ def linear_token_log_probs(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    shift: bool = False,
+    shift: bool | int = False,
     chunk_rows: int | None = None,
 ) -> TokenLogProbs:
     """`sgp.linear_token_log_probs` with a head whose rows are split over the ranks of a group.
