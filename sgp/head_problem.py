@@ -16,9 +16,11 @@ from sgp.problem import (
     class_weight,
     flat_indices,
     flat_token_weight,
+    moved_ahead,
+    refuse_shift_of_selection,
 )
 from sgp.recipe import Recipe, accumulation_dtype
-from sgp.selection import Selection, shifted
+from sgp.selection import Selection, tokens_ahead
 
 
 def make_head_problem(
@@ -30,7 +32,7 @@ def make_head_problem(
     token_weight: Tensor | None,
     recipe: Recipe,
     *,
-    shift: bool,
+    shift: bool | int,
 ) -> Problem:
     """Rows of an input that `check_head` has passed; labels are shifted here, `input` never is.
 
@@ -46,11 +48,7 @@ def make_head_problem(
     V = linear_weight.shape[0]
     weight = class_weight(name, weight, input, V)
     if isinstance(target, Selection):
-        if shift:
-            raise ValueError(
-                f"{name}: shift=True together with a Selection, which has been shifted or not by "
-                "its constructor; pass shift to Selection.from_labels instead"
-            )
+        refuse_shift_of_selection(name, shift)
         check_selection(name, input, target, token_weight, recipe, "D")
         dense = target.dense_weight
         return Problem(
@@ -78,15 +76,14 @@ def make_head_problem(
         )
     rows = flat_indices(target)
     row_weight = flat_token_weight(name, token_weight, input, shape)
+    ahead = tokens_ahead(name, shift, lead[-1] if lead else 0)
     if shift:
         if shape != lead or not lead:
             raise ValueError(
-                f"{name}: shift=True needs a target of shape (T,) or (..., T) like input, whose "
-                f"last dimension is time; input is {tuple(input.shape)} and target {shape}"
+                f"{name}: shift={shift} needs a target of shape (T,) or (..., T) like input, "
+                f"whose last dimension is time; input is {tuple(input.shape)} and target {shape}"
             )
-        if rows.numel():
-            rows = shifted(rows, lead[-1], recipe.ignore_index)
-            row_weight = None if row_weight is None else row_weight.roll(-1)
+        rows, row_weight = moved_ahead(rows, row_weight, lead, recipe.ignore_index, ahead)
     return Problem(
         input=input,
         target=rows,

@@ -27,7 +27,7 @@ from sgp.problem import Problem, check_tensor
 from sgp.recipe import Recipe
 from sgp.reduction import check_reduction, reduce_rows, sequence_z_loss, without_z_loss
 from sgp.reference import TokenLogProbs
-from sgp.selection import Selection
+from sgp.selection import Selection, tokens_ahead
 from sgp.shard import dtensor_module, is_dtensor
 
 NAME = LINEAR_CROSS_ENTROPY
@@ -49,7 +49,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     lse_square_scale: float = 0.0,
-    shift: bool = False,
+    shift: bool | int = False,
     chunk_rows: int | None = None,
     return_stats: Literal[False] = False,
     return_argmax: Literal[False] = False,
@@ -73,7 +73,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     lse_square_scale: float = 0.0,
-    shift: bool = False,
+    shift: bool | int = False,
     chunk_rows: int | None = None,
     return_stats: Literal[True],
     return_argmax: bool = False,
@@ -96,7 +96,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     lse_square_scale: float = 0.0,
-    shift: bool = False,
+    shift: bool | int = False,
     chunk_rows: int | None = None,
     return_stats: bool = False,
     return_argmax: bool = False,
@@ -136,7 +136,8 @@ def linear_cross_entropy(
         shift: labels[..., t] is token t itself (Hugging Face's convention), so the row before it
             predicts it; labels and weights are moved, `input` is not: pass both whole. Flat labels
             (T,) are one sequence; for several use Selection.from_labels(cu_seqlens=). Results a
-            token stand at the row that predicts it, so that the last of a sequence is 0.
+            token stand at the row that predicts it, so that the last of a sequence is 0. A whole
+            number k: row t predicts token t + k (multi-token prediction); True is 1.
         chunk_rows: the most rows of logits held at once, `4 V` bytes each. None: 4096, fewer where
             these would take more than 4 GiB; on a CPU what fits 256 MiB (`sgp/chunks.py`).
         return_stats, return_argmax: return (loss, TokenLogProbs), detached, from the same pass; as
@@ -270,7 +271,7 @@ def _whole_logits(
     linear_weight: Tensor,
     target: Tensor | Selection,
     linear_bias: Tensor | None,
-    shift: bool,
+    shift: bool | int,
     weight: Tensor | None,
     **loss: Any,
 ) -> Tensor | tuple[Tensor, TokenLogProbs]:
@@ -338,7 +339,7 @@ class LinearCrossEntropyLoss(nn.Module):
         softcap: float | None = None,
         logit_scale: float = 1.0,
         lse_square_scale: float = 0.0,
-        shift: bool = False,
+        shift: bool | int = False,
         chunk_rows: int | None = None,
         return_stats: bool = False,
         return_argmax: bool = False,
@@ -349,6 +350,7 @@ class LinearCrossEntropyLoss(nn.Module):
         check_reduction(name, reduction, None)
         check_argmax(name, return_stats, return_argmax)
         check_chunk_rows(name, chunk_rows)
+        tokens_ahead(name, shift, 1)
         ignore = -100 if ignore_index is None else ignore_index
         Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale).check(name)
         if weight is not None:

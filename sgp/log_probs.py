@@ -33,6 +33,7 @@ def token_log_probs(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    shift: bool | int = False,
     return_argmax: bool = False,
 ) -> TokenLogProbs:
     """What each row of logits says about its target, from one read of the kept rows.
@@ -51,7 +52,7 @@ def token_log_probs(
         target: class indices, or a Selection.
         ignore_index: targets of this value get zeros; None means -100.
         temperature: divides the scored logits, after scale and softcap.
-        softcap, logit_scale: as in `sgp.cross_entropy`.
+        softcap, logit_scale, shift: as in `sgp.cross_entropy`.
         return_argmax: fill `argmax`, the most probable class, from the same read of the logits.
 
     Returns:
@@ -70,11 +71,11 @@ def token_log_probs(
     if is_dtensor(input, target):
         return dtensor_module().of_logits(  # type: ignore[no-any-return]
             token_log_probs, input, target, ignore_index=ignore_index, temperature=temperature,
-            softcap=softcap, logit_scale=logit_scale, return_argmax=return_argmax,
+            softcap=softcap, logit_scale=logit_scale, shift=shift, return_argmax=return_argmax,
         )  # fmt: skip
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
-    problem = make_problem(LOG_PROBS, input, target, None, None, recipe)
+    problem = make_problem(LOG_PROBS, input, target, None, None, recipe, shift=shift)
     if problem.has_probabilities:
         raise TypeError(f"{LOG_PROBS}: target is {problem.target.dtype}; expected class indices")
     refuse_forward_mode(LOG_PROBS, input)
@@ -108,7 +109,7 @@ def linear_token_log_probs(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    shift: bool = False,
+    shift: bool | int = False,
     chunk_rows: int | None = None,
     return_argmax: bool = False,
 ) -> TokenLogProbs:

@@ -22,7 +22,7 @@ from sgp.reduction import (
     without_z_loss,
 )
 from sgp.reference import TokenLogProbs
-from sgp.selection import Selection
+from sgp.selection import Selection, tokens_ahead
 from sgp.shard import dtensor_module, is_dtensor
 
 NAME = "sgp.cross_entropy"
@@ -42,6 +42,7 @@ def cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     lse_square_scale: float = 0.0,
+    shift: bool | int = False,
     inplace: bool = False,
     return_stats: Literal[False] = False,
     return_argmax: Literal[False] = False,
@@ -62,6 +63,7 @@ def cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     lse_square_scale: float = 0.0,
+    shift: bool | int = False,
     inplace: bool = False,
     return_stats: Literal[True],
     return_argmax: bool = False,
@@ -81,6 +83,7 @@ def cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     lse_square_scale: float = 0.0,
+    shift: bool | int = False,
     inplace: bool = False,
     return_stats: bool = False,
     return_argmax: bool = False,
@@ -121,6 +124,10 @@ def cross_entropy(
         logit_scale: multiplies the logits first.
         lse_square_scale: adds this times the squared log-sum-exp (z-loss) to each token's loss;
             token weights multiply it, class weights do not.
+        shift: labels[..., t] is token t itself (Hugging Face's convention), so the row before it
+            predicts it; labels and weights are moved along their last dimension, which is time, and
+            `input` is not. A whole number k: row t predicts token t + k (multi-token prediction);
+            True is 1. Logits (B, T, V) are passed as `logits.movedim(-1, 1)`, which copies nothing.
         inplace: write the gradient over `input` instead of a new tensor of its size. `input` must
             not be used afterwards (autograd notices where it is), and not be a leaf.
         return_stats: return (loss, TokenLogProbs): log-probability, entropy, log-sum-exp and
@@ -152,12 +159,12 @@ def cross_entropy(
             cross_entropy, input, target, weight=weight, ignore_index=ignore_index,
             reduction=reduction, label_smoothing=label_smoothing, token_weight=token_weight,
             denominator=denominator, softcap=softcap, logit_scale=logit_scale,
-            lse_square_scale=lse_square_scale, inplace=inplace, return_stats=return_stats,
-            return_argmax=return_argmax,
+            lse_square_scale=lse_square_scale, shift=shift, inplace=inplace,
+            return_stats=return_stats, return_argmax=return_argmax,
         )  # fmt: skip
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
-    problem = make_problem(NAME, input, target, weight, token_weight, recipe)
+    problem = make_problem(NAME, input, target, weight, token_weight, recipe, shift=shift)
     denominator = check_reduction(NAME, reduction, denominator)
     check_argmax(NAME, return_stats, return_argmax)
     need_grad = torch.is_grad_enabled() and input.requires_grad
@@ -302,8 +309,8 @@ class CrossEntropyLoss(nn.Module):
 
     Args:
         weight: (V,) class weights, a buffer that moves with the module.
-        ignore_index, reduction, label_smoothing, softcap, logit_scale, lse_square_scale, inplace,
-            return_stats, return_argmax: as in `cross_entropy`.
+        ignore_index, reduction, label_smoothing, softcap, logit_scale, lse_square_scale, shift,
+            inplace, return_stats, return_argmax: as in `cross_entropy`.
 
     `token_weight` and `denominator` change from batch to batch: give them to the call.
     """
@@ -320,6 +327,7 @@ class CrossEntropyLoss(nn.Module):
         softcap: float | None = None,
         logit_scale: float = 1.0,
         lse_square_scale: float = 0.0,
+        shift: bool | int = False,
         inplace: bool = False,
         return_stats: bool = False,
         return_argmax: bool = False,
@@ -332,10 +340,12 @@ class CrossEntropyLoss(nn.Module):
         self.softcap = softcap
         self.logit_scale = logit_scale
         self.lse_square_scale = lse_square_scale
+        self.shift = shift
         self.inplace = inplace
         self.return_stats, self.return_argmax = return_stats, return_argmax
         check_reduction("sgp.CrossEntropyLoss", reduction, None)
         check_argmax("sgp.CrossEntropyLoss", return_stats, return_argmax)
+        tokens_ahead("sgp.CrossEntropyLoss", shift, 1)
         Recipe(self.ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale).check(
             "sgp.CrossEntropyLoss"
         )
@@ -361,6 +371,7 @@ class CrossEntropyLoss(nn.Module):
             softcap=self.softcap,
             logit_scale=self.logit_scale,
             lse_square_scale=self.lse_square_scale,
+            shift=self.shift,
             inplace=self.inplace,
             return_stats=self.return_stats,
             return_argmax=self.return_argmax,
@@ -375,6 +386,7 @@ class CrossEntropyLoss(nn.Module):
             "softcap": None,
             "logit_scale": 1.0,
             "lse_square_scale": 0.0,
+            "shift": False,
             "inplace": False,
             "return_stats": False,
             "return_argmax": False,

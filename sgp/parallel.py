@@ -77,6 +77,7 @@ def cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     lse_square_scale: float = 0.0,
+    shift: bool | int = False,
     inplace: bool = False,
     return_stats: Literal[False] = False,
     return_argmax: Literal[False] = False,
@@ -99,6 +100,7 @@ def cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     lse_square_scale: float = 0.0,
+    shift: bool | int = False,
     inplace: bool = False,
     return_stats: Literal[True],
     return_argmax: bool = False,
@@ -121,6 +123,7 @@ def cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     lse_square_scale: float = 0.0,
+    shift: bool | int = False,
     inplace: bool = False,
     return_stats: bool = False,
     return_argmax: bool = False,
@@ -144,8 +147,8 @@ def cross_entropy(
             same ones (by a sample of 64 values, zeros aside) are an error: each was probably given
             the whole vocabulary.
         ignore_index, reduction, label_smoothing, token_weight, denominator, softcap, logit_scale,
-            lse_square_scale, inplace, return_stats, return_argmax: as in `sgp.cross_entropy`. Class
-            probabilities are refused.
+            lse_square_scale, shift, inplace, return_stats, return_argmax: as in
+            `sgp.cross_entropy`. Class probabilities are refused.
 
     Returns:
         As `sgp.cross_entropy`, the same bits on every rank. The gradient is computed in backward,
@@ -173,7 +176,7 @@ def cross_entropy(
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
     denominator = check_reduction(name, reduction, denominator)
     check_argmax(name, return_stats, return_argmax)
-    problem = logits_problem(name, local_logits, target, token_weight, recipe)
+    problem = logits_problem(name, local_logits, target, token_weight, recipe, shift)
     need_grad = torch.is_grad_enabled() and local_logits.requires_grad
     if inplace and need_grad:
         check_inplace(name, local_logits)
@@ -221,7 +224,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     lse_square_scale: float = 0.0,
-    shift: bool = False,
+    shift: bool | int = False,
     chunk_rows: int | None = None,
     return_stats: Literal[False] = False,
     return_argmax: Literal[False] = False,
@@ -248,7 +251,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     lse_square_scale: float = 0.0,
-    shift: bool = False,
+    shift: bool | int = False,
     chunk_rows: int | None = None,
     return_stats: Literal[True],
     return_argmax: bool = False,
@@ -275,7 +278,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     lse_square_scale: float = 0.0,
-    shift: bool = False,
+    shift: bool | int = False,
     chunk_rows: int | None = None,
     return_stats: bool = False,
     return_argmax: bool = False,
@@ -355,6 +358,7 @@ def token_log_probs(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    shift: bool | int = False,
     return_argmax: bool = False,
 ) -> TokenLogProbs:
     """`sgp.token_log_probs` of logits whose vocabulary is split over the ranks of a group.
@@ -364,7 +368,7 @@ def token_log_probs(
 
     Args:
         local_logits, target, group, vocab_size: as in `cross_entropy`.
-        ignore_index, temperature, softcap, logit_scale, return_argmax: as in
+        ignore_index, temperature, softcap, logit_scale, shift, return_argmax: as in
             `sgp.token_log_probs`.
 
     Returns:
@@ -377,7 +381,7 @@ def token_log_probs(
     name = "sgp.parallel.token_log_probs"
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
-    problem = logits_problem(name, local_logits, target, None, recipe)
+    problem = logits_problem(name, local_logits, target, None, recipe, shift)
     shard, rows = agree_on_logits(name, group, problem, target, vocab_size, None, (return_argmax,))
     call = Call(shard, problem.recipe, need_stats=True, need_argmax=return_argmax, of_stats=True)
     out: tuple[Tensor, ...] = apply(
@@ -400,7 +404,7 @@ def linear_token_log_probs(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    shift: bool = False,
+    shift: bool | int = False,
     chunk_rows: int | None = None,
     return_argmax: bool = False,
 ) -> TokenLogProbs:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sgp.recipe import Recipe, accumulation_dtype, cast
-from sgp.selection import IGNORE, Selection
+from sgp.selection import IGNORE, Selection, shifted, tokens_ahead
 
 REDUCTIONS = ("none", "mean", "sum", "sequence_sum", "sequence_mean")
 INTEGERS = (torch.int64, torch.int32, torch.uint8, torch.int16, torch.int8)
@@ -58,16 +58,17 @@ def make_problem(
     token_weight: Tensor | None,
     recipe: Recipe,
     *,
+    shift: bool | int = False,
     part: bool = False,
 ) -> Problem:
-    """Check every shape, dtype and device, and bring the vocabulary last.
+    """Check every shape, dtype and device, bring the vocabulary last, and shift the labels.
 
     `part`: input holds some columns of the vocabulary, maybe none; weight is checked later.
 
     Raises:
         ValueError, TypeError: with what was passed, what was expected, and what to do.
     """
-    plain = weight is None and token_weight is None
+    plain = weight is None and token_weight is None and shift is False
     if plain and isinstance(target, Tensor) and _is_usual(input, target):
         shape = tuple(target.shape)
         return Problem(input, target, shape, recipe.check(name), None, None, None, 1)
@@ -77,6 +78,7 @@ def make_problem(
     if classes == 0 and not part:
         raise ValueError(f"{name}: input {tuple(input.shape)} has a vocabulary of 0")
     if isinstance(target, Selection):
+        refuse_shift_of_selection(name, shift)
         return _from_selection(name, input, target, weight, token_weight, recipe)
     # PyTorch's layouts: (V,) with (), (N, V) with (N,), (N, V, d1, ...) with (N, d1, ...).
     class_dim = 0 if input.dim() == 1 else 1
@@ -84,7 +86,14 @@ def make_problem(
     lead = () if input.dim() == 1 else tuple(logits.shape[:-1])
     probabilities = target.is_floating_point()
     if tuple(target.shape) != (tuple(input.shape) if probabilities else lead):
-        raise ValueError(_shape_message(name, input, target, lead))
+        raise ValueError(_shape_message(name, input, target, lead, shift=bool(shift)))
+    ahead = tokens_ahead(name, shift, lead[-1] if lead else 0)
+    if shift and (probabilities or not lead):
+        raise ValueError(
+            f"{name}: shift={shift} needs class indices (T,) or (..., T), whose last dimension "
+            f"is time; target is {tuple(target.shape)} ({target.dtype})"
+        )
+    row_weight = flat_token_weight(name, token_weight, input, lead)
     if probabilities:
         if recipe.ignore_index >= 0:  # as PyTorch: nothing would be ignored
             raise ValueError(
@@ -98,14 +107,16 @@ def make_problem(
                 f"{name}: target is {target.dtype}; expected int64 class indices of shape {lead} "
                 f"or floating-point class probabilities of shape {tuple(input.shape)}"
             )
-        rows = flat_indices(target)
+        rows, row_weight = moved_ahead(
+            flat_indices(target), row_weight, lead, recipe.ignore_index, ahead
+        )
     return Problem(
         input=logits,
         target=rows,
         shape=lead,
         recipe=recipe,
         weight=class_weight(name, weight, logits, logits.shape[-1]),
-        token_weight=flat_token_weight(name, token_weight, input, lead),
+        token_weight=row_weight,
         boundaries=None,
         num_sequences=math.prod(lead[:-1]),
     )
@@ -130,6 +141,25 @@ def flat_indices(target: Tensor) -> Tensor:
     if target.dim() == 1 and target.dtype == torch.int64 and target.is_contiguous():
         return target
     return target.reshape(-1).to(torch.int64).contiguous()
+
+
+def moved_ahead(
+    rows: Tensor, row_weight: Tensor | None, lead: tuple[int, ...], ignore_index: int, ahead: int
+) -> tuple[Tensor, Tensor | None]:
+    """Labels and weights (N,) of tokens of shape `lead`, at the rows that predict these tokens."""
+    if not ahead or not rows.numel():
+        return rows, row_weight
+    moved = shifted(rows, lead[-1], ignore_index, ahead)
+    return moved, None if row_weight is None else row_weight.roll(-ahead)
+
+
+def refuse_shift_of_selection(name: str, shift: bool | int) -> None:
+    """Raise ValueError for a shift together with a Selection: nothing is shifted twice."""
+    if tokens_ahead(name, shift, 1):
+        raise ValueError(
+            f"{name}: shift={shift} together with a Selection, which has been shifted or not by "
+            "its constructor; pass shift to Selection.from_labels instead"
+        )
 
 
 def check_selection(
@@ -275,13 +305,20 @@ def _shape_message(
     input: Tensor,  # noqa: A002
     target: Tensor,
     lead: tuple[int, ...],
+    *,
+    shift: bool,
 ) -> str:
     message = (
         f"{name}: input is {tuple(input.shape)} and target {tuple(target.shape)} "
         f"({target.dtype}); expected class indices of shape {lead} or probabilities of shape "
         f"{tuple(input.shape)}"
     )
-    if target.shape == input.shape[:-1]:
+    if target.shape == input.shape[:-1] and shift:
+        message += (
+            "; with the vocabulary last, pass input.movedim(-1, 1), which copies nothing, or an "
+            "sgp.Selection"
+        )
+    elif target.shape == input.shape[:-1]:
         message += (
             "; with the vocabulary last, pass input.flatten(0, -2) and target.flatten(), or an "
             "sgp.Selection"

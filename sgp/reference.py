@@ -58,6 +58,7 @@ def cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     lse_square_scale: float = 0.0,
+    shift: bool | int = False,
 ) -> Tensor:
     """The definition of `sgp.cross_entropy`.
 
@@ -69,7 +70,7 @@ def cross_entropy(
     name = "sgp.reference.cross_entropy"
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
-    problem = make_problem(name, input, target, weight, token_weight, recipe)
+    problem = make_problem(name, input, target, weight, token_weight, recipe, shift=shift)
     denominator = check_reduction(name, reduction, denominator)
     V = problem.input.shape[-1]
     logits, y, w = problem.input.reshape(-1, V), problem.target, problem.weight
@@ -111,7 +112,7 @@ def linear_cross_entropy(
     target: Tensor | Selection,
     *,
     linear_bias: Tensor | None = None,
-    shift: bool = False,
+    shift: bool | int = False,
     ignore_index: int | None = -100,
     token_weight: Tensor | None = None,
     **loss: object,
@@ -139,6 +140,7 @@ def token_log_probs(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    shift: bool | int = False,
     return_argmax: bool = False,
 ) -> TokenLogProbs:
     """The definition of `sgp.token_log_probs`; the first three fields are differentiable.
@@ -151,7 +153,7 @@ def token_log_probs(
     name = "sgp.reference.token_log_probs"
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale)
-    problem = make_problem(name, input, target, None, None, recipe)
+    problem = make_problem(name, input, target, None, None, recipe, shift=shift)
     if problem.has_probabilities:
         raise TypeError(f"{name}: target is {problem.target.dtype}; expected class indices")
     if not 0.0 < temperature < math.inf:
@@ -182,7 +184,7 @@ def linear_token_log_probs(
     *,
     linear_bias: Tensor | None = None,
     ignore_index: int | None = -100,
-    shift: bool = False,
+    shift: bool | int = False,
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -217,7 +219,7 @@ def _select(
     hidden: Tensor,
     target: Tensor | Selection,
     ignore_index: int | None,
-    shift: bool,
+    shift: bool | int,
     token_weight: Tensor | None,
 ) -> Selection:
     """The Selection of labels (...), or (N,) where nothing is shifted, for hidden (..., D)."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -193,7 +195,7 @@ class Selection:
         labels: Tensor,
         *,
         ignore_index: int | None = -100,
-        shift: bool = False,
+        shift: bool | int = False,
         token_weight: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Selection:
@@ -215,7 +217,8 @@ class Selection:
             ignore_index: the label that means "no loss"; None means -100.
             shift: labels[t] is token t itself (Hugging Face's convention), so row t - 1 predicts
                 it. False: labels[t] is already what row t predicts. The first token of a sequence
-                has no predictor and is never scored when shifting.
+                has no predictor and is never scored when shifting. A whole number k: row t - k
+                predicts token t, as the heads of multi-token prediction do; True is 1.
             token_weight: weight of each label's loss, of the shape of `labels`, and shifted with
                 them. A constant.
             cu_seqlens: (S + 1,) cumulative lengths of sequences packed along the flattened tokens,
@@ -239,13 +242,14 @@ class Selection:
         label: str,
         labels: Tensor,
         ignore_index: int | None = IGNORE,
-        shift: bool = False,
+        shift: bool | int = False,
         token_weight: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Selection:
         """Every constructor: what `mask` marks or, without one, what is not `ignore_index`."""
         _require_integers(name, label, labels)
+        ahead = tokens_ahead(name, shift, labels.shape[-1])
         ignore = IGNORE if ignore_index is None else ignore_index
         flat = labels.reshape(-1).to(torch.int64)
         kept = flat != ignore if mask is None else mask.reshape(-1)
@@ -265,12 +269,13 @@ class Selection:
         length = labels.shape[-1]
         boundaries, num_sequences = _boundaries(name, cu_seqlens, labels, kept)
         target = torch.where(kept, flat, IGNORE)
-        if shift and flat.numel():
-            target = shifted(target, length, IGNORE)
+        if ahead and flat.numel():
+            target = shifted(target, length, IGNORE, ahead)
             if boundaries is not None:
-                ends = boundaries[1:] - 1
-                target[ends[ends >= 0]] = IGNORE
-            weight = None if weight is None else weight.roll(-1)
+                row = torch.arange(flat.numel(), device=flat.device)
+                end = boundaries[torch.searchsorted(boundaries, row, right=True)]
+                target[row + ahead >= end] = IGNORE
+            weight = None if weight is None else weight.roll(-ahead)
         rows, count = padded_rows(target, IGNORE)
         return cls(
             dense_target=target,
@@ -289,7 +294,7 @@ class Selection:
         context_lengths: Tensor,
         *,
         lengths: Tensor | None = None,
-        shift: bool = True,
+        shift: bool | int = True,
     ) -> Selection:
         """Every token from column `context_lengths[b]` on, up to `lengths[b]`, in each row b.
 
@@ -305,8 +310,9 @@ class Selection:
             context_lengths: (B,) integers: tokens of each row that carry no loss, counted from
                 column 0.
             lengths: (B,) integers: tokens of each row that are not padding; None: all T.
-            shift: row t predicts token t + 1, as a causal language model's logits do. With a
-                context length of 0 token 0 has no predictor and is not scored.
+            shift: row t predicts token t + 1, as a causal language model's logits do; a whole
+                number k: token t + k. With a context length of 0 token 0 has no predictor and is
+                not scored.
 
         Raises:
             ValueError: shapes that disagree, or not 0 <= context <= length <= T in some row.
@@ -345,7 +351,7 @@ class Selection:
         input_ids: Tensor,
         mask: Tensor,
         *,
-        shift: bool = True,
+        shift: bool | int = True,
         cu_seqlens: Tensor | None = None,
     ) -> Selection:
         """Tokens that `mask` marks: the scored targets, not the positions that predict them.
@@ -358,8 +364,8 @@ class Selection:
         Args:
             input_ids: any shape, integers; the last dimension is time.
             mask: same shape, bool or integers 0 and 1: an assistant or completion mask.
-            shift: row t predicts token t + 1. A marked first token of a sequence has no predictor
-                and is not scored.
+            shift: row t predicts token t + 1; a whole number k: token t + k. A marked first token
+                of a sequence has no predictor and is not scored.
             cu_seqlens: as in `from_labels`.
 
         Raises:
@@ -400,17 +406,17 @@ def padded_rows(target: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
     return padded, torch.tensor(rows.numel(), device="cpu")
 
 
-def shifted(target: Tensor, length: int, ignore: int) -> Tensor:
-    """Targets (N,) moved to the rows that predict them, in sequences of `length` tokens.
+def shifted(target: Tensor, length: int, ignore: int, ahead: int) -> Tensor:
+    """Values (N,) moved to the rows that predict them, in sequences of `length` tokens.
 
-    The last row of a sequence predicts nothing.
+    The last `ahead` rows of a sequence predict nothing.
 
     Example:
-        >>> shifted(torch.tensor([1, 2, 3, 4]), 2, -100)
+        >>> shifted(torch.tensor([1, 2, 3, 4]), 2, -100, 1)
         tensor([   2, -100,    4, -100])
     """
-    moved = target.roll(-1)
-    moved.view(-1, length)[:, -1] = ignore
+    moved = target.roll(-ahead)
+    moved.view(-1, length)[:, length - ahead :] = ignore
     return moved
 
 
@@ -423,6 +429,34 @@ def has_float64(device: torch.device | str) -> bool:
     except (RuntimeError, TypeError):
         return False
     return True
+
+
+def tokens_ahead(name: str, shift: Any, length: int) -> int:
+    """How many tokens ahead a row predicts, at most the `length` of a sequence.
+
+    Raises:
+        TypeError, ValueError: for what is neither a bool nor a whole number of at least 0.
+
+    Example:
+        >>> [tokens_ahead("", shift, 5) for shift in (False, True, 2, 9)]
+        [0, 1, 2, 5]
+    """
+    if type(shift) not in (bool, int) and not isinstance(shift, numbers.Integral):
+        raise TypeError(
+            f"{name}: shift = {shown(shift)}; expected True, False or a whole number of tokens"
+        )
+    if shift < 0:
+        raise ValueError(
+            f"{name}: shift = {shift!r}; expected at least 0: a row predicts tokens after its own"
+        )
+    return min(int(shift), length)
+
+
+def shown(value: object) -> str:
+    """A value for an error message: of a tensor its shape, not its numbers."""
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} of {value.dtype}"
+    return repr(value)
 
 
 def _position(flat: int, shape: torch.Size) -> str:

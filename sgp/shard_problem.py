@@ -22,6 +22,7 @@ def logits_problem(
     target: Tensor | Selection,
     token_weight: Tensor | None,
     recipe: Recipe,
+    shift: bool | int,
 ) -> Problem:
     """The rows of a rank's logits; class weights come later.
 
@@ -30,7 +31,9 @@ def logits_problem(
         RuntimeError: under `torch.func` transforms.
     """
     _refuse_dtensors(name, local_logits)
-    problem = make_problem(name, local_logits, target, None, token_weight, recipe, part=True)
+    problem = make_problem(
+        name, local_logits, target, None, token_weight, recipe, shift=shift, part=True
+    )
     if problem.has_probabilities:
         raise TypeError(
             f"{name}: target is {problem.target.dtype}; expected class indices: class "
@@ -49,7 +52,7 @@ def head_problem(
     token_weight: Tensor | None,
     recipe: Recipe,
     chunk_rows: int | None,
-    shift: bool,
+    shift: bool | int,
 ) -> tuple[Problem, LinearHead]:
     """The rows of a head's hidden states, and the rank's part of the head.
 

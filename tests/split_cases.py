@@ -67,6 +67,7 @@ def cases():
         for reduction in ("none", "sequence_sum", "sequence_mean"):
             yield Case(function, {"reduction": reduction}, second=logits)
             yield Case(function, {**ALL, "reduction": reduction}, second=logits)
+        yield Case(function, {"shift": 2, **ALL}, second=logits)
         yield Case(function, {"return_stats": True, **ALL}, second=logits)
         asked = {"return_stats": True, "return_argmax": True}
         yield Case(function, {**asked, "label_smoothing": 0.3}, second=logits)
@@ -76,6 +77,7 @@ def cases():
     yield Case("cross_entropy", {"inplace": True, **ALL}, second=True)
     for options in ({"softcap": 4.0}, {"temperature": 0.7, "logit_scale": 2.0}):
         yield Case("token_log_probs", {"return_argmax": True, **options}, second=True)
+        yield Case("token_log_probs", {"shift": True, **options}, second=True)
         yield Case("linear_token_log_probs", options)
     head = "linear_cross_entropy"
     yield Case(head, {"linear_bias": True, **ALL})

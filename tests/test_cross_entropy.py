@@ -595,6 +595,37 @@ def test_statistics_of_an_impossible_token(backend, device):
     assert not stats.is_top1.item()
 
 
+# -- shifted labels --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [True, 2, 7])
+def test_shift_is_by_hand_what_it_is(shift, backend, device):
+    """Row t predicts token t + shift; labels and weights move, each sequence by itself."""
+    logits, labels = torch.randn(2, 5, 9, device=device), torch.randint(9, (2, 5), device=device)
+    labels[:, :2], weight = IGNORE, torch.rand(2, 5, device=device)
+    ahead = min(int(shift), 5)
+    target, token_weight = torch.full_like(labels, IGNORE), torch.zeros_like(weight)
+    target[:, : 5 - ahead], token_weight[:, : 5 - ahead] = labels[:, ahead:], weight[:, ahead:]
+    logits = logits.movedim(-1, 1)  # (B, V, T), which nobody copies
+    for function in (sgp.cross_entropy, sgp.reference.cross_entropy):
+        for reduction in ("mean", "none", "sequence_mean"):
+            ours, expected = (
+                loss_and_grad(function, logits, y, reduction=reduction, token_weight=w, shift=by)
+                for y, w, by in ((labels, weight, shift), (target, token_weight, False))
+            )
+            assert torch.equal(ours[0], expected[0])
+            assert torch.equal(ours[1], expected[1])
+    module = sgp.CrossEntropyLoss(shift=shift)
+    assert torch.equal(module(logits, labels), sgp.cross_entropy(logits, target))
+    _, stats = sgp.cross_entropy(logits, labels, shift=shift, return_stats=True)
+    for result in (stats, sgp.token_log_probs(logits, labels, shift=shift)):
+        for value, other in zip(result, sgp.token_log_probs(logits, target), strict=True):
+            assert torch.equal(value, other)
+    one = logits[0].t()  # (N, V) is one sequence
+    by_hand = sgp.cross_entropy(one, target[0])
+    assert torch.equal(sgp.cross_entropy(one, labels[0], shift=shift), by_hand)
+
+
 # -- the module ------------------------------------------------------------------------------------
 
 
@@ -643,6 +674,7 @@ def test_module_repr_shows_what_is_not_default():
             {"return_argmax": True},
             r"sgp\.CrossEntropyLoss: return_argmax=True .* return_stats=True",
         ),
+        ({"shift": -1}, r"sgp\.CrossEntropyLoss: shift = -1"),
     ],
 )
 def test_module_refuses_at_construction(options, message):
@@ -674,6 +706,32 @@ ERRORS = {
         ValueError,
         r"\(2, 4, 3\) and target \(2, 4\).*with the vocabulary last.*Selection",
     ),
+    "shift and the vocabulary last": (
+        (torch.zeros(2, 4, 3), torch.zeros(2, 4, dtype=torch.int64)),
+        {"shift": True},
+        ValueError,
+        r"\(2, 4, 3\) and target \(2, 4\).*vocabulary last, pass input\.movedim\(-1, 1\)",
+    ),
+    "shift of one token": (
+        (X[0], Y[0]),
+        {"shift": True},
+        ValueError,
+        r"shift=True needs class indices \(T,\).*target is \(\)",
+    ),
+    "shift of probabilities": (
+        (X, PROBABILITIES),
+        {"shift": 2},
+        ValueError,
+        r"shift=2 needs class indices.*\(2, 3\)",
+    ),
+    "shift of a Selection": (
+        (X, sgp.Selection.from_labels(Y)),
+        {"shift": True},
+        ValueError,
+        r"shift=True together with a Selection",
+    ),
+    "negative shift": ((X, Y), {"shift": -1}, ValueError, r"shift = -1; expected at least 0"),
+    "shift that is no number": ((X, Y), {"shift": "yes"}, TypeError, r"shift = 'yes'; expected"),
     "probabilities of another shape": (
         (X, PROBABILITIES[:, :2]),
         {},
@@ -750,6 +808,12 @@ ERRORS = {
     ),
     "mean over negative weights": (
         (X, Y),
+        {"token_weight": torch.tensor([1.0, -2.5])},
+        ValueError,
+        r"token_weight of row 1 is -2\.5.*denominator= or use reduction='sum'",
+    ),
+    "mean of probabilities over negative weights": (
+        (X, PROBABILITIES),
         {"token_weight": torch.tensor([1.0, -2.5])},
         ValueError,
         r"token_weight of row 1 is -2\.5.*denominator= or use reduction='sum'",

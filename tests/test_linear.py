@@ -221,7 +221,12 @@ def options_of(name, shape, classes, device):
         "z_loss": {"lse_square_scale": 0.05},
     }
     every["all"] = {key: value for option in every.values() for key, value in option.items()}
-    alone = {"plain": {}, "shift": {"shift": True}, "ignore_index": {"ignore_index": 3}}
+    alone = {
+        "plain": {},
+        "shift": {"shift": True},
+        "shift by two": {"shift": 2},
+        "ignore_index": {"ignore_index": 3},
+    }
     return {**alone, **every}[name]
 
 
@@ -229,7 +234,7 @@ def options_of(name, shape, classes, device):
 @pytest.mark.parametrize(
     "option",
     ["plain", "weight", "label_smoothing", "token_weight", "softcap", "logit_scale", "z_loss",
-     "ignore_index", "shift", "all"],
+     "ignore_index", "shift", "shift by two", "all"],
 )  # fmt: skip
 def test_option_and_reduction(option, reduction, backend, tensors, target, device):
     """Two sequences of three tokens, in two chunks, with an upstream gradient that is not 1."""

@@ -37,9 +37,9 @@ def definition(flat_labels, shape, *, shift, boundaries=None, ignore_index=-100)
     found = []
     for number, positions in enumerate(sequences_of(shape, boundaries)):
         for k, at in enumerate(positions):
-            if flat_labels[at] == ignore_index or (shift and k == 0):
+            if flat_labels[at] == ignore_index or k < shift:
                 continue
-            found.append((positions[k - 1] if shift else at, flat_labels[at], at, number))
+            found.append((positions[k - shift], flat_labels[at], at, number))
     return sorted(found)
 
 
@@ -95,7 +95,7 @@ def batches(draw, max_rows=3, max_length=6):
         cuts = draw(st.lists(st.integers(0, stop), max_size=5))  # repeated cuts: empty sequences
         ends = list(range(length, stop, length)) if length else []
         boundaries = sorted([0, *cuts, *ends, stop])
-    return shape, flat, weights, boundaries, draw(st.booleans())
+    return shape, flat, weights, boundaries, draw(st.booleans() | st.integers(0, 8))
 
 
 @given(batches())
@@ -437,6 +437,10 @@ IDS = torch.tensor([[1, 2], [3, 4]])
         ({"labels": IDS, "cu_seqlens": torch.tensor(4)}, ValueError, ["cu_seqlens", "(S + 1,)"]),
         ({"labels": IDS, "cu_seqlens": torch.tensor([0.0, 4.0])}, TypeError, ["float32"]),
         ({"labels": IDS, "cu_seqlens": [0, 2, 4]}, TypeError, ["cu_seqlens", "list"]),
+        ({"labels": IDS, "shift": -1}, ValueError, ["shift = -1", "at least 0"]),
+        ({"labels": IDS, "shift": 1.0}, TypeError, ["shift = 1.0", "whole number"]),
+        ({"labels": IDS, "shift": None}, TypeError, ["shift = None", "whole number"]),
+        ({"labels": IDS, "shift": torch.ones(9)}, TypeError, ["shift = a tensor (9,)"]),
     ],
     ids=label,
 )
@@ -511,6 +515,8 @@ def test_unmarked_tokens_may_hold_anything():
     [
         ("cross_entropy", {"token_weight": torch.ones(2, 3)}, ["token_weight"]),
         ("cross_entropy", {"ignore_index": 0}, ["ignore_index", "0"]),
+        ("cross_entropy", {"shift": 2}, ["shift=2"]),
+        ("token_log_probs", {"shift": True}, ["shift=True"]),
         ("linear_cross_entropy", {"shift": True}, ["shift"]),
         ("linear_cross_entropy", {"token_weight": torch.ones(2, 3)}, ["token_weight"]),
         ("linear_cross_entropy", {"ignore_index": 0}, ["ignore_index", "0"]),
