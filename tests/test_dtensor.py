@@ -323,7 +323,7 @@ def test_tokens_stay_where_they_are(tmp_path):
     for found in run_ranks(on_tokens, 4, tmp_path):
         assert found.pop("nothing") == 0
         torch.testing.assert_close(found.pop("probabilities"), of_probabilities)
-        assert len(found) == 3 * (2 * len(LOSSES) - 1) + 3 * 3 * 2
+        assert len(found) == 3 * (2 * len(LOSSES) - 1) + 3 * 7
         for (placements, *case), values in found.items():
             key = tuple(case)
             truths[key] = truths.get(key) or expected_of(*key)
