@@ -259,9 +259,10 @@ def test_what_is_refused(model, batch):
     with pytest.raises(ValueError, match=r"labels\[0, 9\] = -1 is outside"):
         sgp.audit(model, batch | {"labels": wrong})
     wrong = batch["input_ids"].clone()
-    wrong[1, 2] = 99
-    with pytest.raises(ValueError, match=r"input_ids\[1, 2\] = 99 is outside \[0, 61\)"):
-        sgp.audit(model, batch | {"input_ids": wrong})
+    for token in (99, 61):
+        wrong[1, 2] = token
+        with pytest.raises(ValueError, match=rf"input_ids\[1, 2\] = {token} is outside \[0, 61\)"):
+            sgp.audit(model, batch | {"input_ids": wrong})
     with pytest.raises(TypeError, match="input_ids is list; expected a tensor"):
         sgp.audit(model, {k: v.tolist() for k, v in batch.items()})
     with pytest.raises(TypeError, match=r"labels is torch\.float32; expected a tensor"):
@@ -385,6 +386,19 @@ def test_a_selection_knows_its_boundaries(model, batch):
     across = sgp.Selection.from_labels(labels, shift=True)
     report = sgp.audit(model, {**packed, "cu_seqlens": seams}, selection=across)
     assert codes(report) == {"all-scored", "crosses-boundary"}
+
+
+def test_roles_begin_anew_with_each_packed_sequence(model, batch):
+    """Context before an output, and tokens after it that carry nothing, of each sequence."""
+    ids = batch["input_ids"][:1]
+    labels = torch.full_like(ids, -100)
+    labels[0, 4:6], labels[0, 12:14] = ids[0, 4:6], ids[0, 12:14]
+    positions = torch.cat([torch.arange(8), torch.arange(T - 8)])[None]
+    report = sgp.audit(model, {"input_ids": ids, "labels": labels, "position_ids": positions})
+    assert [token.role for token in report.tokens[0]] == [
+        *["context"] * 3, "predictor", *["output"] * 2, *["ignored"] * 2,
+        *["context"] * 3, "predictor", *["output"] * 2, *["ignored"] * 3,
+    ]  # fmt: skip
 
 
 def test_a_target_that_is_no_input(model, batch):

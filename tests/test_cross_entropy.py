@@ -255,6 +255,17 @@ def test_integer_targets_of_any_width(dtype, backend, device):
     assert torch.equal(ours, sgp.cross_entropy(logits, target))
 
 
+def test_strided_targets_are_read_by_their_indices(backend, device):
+    """A column of a table of labels, say."""
+    logits = torch.randn(4, 9, device=device)
+    table = torch.tensor([[0, 5], [8, 6], [-100, 7], [4, 1]], device=device)
+    target = table[:, 0]
+    assert not target.is_contiguous()
+    found = sgp.cross_entropy(logits, target, reduction="none")
+    assert torch.equal(found, sgp.cross_entropy(logits, target.clone(), reduction="none"))
+    assert found[2] == 0
+
+
 @pytest.mark.parametrize("layout", ["transposed", "every other column", "three levels", "rows"])
 def test_strided_logits_are_read_where_they_are(layout, backend, device):
     if layout == "transposed":

@@ -153,6 +153,14 @@ def test_doctor_fails_where_a_forced_backend_cannot_run(capsys, monkeypatch):
     assert "Triton is not installed" in capsys.readouterr().out
 
 
+def test_doctor_knows_that_no_kernel_takes_float64_and_no_row_form_is_made_up(capsys, monkeypatch):
+    monkeypatch.setenv("SGP_BACKEND", "triton")
+    assert doctor.run() == 0, "float64 cannot run, and that is no illness"
+    monkeypatch.setenv("SGP_ROW_FORM", "diagonal")
+    assert doctor.run() == 1
+    assert "SGP_ROW_FORM = 'diagonal'; expected one of auto, resident" in capsys.readouterr().out
+
+
 def test_verify_survives_a_case_that_raises_and_one_that_is_nan(tmp_path, capsys, monkeypatch):
     """The others are run, and each is in the file before the next begins."""
     monkeypatch.setattr(verify, "QUICK", (7,))
