@@ -308,11 +308,12 @@ def _statistics_agree(logits: Tensor, target: Tensor, options: dict[str, Any]) -
     names = ("softcap", "logit_scale")
     scored = {name: options[name] for name in names if name in options}
     with torch.no_grad():
-        _, found = cross_entropy(logits, target, return_stats=True, **options)
-    truth = reference.token_log_probs(logits.double(), target, **scored)
+        _, found = cross_entropy(logits, target, return_stats=True, return_argmax=True, **options)
+    truth = reference.token_log_probs(logits.double(), target, return_argmax=True, **scored)
     values = zip(found[:3], truth[:3], strict=True)
     close = all(relative_error(value, true) <= STATISTICS_BOUND for value, true in values)
-    return close and torch.equal(found.is_top1, truth.is_top1)
+    pairs = ((found.is_top1, truth.is_top1), (found.argmax, truth.argmax))
+    return close and all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs)
 
 
 def _reference64(function: Any) -> Function:
