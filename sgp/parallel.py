@@ -22,6 +22,7 @@ from sgp.head_autograd import head_options
 from sgp.linear import head_loss
 from sgp.log_probs import head_statistics
 from sgp.losses import check_inplace
+from sgp.problem import check_flags
 from sgp.recipe import Recipe
 from sgp.reduction import check_reduction, reduce_rows, sequence_z_loss, without_z_loss
 from sgp.reference import TokenLogProbs
@@ -166,6 +167,7 @@ def cross_entropy(
     `sgp/row_shard.py`.
     """
     name = "sgp.parallel.cross_entropy"
+    check_flags(name, inplace=inplace, return_stats=return_stats)
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
     check_reduction(name, reduction, denominator)
@@ -312,6 +314,7 @@ def linear_cross_entropy(
     """
     del options
     name = "sgp.parallel.linear_cross_entropy"
+    check_flags(name, sum_input_grad=sum_input_grad, return_stats=return_stats)
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
     check_reduction(name, reduction, denominator)
@@ -411,6 +414,7 @@ def linear_token_log_probs(
         As `linear_cross_entropy`.
     """
     name = "sgp.parallel.linear_token_log_probs"
+    check_flags(name, sum_input_grad=sum_input_grad)
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
     problem, head = head_problem(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sgp.problem import REDUCTIONS, Problem
+from sgp.recipe import LARGEST
 
 
 def check_reduction(name: str, reduction: str, denominator: float | Tensor | None) -> None:
@@ -29,6 +30,8 @@ def check_reduction(name: str, reduction: str, denominator: float | Tensor | Non
         raise TypeError(
             f"{name}: denominator is {denominator!r}; expected a number or a 0-d tensor"
         )
+    if isinstance(denominator, int) and not -LARGEST <= denominator <= LARGEST:
+        raise ValueError(f"{name}: denominator is too large for a float")
     if isinstance(denominator, Tensor):
         if denominator.dim() != 0:
             raise ValueError(
