@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any, Literal, overload
 
 import torch
@@ -23,8 +24,8 @@ from sgp.head_autograd import (
 )
 from sgp.head_problem import check_head, make_head_problem
 from sgp.losses import check_argmax, cross_entropy, token_statistics
-from sgp.problem import Problem, check_tensor
-from sgp.recipe import Recipe
+from sgp.problem import Problem, check_flags, check_tensor
+from sgp.recipe import Recipe, shown
 from sgp.reduction import check_reduction, reduce_rows, sequence_z_loss, without_z_loss
 from sgp.reference import TokenLogProbs
 from sgp.selection import Selection, tokens_ahead
@@ -180,6 +181,7 @@ def linear_cross_entropy(
             logit_scale=logit_scale, lse_square_scale=lse_square_scale, shift=shift,
             chunk_rows=chunk_rows, return_stats=return_stats, return_argmax=return_argmax,
         )  # fmt: skip
+    check_flags(NAME, return_stats=return_stats, return_argmax=return_argmax)
     denominator = check_reduction(NAME, reduction, denominator)
     check_argmax(NAME, return_stats, return_argmax)
     check_chunk_rows(NAME, chunk_rows)
@@ -299,6 +301,14 @@ def _whole_logits(
     return result
 
 
+def check_size(name: str, label: str, value: Any) -> None:
+    """Raise TypeError or ValueError for what is no size of a dimension."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: {label} = {shown(value)}; expected a whole number")
+    if not 0 < int(value) < 2**63:
+        raise ValueError(f"{name}: {label} = {value}; expected at least 1, and an int64")
+
+
 class LinearCrossEntropyLoss(nn.Module):
     """`linear_cross_entropy` with the head inside, drop-in for PyTorch's module of that name.
 
@@ -347,6 +357,14 @@ class LinearCrossEntropyLoss(nn.Module):
     ) -> None:
         super().__init__()
         name = "sgp.LinearCrossEntropyLoss"
+        sizes = {"in_features": in_features, "num_classes": num_classes}
+        for label, value in sizes.items():
+            check_size(name, label, value)
+        if not isinstance(out_features, (tuple, list)):
+            raise TypeError(f"{name}: out_features = {shown(out_features)}; expected a tuple")
+        for value in out_features:
+            check_size(name, "out_features", value)
+        check_flags(name, bias=bias, return_stats=return_stats, return_argmax=return_argmax)
         check_reduction(name, reduction, None)
         check_argmax(name, return_stats, return_argmax)
         check_chunk_rows(name, chunk_rows)

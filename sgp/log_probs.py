@@ -18,7 +18,7 @@ from sgp.head_autograd import (
 )
 from sgp.head_problem import check_head, make_head_problem
 from sgp.losses import token_statistics
-from sgp.problem import Problem, make_problem
+from sgp.problem import Problem, check_flags, make_problem
 from sgp.recipe import Recipe
 from sgp.reference import TokenLogProbs
 from sgp.selection import Selection
@@ -73,6 +73,7 @@ def token_log_probs(
             token_log_probs, input, target, ignore_index=ignore_index, temperature=temperature,
             softcap=softcap, logit_scale=logit_scale, shift=shift, return_argmax=return_argmax,
         )  # fmt: skip
+    check_flags(LOG_PROBS, return_argmax=return_argmax)
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
     problem = make_problem(LOG_PROBS, input, target, None, None, recipe, shift=shift)
@@ -146,6 +147,7 @@ def linear_token_log_probs(
             return_argmax=return_argmax,
         )  # fmt: skip
     name = LINEAR_LOG_PROBS
+    check_flags(name, return_argmax=return_argmax)
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
     check_chunk_rows(name, chunk_rows)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sgp import backend, operators
 from sgp.autograd import RowLoss, ScalarLoss, apply, refuse_forward_mode
 from sgp.divisor import as_mean
-from sgp.problem import Problem, check_mean_weights, make_problem
+from sgp.problem import Problem, check_flags, check_mean_weights, check_tensor, make_problem
 from sgp.recipe import Recipe, probability_rows, score
 from sgp.reduction import (
     check_reduction,
@@ -162,6 +162,7 @@ def cross_entropy(
             lse_square_scale=lse_square_scale, shift=shift, inplace=inplace,
             return_stats=return_stats, return_argmax=return_argmax,
         )  # fmt: skip
+    check_flags(NAME, inplace=inplace, return_stats=return_stats, return_argmax=return_argmax)
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
     problem = make_problem(NAME, input, target, weight, token_weight, recipe, shift=shift)
@@ -267,11 +268,18 @@ def _probability_loss(
             check_mean_weights(NAME, counts.bool(), p.token_weight)
         rows, counts = rows * p.token_weight, counts * p.token_weight
     if reduction == "mean":
-        divisor = counts.sum() if denominator is None else torch.as_tensor(denominator).to(rows)
+        divisor = counts.sum() if denominator is None else _on(rows, denominator)
         return rows.sum() * reciprocal(divisor, rows.dtype)
     if reduction == "sequence_mean":
         return per_sequence(p, rows) * reciprocal(per_sequence(p, counts), rows.dtype)
     return reduce_rows(p, rows, reduction, None)
+
+
+def _on(rows: Tensor, denominator: float | Tensor) -> Tensor:
+    """The denominator as a tensor beside the rows."""
+    if isinstance(denominator, Tensor):
+        return denominator.to(rows)
+    return rows.new_full((), float(denominator))
 
 
 def check_inplace(name: str, input: Tensor) -> None:  # noqa: A002
@@ -333,6 +341,10 @@ class CrossEntropyLoss(nn.Module):
         return_argmax: bool = False,
     ) -> None:
         super().__init__()
+        name = "sgp.CrossEntropyLoss"
+        check_flags(name, inplace=inplace, return_stats=return_stats, return_argmax=return_argmax)
+        if weight is not None:
+            check_tensor(name, "weight", weight)
         self.register_buffer("weight", weight)
         self.ignore_index = -100 if ignore_index is None else ignore_index
         self.reduction = reduction
@@ -343,11 +355,11 @@ class CrossEntropyLoss(nn.Module):
         self.shift = shift
         self.inplace = inplace
         self.return_stats, self.return_argmax = return_stats, return_argmax
-        check_reduction("sgp.CrossEntropyLoss", reduction, None)
-        check_argmax("sgp.CrossEntropyLoss", return_stats, return_argmax)
-        tokens_ahead("sgp.CrossEntropyLoss", shift, 1)
+        check_reduction(name, reduction, None)
+        check_argmax(name, return_stats, return_argmax)
+        tokens_ahead(name, shift, 1)
         Recipe(self.ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale).check(
-            "sgp.CrossEntropyLoss"
+            name
         )
 
     def forward(

@@ -22,6 +22,7 @@ from sgp.head_autograd import head_options
 from sgp.linear import head_loss
 from sgp.log_probs import head_statistics
 from sgp.losses import check_argmax, check_inplace, token_statistics
+from sgp.problem import check_flags
 from sgp.recipe import Recipe
 from sgp.reduction import check_reduction, reduce_rows, sequence_z_loss, without_z_loss
 from sgp.reference import TokenLogProbs
@@ -172,6 +173,7 @@ def cross_entropy(
     `sgp/row_shard.py`.
     """
     name = "sgp.parallel.cross_entropy"
+    check_flags(name, inplace=inplace, return_stats=return_stats, return_argmax=return_argmax)
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
     denominator = check_reduction(name, reduction, denominator)
@@ -322,6 +324,8 @@ def linear_cross_entropy(
     """
     del options
     name = "sgp.parallel.linear_cross_entropy"
+    flags = {"return_stats": return_stats, "return_argmax": return_argmax}
+    check_flags(name, sum_input_grad=sum_input_grad, **flags)
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
     denominator = check_reduction(name, reduction, denominator)
@@ -379,6 +383,7 @@ def token_log_probs(
         As `cross_entropy`.
     """
     name = "sgp.parallel.token_log_probs"
+    check_flags(name, return_argmax=return_argmax)
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
     problem = logits_problem(name, local_logits, target, None, recipe, shift)
@@ -428,6 +433,7 @@ def linear_token_log_probs(
         As `linear_cross_entropy`.
     """
     name = "sgp.parallel.linear_token_log_probs"
+    check_flags(name, sum_input_grad=sum_input_grad, return_argmax=return_argmax)
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
     problem, head = head_problem(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sgp.recipe import Recipe, accumulation_dtype, cast
+from sgp.recipe import Recipe, accumulation_dtype, cast, shown
 from sgp.selection import IGNORE, Selection, shifted, tokens_ahead
 
 REDUCTIONS = ("none", "mean", "sum", "sequence_sum", "sequence_mean")
@@ -127,6 +127,7 @@ def _is_usual(input: Tensor, target: Tensor) -> bool:  # noqa: A002
     return (
         isinstance(input, Tensor)
         and input.dim() == 2
+        and input.layout == target.layout == torch.strided
         and input.dtype in FLOATS
         and target.dtype == torch.int64
         and input.shape[:1] == target.shape
@@ -235,6 +236,8 @@ def check_input_and_target(
         raise TypeError(
             f"{name}: target is a {type(target).__name__}; expected a torch.Tensor or sgp.Selection"
         )
+    if isinstance(target, Tensor):
+        check_tensor(name, "target", target)
     if input.dtype not in FLOATS:
         raise TypeError(
             f"{name}: input is {input.dtype}; expected float32, float64, bfloat16 or float16 logits"
@@ -248,9 +251,21 @@ def check_input_and_target(
 
 
 def check_tensor(name: str, label: str, value: object) -> None:
-    """Raise TypeError for what is no tensor."""
+    """Raise TypeError for what is no tensor, or a sparse one."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: {label} is a {type(value).__name__}; expected a torch.Tensor")
+    if value.layout != torch.strided:
+        raise TypeError(
+            f"{name}: {label} has the layout {value.layout}; expected a dense tensor: pass "
+            f"{label}.to_dense()"
+        )
+
+
+def check_flags(name: str, **flags: object) -> None:
+    """Raise TypeError for what is neither True nor False."""
+    for label, value in flags.items():
+        if type(value).__name__ not in ("bool", "bool_"):  # NumPy's, too
+            raise TypeError(f"{name}: {label} = {shown(value)}; expected True or False")
 
 
 def check_constant(name: str, label: str, value: Tensor, input: Tensor) -> None:  # noqa: A002

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+LARGEST = int(sys.float_info.max)
 
 
 class Recipe(NamedTuple):
@@ -31,12 +34,14 @@ class Recipe(NamedTuple):
             usual = (int,) if label == "ignore_index" else (float, int)
             if type(value) in usual:  # without a look at abstract base classes
                 continue
-            expected: Any = int if label == "ignore_index" else numbers.Real
+            whole = label == "ignore_index"
+            expected: Any = numbers.Integral if whole else numbers.Real
             if isinstance(value, bool) or not (
                 isinstance(value, expected) or (label == "softcap" and value is None)
             ):
-                raise TypeError(f"{name}: {label} = {value!r}; expected a number")
-        if not -(2**63) <= self.ignore_index < 2**63:
+                kind = "a whole number" if whole else "a number"
+                raise TypeError(f"{name}: {label} = {shown(value)}; expected {kind}")
+        if not is_int64(self.ignore_index):
             raise ValueError(f"{name}: ignore_index = {self.ignore_index} is no int64")
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(f"{name}: label_smoothing = {self.label_smoothing}; expected 0 to 1")
@@ -50,14 +55,32 @@ class Recipe(NamedTuple):
         ):
             if not -math.inf < value < math.inf:  # compiled, math.isfinite breaks the graph
                 raise ValueError(f"{name}: {label} = {value}; expected a finite number")
-        return self._plain()
+        return self._plain(name)
 
-    def _plain(self) -> Recipe:
+    def _plain(self, name: str) -> Recipe:
         """The same with Python's own numbers: kernels and operators take no others."""
-        if all(value is None or type(value) in (float, int) for value in self):
+        if all(
+            value is None or type(value) is float or (type(value) is int and is_int64(value))
+            for value in self
+        ):
             return self
         first, *others = self
+        for label, value in zip(self._fields, self, strict=True):
+            if isinstance(value, numbers.Integral) and not -LARGEST <= value <= LARGEST:
+                raise ValueError(f"{name}: {label} is too large for a float")
         return Recipe(int(first), *(None if x is None else float(x) for x in others))  # type: ignore[arg-type]
+
+
+def is_int64(value: int) -> bool:
+    """Whether tensors and operators can hold it."""
+    return -(2**63) <= value < 2**63
+
+
+def shown(value: object) -> str:
+    """A value for an error message: of a tensor its shape and dtype, not its numbers."""
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} of {value.dtype}"
+    return repr(value)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

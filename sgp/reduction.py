@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sgp.problem import REDUCTIONS, Problem
+from sgp.recipe import LARGEST
 
 
 def check_reduction(
@@ -40,9 +41,13 @@ def check_denominator(label: str, denominator: object) -> float | Tensor:
         ValueError, TypeError: with what was passed.
     """
     if not isinstance(denominator, Tensor):
-        if isinstance(denominator, numbers.Real):
-            return denominator  # type: ignore[return-value]
-        raise TypeError(f"{label} is {denominator!r}; expected a number or a tensor of one element")
+        if not isinstance(denominator, numbers.Real):
+            raise TypeError(
+                f"{label} is {denominator!r}; expected a number or a tensor of one element"
+            )
+        if isinstance(denominator, int) and not -LARGEST <= denominator <= LARGEST:
+            raise ValueError(f"{label} is too large for a float")
+        return denominator  # type: ignore[return-value]
     if denominator.numel() != 1:
         raise ValueError(
             f"{label} is {tuple(denominator.shape)}; expected a number or a tensor of one element"

@@ -16,17 +16,24 @@ how to compute it (`inplace`, `chunk_rows`, `options`) is not among them.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sgp.problem import Problem, check_mean_weights, check_targets, make_problem
+from sgp.problem import (
+    Problem,
+    check_flags,
+    check_input_and_target,
+    check_mean_weights,
+    check_targets,
+    check_tensor,
+    make_problem,
+)
 from sgp.recipe import Recipe, accumulation_dtype
 from sgp.reduction import check_reduction, check_whole_sequences
-from sgp.selection import Selection
+from sgp.selection import Selection, tokens_ahead
 
 
 class TokenLogProbs(NamedTuple):
@@ -71,6 +78,7 @@ def cross_entropy(
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
     problem = make_problem(name, input, target, weight, token_weight, recipe, shift=shift)
+    lse_square_scale = float(lse_square_scale)
     denominator = check_reduction(name, reduction, denominator)
     V = problem.input.shape[-1]
     logits, y, w = problem.input.reshape(-1, V), problem.target, problem.weight
@@ -151,19 +159,18 @@ def token_log_probs(
         tensor([0.2000])
     """
     name = "sgp.reference.token_log_probs"
+    check_flags(name, return_argmax=return_argmax)
     ignore = -100 if ignore_index is None else ignore_index
-    recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale)
+    recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
     problem = make_problem(name, input, target, None, None, recipe, shift=shift)
     if problem.has_probabilities:
         raise TypeError(f"{name}: target is {problem.target.dtype}; expected class indices")
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(f"{name}: temperature = {temperature}; expected a number above 0")
     V = problem.input.shape[-1]
     check_targets(name, problem.target, V, ignore)
     logits = problem.input.reshape(-1, V)
     kept = (problem.target != ignore).nonzero().squeeze(1)
     y = problem.target[kept]
-    s = _score(logits[kept], recipe) / temperature
+    s = _score(logits[kept], recipe) / float(temperature)
     log_p = F.log_softmax(s, -1)
     p = log_p.exp()
     values = [
@@ -210,8 +217,10 @@ def linear_token_log_probs(
 
 def _score(logits: Tensor, recipe: Recipe) -> Tensor:
     """Stored logits -> scored logits: scale, then softcap."""
-    s = logits.to(accumulation_dtype(logits.dtype)) * recipe.logit_scale
-    return s if recipe.softcap is None else recipe.softcap * torch.tanh(s / recipe.softcap)
+    s = logits.to(accumulation_dtype(logits.dtype)) * float(recipe.logit_scale)
+    if recipe.softcap is None:
+        return s
+    return float(recipe.softcap) * torch.tanh(s / float(recipe.softcap))
 
 
 def _select(
@@ -223,10 +232,20 @@ def _select(
     token_weight: Tensor | None,
 ) -> Selection:
     """The Selection of labels (...), or (N,) where nothing is shifted, for hidden (..., D)."""
+    check_input_and_target(name, hidden, target)
+    Recipe(-100 if ignore_index is None else ignore_index).check(name)
     lead = tuple(hidden.shape[:-1])
     flat = (torch.Size(lead).numel(),)
+    ahead = tokens_ahead(name, shift, lead[-1] if lead else 0)
+    if token_weight is not None:
+        check_tensor(name, "token_weight", token_weight)
+        if not isinstance(target, Selection) and token_weight.shape != target.shape:
+            raise ValueError(
+                f"{name}: token_weight is {tuple(token_weight.shape)}; expected "
+                f"{tuple(target.shape)}, one a token"
+            )
     if isinstance(target, Selection):
-        if shift or token_weight is not None or ignore_index not in (None, -100):
+        if ahead or token_weight is not None or ignore_index not in (None, -100):
             raise ValueError(
                 f"{name}: shift = {shift}, ignore_index = {ignore_index} or token_weight together "
                 "with a Selection, which has decided them; pass them to its constructor"
@@ -237,8 +256,6 @@ def _select(
                 f"{target.shape}; expected leading dimensions that flatten to {target.num_tokens}"
             )
         return target
-    if not isinstance(target, Tensor):
-        raise TypeError(f"{name}: target is a {type(target).__name__}; expected a torch.Tensor")
     if tuple(target.shape) not in ((lead,) if shift else (lead, flat)):
         raise ValueError(
             f"{name}: input is {tuple(hidden.shape)} and target {tuple(target.shape)}; expected "
@@ -257,10 +274,18 @@ def _head(
     name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, selection: Selection
 ) -> Tensor:
     """(N, V) logits, zero and without gradient on rows that are not kept."""
+    check_tensor(name, "linear_weight", weight)
+    if bias is not None:
+        check_tensor(name, "linear_bias", bias)
     if not hidden.is_floating_point():
         raise TypeError(f"{name}: input is {hidden.dtype}; expected floating point")
+    if weight.dim() != 2 or not hidden.dim():
+        raise ValueError(
+            f"{name}: linear_weight is {tuple(weight.shape)} and input {tuple(hidden.shape)}; "
+            "expected (V, D) and (..., D)"
+        )
     V = weight.shape[0]
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+    if weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{name}: linear_weight is {tuple(weight.shape)} and input {tuple(hidden.shape)}; "
             "expected (V, D) and (..., D)"
@@ -298,7 +323,11 @@ def _reduce(
     if reduction == "sum":
         return rows.sum()
     if reduction == "mean":
-        total = divisor.sum() if denominator is None else torch.as_tensor(denominator).to(rows)
+        total = divisor.sum()
+        if denominator is not None:
+            total = torch.as_tensor(
+                denominator if isinstance(denominator, Tensor) else float(denominator)
+            ).to(rows)
         return torch.where(total == 0, 0, rows.sum() / torch.where(total == 0, 1, total))
     if problem.boundaries is None:
         sequence = kept // max(1, problem.shape[-1] if problem.shape else 1)

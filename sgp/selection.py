@@ -250,7 +250,7 @@ class Selection:
         """Every constructor: what `mask` marks or, without one, what is not `ignore_index`."""
         _require_integers(name, label, labels)
         ahead = tokens_ahead(name, shift, labels.shape[-1])
-        ignore = IGNORE if ignore_index is None else ignore_index
+        ignore = _whole_label(name, ignore_index)
         flat = labels.reshape(-1).to(torch.int64)
         kept = flat != ignore if mask is None else mask.reshape(-1)
         bad = kept & (flat < 0)
@@ -442,8 +442,9 @@ def tokens_ahead(name: str, shift: Any, length: int) -> int:
         [0, 1, 2, 5]
     """
     if type(shift) not in (bool, int) and not isinstance(shift, numbers.Integral):
+        shown = f"a tensor {tuple(shift.shape)}" if isinstance(shift, Tensor) else repr(shift)
         raise TypeError(
-            f"{name}: shift = {shown(shift)}; expected True, False or a whole number of tokens"
+            f"{name}: shift = {shown}; expected True, False or a whole number of tokens"
         )
     if shift < 0:
         raise ValueError(
@@ -452,11 +453,17 @@ def tokens_ahead(name: str, shift: Any, length: int) -> int:
     return min(int(shift), length)
 
 
-def shown(value: object) -> str:
-    """A value for an error message: of a tensor its shape, not its numbers."""
-    if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)} of {value.dtype}"
-    return repr(value)
+def _whole_label(name: str, ignore_index: Any) -> int:
+    """The ignore_index, -100 for None; TypeError or ValueError for what no label is equal to."""
+    if ignore_index is None:
+        return IGNORE
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral):
+        kind = type(ignore_index).__name__
+        raise TypeError(f"{name}: ignore_index is a {kind}; expected a whole number or None")
+    label = int(ignore_index)
+    if not -(2**63) <= label < 2**63:
+        raise ValueError(f"{name}: ignore_index = {label} is no int64")
+    return label
 
 
 def _position(flat: int, shape: torch.Size) -> str:

@@ -160,7 +160,8 @@ def agree_on_head(
 def _given(name: str, vocab_size: int | None) -> int:
     if vocab_size is None:
         return -1
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
+    whole = isinstance(vocab_size, int) and not isinstance(vocab_size, bool)
+    if not whole or not 1 <= vocab_size < 2**63:
         raise ValueError(f"{name}: vocab_size = {vocab_size!r}; expected a number of at least 1")
     return vocab_size
 

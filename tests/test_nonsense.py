@@ -1,0 +1,135 @@
+"""Arguments that make no sense: each is refused in words that name the function and the argument.
+
+Every argument of the public functions in turn is given values of the wrong kind and numbers beyond
+what a tensor holds. What raises must say `sgp.function: argument ...`; what does not must be a
+value that has a meaning there.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import sgp
+
+X, Y = torch.randn(4, 5), torch.tensor([1, -100, 2, 0])
+HIDDEN, HEAD = torch.randn(4, 3), torch.randn(5, 3)
+IDS = Y.clamp(min=0)[None]
+
+NONSENSE = {
+    "2 ** 70": 2**70,
+    "-(2 ** 70)": -(2**70),
+    "10 ** 400": 10**400,
+    "a string": "yes",
+    "bytes": b"",
+    "None": None,
+    "a fraction": 1.5,
+    "-1": -1,
+    "NaN": math.nan,
+    "inf": math.inf,
+    "True": True,
+    "a complex number": 1j,
+    "a list": [1, "yes"],
+    "a dict": {},
+    "a type": int,
+    "an object": object(),
+    "NumPy's float": np.float32(1.5),
+    "a bool tensor": torch.tensor(True),
+    "a tensor of another shape": torch.ones(7, 2),
+    "integers": torch.arange(6),
+    "a sparse tensor": torch.ones(5).to_sparse(),
+}
+# What nobody could mean, wherever it is given.
+NEVER = {"a string", "bytes", "a complex number", "a list", "a dict", "a type", "an object"}
+
+LOSS = (
+    "weight", "ignore_index", "reduction", "label_smoothing", "token_weight", "denominator",
+    "softcap", "logit_scale", "lse_square_scale", "shift", "return_stats",
+)  # fmt: skip
+MODULE = tuple(name for name in LOSS if name not in ("token_weight", "denominator"))
+STATISTICS = ("ignore_index", "temperature", "softcap", "logit_scale", "shift")
+LOGITS = {"input": X, "target": Y}
+LINEAR = {"input": HIDDEN, "linear_weight": HEAD, "target": Y}
+FUNCTIONS = {
+    "cross_entropy": (LOGITS, (*LOSS, "inplace")),
+    "linear_cross_entropy": (LINEAR, (*LOSS, "linear_bias", "chunk_rows")),
+    "token_log_probs": (LOGITS, STATISTICS),
+    "linear_token_log_probs": (LINEAR, (*STATISTICS, "linear_bias", "chunk_rows")),
+}
+NOT_OF_REFERENCE = ("return_stats", "inplace", "chunk_rows")
+CALLS = {
+    **{f"sgp.{name}": (getattr(sgp, name), *call) for name, call in FUNCTIONS.items()},
+    **{
+        f"sgp.reference.{name}": (
+            getattr(sgp.reference, name),
+            usual,
+            tuple(x for x in arguments if x not in NOT_OF_REFERENCE),
+        )
+        for name, (usual, arguments) in FUNCTIONS.items()
+    },
+    "sgp.CrossEntropyLoss": (
+        lambda **options: sgp.CrossEntropyLoss(**options)(X, Y),
+        {},
+        (*MODULE, "inplace"),
+    ),
+    "sgp.LinearCrossEntropyLoss": (
+        lambda **options: sgp.LinearCrossEntropyLoss(**options)(HIDDEN, Y),
+        {"in_features": 3, "num_classes": 5},
+        (*MODULE, "chunk_rows", "bias", "out_features"),
+    ),
+    "Selection.from_labels": (
+        sgp.Selection.from_labels,
+        {"labels": Y},
+        ("ignore_index", "shift", "token_weight", "cu_seqlens"),
+    ),
+    "Selection.from_context_lengths": (
+        sgp.Selection.from_context_lengths,
+        {"input_ids": IDS, "context_lengths": torch.tensor([1])},
+        ("lengths", "shift"),
+    ),
+    "Selection.from_mask": (
+        sgp.Selection.from_mask,
+        {"input_ids": IDS, "mask": torch.ones_like(IDS)},
+        ("shift", "cu_seqlens"),
+    ),
+}
+
+
+def fault(function, argument, what, options):
+    """What is wrong with how the function takes this argument, or None."""
+    try:
+        function(**options)
+    except Exception as error:  # noqa: BLE001  (its words are the subject)
+        text = str(error)
+        clear = isinstance(error, (TypeError, ValueError, IndexError)) and argument in text
+        if clear and text.startswith(("sgp", "Selection")):
+            return None
+        return f"{argument} = {what}: {type(error).__name__}: {text}"
+    return f"{argument} = {what} was accepted" if what in NEVER else None
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_nonsense_is_refused_in_words_that_help(name):
+    function, usual, optional = CALLS[name]
+    faults = [
+        fault(function, argument, what, {**usual, argument: value})
+        for argument in (*usual, *optional)
+        for what, value in NONSENSE.items()
+    ]
+    assert not any(faults), "\n".join(filter(None, faults))
+
+
+@pytest.mark.parametrize("scale", [2**70, -(2**70), np.int64(2), np.float64(0.5)], ids=repr)
+def test_any_real_number_is_a_scale(scale):
+    """Also one that no int64 holds."""
+    tiny = X / float(scale)
+    expected = sgp.cross_entropy(tiny, Y, logit_scale=float(scale), softcap=float(abs(scale)))
+    assert torch.equal(sgp.cross_entropy(tiny, Y, logit_scale=scale, softcap=abs(scale)), expected)
+
+
+def test_numpys_whole_numbers_and_bools_are_taken():
+    labels = Y.clamp(min=0)
+    expected, _ = sgp.cross_entropy(X, labels, ignore_index=2, shift=2, return_stats=True)
+    numbers = {"ignore_index": np.int64(2), "shift": np.int32(2), "return_stats": np.bool_(True)}
+    assert torch.equal(sgp.cross_entropy(X, labels, **numbers)[0], expected)
