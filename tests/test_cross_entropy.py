@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.testing._internal.common_methods_invocations import op_db
 
 import sgp
+from sgp import operators
 from tests.oracle import (
     assert_no_worse,
     check_cross_entropy,
@@ -395,6 +396,14 @@ def test_gradient_accumulation_with_the_count_of_the_whole_batch(backend, device
     ]
     assert relative_error(sum(loss for loss, _ in parts), whole[0]) < 3e-7
     assert relative_error(torch.cat([grad for _, grad in parts]), whole[1]) < 3e-7
+
+
+def test_a_mean_counts_more_tokens_than_float32_can():
+    """2^24 + 1 is no float32; a long context over many ranks comes near."""
+    N = (1 << 24) + 1
+    target = torch.zeros(1, dtype=torch.int64).expand(N)
+    scale = operators.mean_scale(target, None, None, IGNORE, torch.float64, "sgp")
+    assert round(1 / float(scale)) == N
 
 
 def test_class_weights_do_not_divide_the_z_loss(backend, device):
