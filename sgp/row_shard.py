@@ -276,7 +276,7 @@ class ShardRows:
         nll = (nll + part).gather(0, owner[None])[0]
         loss = nll if weight is None else weight[kept.clamped] * nll
         if recipe.label_smoothing:
-            smooth = self._smoothing(table[:, -1], part, d, weight)
+            smooth = self._smoothing(table[:, -1], part, weight)
             loss = (1 - recipe.label_smoothing) * loss + recipe.label_smoothing * smooth
         if recipe.lse_square_scale:
             loss = loss + recipe.lse_square_scale * lse**2
@@ -312,7 +312,7 @@ class ShardRows:
             ends += target >= stop
         return ends
 
-    def _smoothing(self, means: Tensor, part: Tensor, d: Tensor, weight: Tensor | None) -> Tensor:
+    def _smoothing(self, means: Tensor, part: Tensor, weight: Tensor | None) -> Tensor:
         """(M,) sum_j w_j (lse - s_j) / V from the ranks' own means (P, M)."""
         total = torch.zeros_like(means[0])
         pieces = None if weight is None else weight.split(list(self.shard.sizes))
@@ -320,10 +320,8 @@ class ShardRows:
             if not size:
                 continue
             whole = means.new_full((), size) if pieces is None else pieces[q].sum()
-            value = size * means[q] + whole * part[q]
             # A rank whose columns are all -inf costs +inf, unless all its weights are 0.
-            value = torch.where(d[q] == 0, torch.inf, value)
-            total += torch.where(whole == 0, 0, value)
+            total += torch.where(whole == 0, 0, size * means[q] + whole * part[q])
         return total / self.shard.V
 
 
