@@ -284,7 +284,8 @@ class ShardRows:
         if not need_stats:
             return _Joined(loss, saved, ())
         share = sums * inv_d
-        entropy = torch.where(sums == 0, 0.0, share * (table[:, 4] + part)).sum(0)
+        empty = (sums == 0) & (D > 0)  # a rank of nothing in a row of something: 0 x inf is 0
+        entropy = torch.where(empty, 0.0, share * (table[:, 4] + part)).sum(0)
         first = (table[:, 5] != 0) & (m == top)
         is_top1 = first.gather(0, owner[None])[0]
         return _Joined(loss, saved, (-nll, entropy, lse, is_top1))
