@@ -233,3 +233,13 @@ def test_same_input_same_bits(V):
     first, second = (launch_forward(logits, target) for _ in range(2))
     for name in first._fields:
         assert torch.equal(getattr(first, name), getattr(second, name)), name
+
+
+def test_the_divisor_of_a_mean_loses_no_small_weight_beside_a_large_one():
+    """All of them are one lane's: float32 would add each of the ones to 2^25 in vain."""
+    weights = torch.zeros(64, 8_192)
+    weights[:, 0] = 1
+    weights[0, 0] = 2.0**25
+    target = torch.zeros(weights.numel(), dtype=torch.int64)
+    scale = row_triton.mean_scale(target, None, weights.view(-1), -100, torch.float32)
+    assert scale.item() * (2**25 + 63) == pytest.approx(1, abs=2e-7)
