@@ -8,7 +8,6 @@ where that needs no wait for a device.
 from __future__ import annotations
 
 import functools
-import importlib
 from types import ModuleType
 from typing import Any
 
@@ -32,7 +31,9 @@ def implementation(rows: Tensor, dtype: torch.dtype | None = None) -> ModuleType
 @functools.cache
 def _kernels() -> ModuleType:
     """`row_triton`, which imports Triton, at first use."""
-    return importlib.import_module("sgp.row_triton")
+    from sgp import row_triton  # noqa: PLC0415  (relative in a copy of the package, as the hub's)
+
+    return row_triton
 
 
 @operator()
