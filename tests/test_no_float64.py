@@ -176,7 +176,7 @@ def results(function, arguments, options):
     out = function(*arguments, **options)
     out = [out] if isinstance(out, torch.Tensor) else [out[0], *out[1]]
     out[0].sum().backward()
-    return [x.detach().cpu() for x in out] + [
+    return [x.detach().cpu() for x in out if x is not None] + [
         x.grad.cpu() for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad
     ]
 
