@@ -299,8 +299,7 @@ class ShardRows:
         least = torch.full_like(found[0], self.shard.V)
         start = 0
         for q, size in enumerate(self.shard.sizes):
-            if size:
-                least = torch.where(is_first[q], (found[q] + start).clamp(max=least), least)
+            least = torch.where(is_first[q], (found[q] + start).clamp(max=least), least)
             start += size
         return least
 
