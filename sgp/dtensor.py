@@ -171,7 +171,7 @@ class _Tokens(NamedTuple):
         options = _all_whole(options)
         if "token_log_probs" in kind:
             found = function(*arguments, mine, **options)
-            return TokenLogProbs(*(self.put(x) for x in found))
+            return self.put_statistics(found)
         reduction, denominator = options["reduction"], options["denominator"]
         check_reduction(self.name, reduction, denominator)
         self._check_sequences(reduction)
@@ -187,7 +187,9 @@ class _Tokens(NamedTuple):
         found = function(*arguments, mine, token_weight=row_weight, **options)
         loss, stats = found if isinstance(found, tuple) else (found, None)
         loss = self.put(loss) if reduction == "none" else self.join(loss, reduction)
-        return loss if stats is None else (loss, TokenLogProbs(*(self.put(x) for x in stats)))
+        if stats is None:
+            return loss
+        return loss, self.put_statistics(stats)
 
     def cut(self, label: str, value: Tensor) -> Tensor:
         """This rank's part of targets, or of what else has their shape."""
@@ -248,6 +250,10 @@ class _Tokens(NamedTuple):
     def put(self, value: Tensor) -> DTensor:
         """All ranks' results a token, from this rank's."""
         return self._from_local(value, self.placements, self.shape)
+
+    def put_statistics(self, stats: TokenLogProbs) -> TokenLogProbs:
+        """All ranks' statistics of the tokens, from this rank's."""
+        return TokenLogProbs(*(self.put(x) for x in stats if x is not None))
 
     def join(self, value: Tensor, reduction: str) -> DTensor:
         """All ranks' loss (), or losses a sequence (S,), from this rank's."""

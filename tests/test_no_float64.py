@@ -167,7 +167,7 @@ CALLS = {
     "sequence_mean": {**ALL, "reduction": "sequence_mean"},
     "a number divides": {"denominator": 5.0},
     "a tensor divides": {"denominator": torch.tensor(5)},
-    "statistics": {"return_stats": True},
+    "statistics": {"return_stats": True, "return_argmax": True},
 }
 
 
@@ -176,7 +176,7 @@ def results(function, arguments, options):
     out = function(*arguments, **options)
     out = [out] if isinstance(out, torch.Tensor) else [out[0], *out[1]]
     out[0].sum().backward()
-    return [x.detach().cpu() for x in out if x is not None] + [
+    return [x.detach().cpu() for x in out] + [
         x.grad.cpu() for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad
     ]
 
