@@ -147,7 +147,7 @@ class ShardRows:
         top, inv_d, so_d, log_d, b, c, c_mean, of_lse = (
             self._kept(x) for x in (top, inv_d, so_d, log_d, b, c, c_mean, of_lse)
         )
-        # The target's column or, where another rank has it, the stand-in's, which is an ordinary one.
+        # The target's column; where another rank has it the stand-in's, an ordinary one.
         z = score_(x_y.clone(), recipe) - top
         p_y = z.exp() * inv_d
         g = of_lse * p_y - b * so_d
