@@ -68,6 +68,7 @@ def test_the_command_runs_dry_from_the_shell(tmp_path):
     """One phase, in its own process, from another folder, without the package installed."""
     path = tmp_path / "r.jsonl"
     command = [sys.executable, "-m", "bench", "gpu", "--dry-run", "--only", "env"]
+    command += ["--seconds", "300"]  # its own limit is a GPU's, and this machine may be busy
     outside = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "SGP_BACKEND")}
     found = subprocess.run(
         [*command, "--output", str(path)], cwd=tmp_path, capture_output=True, text=True,

@@ -51,7 +51,8 @@ def test_the_command_measures_every_call(tmp_path):
         if name == "Liger" and call["status"] == "liger-kernel is not installed":
             continue
         assert call["status"] == "ok", call
-        assert 0 < call["forward_least_us"] <= call["forward_us"] < call["both_us"], call
+        assert 0 < call["forward_least_us"] <= call["forward_us"], call
+        assert call["both_us"] > 0  # not the larger where something else took the processor
         assert call["ratio"] == pytest.approx(call["both_us"] / timed[host.LEAST]["both_us"])
     assert timed[host.LEAST]["ratio"] == 1
     budgets = {name: call["budget"] for name, call in timed.items() if call["budget"]}
