@@ -951,7 +951,7 @@ def test_late_logits_that_a_cast_leaves_alone_are_the_same_tensor():
         assert same is late
     late.float()[0] = 0
     assert torch.equal(late.clone(), torch.cat([0 * true[:1], true[1:]]))
-    wide = late_and_true()[0].double()
+    wide = late_and_true()[0].to(torch.float64)
     assert type(wide) is LateLogits, "still waits"
     assert wide.dtype == torch.float64
 
