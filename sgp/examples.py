@@ -283,7 +283,15 @@ def _template(tokenizer: Any, messages: Any, **options: Any) -> dict[str, list[i
 
 def _tools(example: Mapping[str, Any]) -> Any:
     tools = example.get("tools")
-    return json.loads(tools) if isinstance(tools, str) else _without_none(tools, keep=NULLABLE)
+    if not isinstance(tools, str):
+        return _without_none(tools, keep=NULLABLE)
+    try:
+        return json.loads(tools)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{NAME}: tools is {tools[:60]!r}, which is no JSON ({error}); expected a list of "
+            "tools, this list as JSON, or None"
+        ) from None
 
 
 def _without_none(value: Any, *, keep: Sequence[str] = ()) -> Any:

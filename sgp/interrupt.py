@@ -67,8 +67,8 @@ class StopRequest:
 
     While training, the first Ctrl-C sets `requested` and the second interrupts at once. After
     `protect()` further ones are only noted, so that files are written whole; after `release()`
-    Ctrl-C interrupts as usual. Outside the main thread, where Python has no signals, it does
-    nothing.
+    Ctrl-C interrupts as usual. It does nothing outside the main thread, where Python has no
+    signals, and where Ctrl-C is ignored, as it is for what a script runs in the background.
 
     Example:
         >>> with StopRequest(print) as stop:
@@ -87,7 +87,8 @@ class StopRequest:
         self._installed = False
 
     def __enter__(self) -> "StopRequest":  # noqa: PYI034  # typing.Self needs Python 3.11
-        if threading.current_thread() is threading.main_thread():
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        if threading.current_thread() is threading.main_thread() and not ignored:
             self._previous = signal.signal(signal.SIGINT, lambda *_: self._on_signal())
             self._installed = True
         return self

@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import pathlib
 import warnings
@@ -532,10 +533,13 @@ class _Results:
 
 
 def as_record(outcome: Outcome) -> dict[str, Any]:
-    """An outcome as JSON has it; what was not computed is null."""
+    """An outcome as JSON has it, which knows no NaN and no infinity: these are null."""
     case = outcome.case._asdict() | {"dtype": _name(outcome.case.dtype)}
     row = case | {name: value for name, value in outcome._asdict().items() if name != "case"}
-    return {name: None if value != value else value for name, value in row.items()}  # noqa: PLR0124
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
 
 
 def _version(name: str) -> str | None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import sgp
 from sgp.huggingface import UnsupportedModelError, patch, patching
+from sgp.huggingface.late_logits import LateLogits
 from tests.families import FAMILIES, V, make, make_batch
 
 KEPT = int((make_batch()["labels"][:, 1:] != -100).sum())
@@ -388,7 +389,7 @@ class TestEvaluation:
             out, used = model(**batch), model(**batch)
             before = used.logits.argmax(-1)
             model.get_output_embeddings().weight.data.mul_(1.5)
-            with pytest.raises(RuntimeError, match="the weight of the model's head has changed"):
+            with pytest.raises(RuntimeError, match="weights of the model's head have changed"):
                 out.logits.argmax(-1)
         assert torch.equal(used.logits.argmax(-1), before), "they were used in time"
 
@@ -926,3 +927,69 @@ def test_labels_of_another_length_are_refused_by_shape(mode):
     batch["labels"] = batch["labels"][:, :-1]
     with pytest.raises(ValueError, match=r"labels have the shape \(\d, \d+\) and input_ids \("):
         model(**batch)
+
+
+# -- logits that wait ------------------------------------------------------------------------------
+
+
+def late_and_true(*, bias=True):
+    """Logits that wait, the logits, and the tensors that they are made of."""
+    given = [torch.randn(2, 3, 4), torch.randn(9, 4), torch.randn(9) if bias else None]
+    with torch.no_grad():
+        return LateLogits.of(*given).whole(), torch.nn.functional.linear(*given), given
+
+
+def test_late_logits_scaled_by_keyword():
+    late, true, _ = late_and_true()
+    assert torch.equal(torch.mul(input=late, other=2).clone(), 2 * true)
+
+
+def test_late_logits_that_a_cast_leaves_alone_are_the_same_tensor():
+    """As of any tensor: what is written to one is seen in the other."""
+    late, true, _ = late_and_true()
+    for same in (late.float(), late.to("cpu"), late.contiguous(), late.to(torch.float32)):
+        assert same is late
+    late.float()[0] = 0
+    assert torch.equal(late.clone(), torch.cat([0 * true[:1], true[1:]]))
+    wide = late_and_true()[0].to(torch.float64)
+    assert type(wide) is LateLogits, "still waits"
+    assert wide.dtype == torch.float64
+
+
+def test_late_logits_are_what_was_done_to_them():
+    late, true, _ = late_and_true()
+    late.requires_grad_()
+    assert late.requires_grad
+    late.square().sum().backward()
+    assert torch.allclose(late.grad, 2 * true)
+    late, _, _ = late_and_true()
+    late.unsqueeze_(0)
+    assert late.shape == (1, *true.shape)
+
+
+def test_late_logits_first_used_in_inference_mode_are_an_ordinary_tensor():
+    late, true, _ = late_and_true()
+    with torch.inference_mode():
+        late.sum()
+    factor = torch.ones(9, requires_grad=True)
+    (late * factor).sum().backward()
+    assert torch.allclose(factor.grad, true.sum((0, 1)), atol=1e-5)
+
+
+@pytest.mark.parametrize("what", range(3), ids=["hidden states", "weight", "bias"])
+def test_a_single_value_that_changes_is_noticed(what):
+    """As where a step trains the embeddings of a few new tokens, or biases alone."""
+    late, _, given = late_and_true()
+    given[what].view(-1)[-1] += 1
+    with pytest.raises(RuntimeError, match=r"hidden states or the weights .* have changed"):
+        late.clone()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_late_logits_of_a_head_that_moved_are_those_of_then(bias):
+    head = torch.nn.Linear(4, 9, bias=bias)
+    hidden = torch.randn(2, 3, 4)
+    with torch.no_grad():
+        late, true = LateLogits.of(hidden, head.weight, head.bias).whole(), head(hidden)
+    head.double()
+    assert torch.equal(late.clone(), true)

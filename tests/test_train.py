@@ -524,6 +524,18 @@ def test_the_handler_of_before_is_put_back():
         signal.signal(signal.SIGINT, before)
 
 
+def test_ignored_interrupts_stay_ignored():
+    """A script's background jobs are to live when somebody stops the script."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopRequest(print) as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_training_works_outside_the_main_thread(options):
     codes = []
     thread = threading.Thread(target=lambda: codes.append(run(options)))

@@ -232,6 +232,15 @@ def test_verify_says_each_group_before_the_next_begins(capsys, monkeypatch):
     assert "\n\n" not in "".join(seen), "no empty lines where the bar is not shown"
 
 
+def test_results_are_json_that_every_reader_reads():
+    """An error is infinite where a NaN or an infinity stands in the wrong place."""
+    case = verify.Case("upstream factor 3", torch.float32, 7, 0.25, "plain")
+    inf, nan = float("inf"), float("nan")
+    row = verify.as_record(verify.Outcome(case, inf, 0.0, nan, 0.0, 1e-6, passed=False))
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
+    assert (row["loss"], row["plain_loss"], row["gradient"]) == (None, 0.0, None)
+
+
 @pytest.mark.parametrize("saved", [True, False])
 def test_who_interrupts_verify_is_told_what_stands(saved, tmp_path, monkeypatch):
     output = tmp_path / "verify.json"

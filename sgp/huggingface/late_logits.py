@@ -24,7 +24,8 @@ KNOWN = {  # without looking
     getattr(Tensor, name).__get__
     for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")
 } | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__}
-MARKS = 64  # values of the weight by which a change is noticed
+CONSTANTS = (int, float, str, torch.dtype, torch.device, torch.memory_format, type(None))
+MARKS = 64  # values of a tensor by which a change is noticed that autograd does not count
 
 Step = tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]
 
@@ -41,7 +42,7 @@ class LateLogits(Tensor):
     bias: Tensor | None
     _steps: tuple[Step, ...]
     _autocast: tuple[bool, torch.dtype]
-    _mark: Tensor
+    _mark: tuple[Tensor, tuple[int | None, ...]]
     _made: Tensor | None
 
     @staticmethod
@@ -54,8 +55,8 @@ class LateLogits(Tensor):
         """
         device = hidden.device.type
         autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        mark = _marked(weight).clone()
-        state = (hidden, weight.detach(), None if bias is None else bias.detach(), autocast, mark)
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+        state = (hidden, weight, bias, autocast, _marked(hidden, weight, bias))
         return LateLogits._make(state, (), (1,) * hidden.dim())
 
     @staticmethod
@@ -83,13 +84,16 @@ class LateLogits(Tensor):
     def _now(self) -> Tensor:
         """The logits, computed once."""
         if self._made is None:
-            if not torch.equal(_marked(self.weight).nan_to_num(), self._mark.nan_to_num()):
+            values, versions = _marked(self.hidden, self.weight, self.bias)
+            before, counted = self._mark
+            if versions != counted or not torch.equal(values.nan_to_num(), before.nan_to_num()):
                 raise RuntimeError(
                     "sgp.huggingface: out.logits of an evaluation is computed when it is first "
-                    "used, and the weight of the model's head has changed since; use the logits "
-                    "(out.logits.detach()) before the weights change"
+                    "used, and the hidden states or the weights of the model's head have changed "
+                    "since; use the logits (out.logits.detach()) before that"
                 )
-            with torch.no_grad():
+            # As without the patch: no inference tensor because it is first used in inference mode.
+            with torch.inference_mode(False), torch.no_grad():
                 self._made = _run(self._state, self._steps, self.hidden)
         return self._made
 
@@ -98,18 +102,19 @@ class LateLogits(Tensor):
         """Note what is done to all logits alike; compute them for the rest."""
         del types
         kwargs = kwargs or {}
-        if func in KNOWN:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        found = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if (
-            getattr(func, "__name__", "") in ALIKE
-            and len(found) == 1
-            and found[0] is args[0]
-            and found[0]._made is None
-        ):
-            step = (func, tuple(args[1:]), kwargs)
-            return cls._make(found[0]._state, (*found[0]._steps, step), tuple(found[0].shape))
+        late, *others = args or (None,)
+        if isinstance(late, LateLogits) and late._made is None:
+            if func in KNOWN:
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args, **kwargs)
+            if getattr(func, "__name__", "") in ALIKE and all(
+                isinstance(x, CONSTANTS) for x in tree_leaves((others, kwargs))
+            ):
+                sample = torch.empty(0, dtype=late.dtype, device=late.device)
+                if func(sample, *others, **kwargs) is sample:
+                    return late  # as float() of what is float32
+                step = (func, tuple(others), kwargs)
+                return cls._make(late._state, (*late._steps, step), tuple(late.shape))
         return func(*_now(args), **_now(kwargs))
 
     @classmethod
@@ -135,8 +140,17 @@ def _run(state: Any, steps: tuple[Step, ...], hidden: Tensor) -> Tensor:
     return logits
 
 
-def _marked(weight: Tensor) -> Tensor:
-    """A few values of a weight (V, D), from all over it."""
+def _marked(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, tuple[int | None, ...]]:
+    """By what a change shows: a few values from all over a head, and how often each was written to.
+
+    What is written through `.data` is not counted, nor is what inference mode has made.
+    """
     V, D = weight.shape
     i = torch.arange(MARKS, device=weight.device)
-    return weight.detach()[i * V // MARKS, i * 7 % D]
+    values = weight[i * V // MARKS, i * 7 % D]
+    if bias is not None:
+        values = torch.cat([values, bias[i * V // MARKS]])
+    given = [x for x in (hidden, weight, bias) if x is not None]
+    return values, tuple(None if x.is_inference() else x._version for x in given)
