@@ -7,7 +7,7 @@ token weights t (1 if none) and class weights w, summed over the kept tokens::
 
 The two differ only where class weights and a z-loss meet. A mean over all tokens then has its class
 weights multiplied by sum(t) / sum(t w), after which sum(t) divides both; for a mean over each
-sequence the z-loss is left to `reduce_rows`.
+sequence `sequence_z_loss` adds the z-loss (see `sgp.reduction`).
 """
 
 from __future__ import annotations

@@ -278,7 +278,7 @@ def _whole_logits(
     **loss: Any,
 ) -> Tensor | tuple[Tensor, TokenLogProbs]:
     """K-dimensional weights and class probabilities, by `F.linear` and `cross_entropy`."""
-    if shift or isinstance(target, Selection):
+    if tokens_ahead(NAME, shift, 1) or isinstance(target, Selection):
         raise ValueError(
             f"{NAME}: shift and Selection need class indices and a linear_weight (V, D); got "
             f"linear_weight {tuple(linear_weight.shape)}, shift={shift} and a target "

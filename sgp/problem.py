@@ -84,10 +84,10 @@ def make_problem(
     class_dim = 0 if input.dim() == 1 else 1
     logits = input if input.dim() == 2 else input.movedim(1, -1) if class_dim else input[None]
     lead = () if input.dim() == 1 else tuple(logits.shape[:-1])
+    ahead = tokens_ahead(name, shift, lead[-1] if lead else 0)
     probabilities = target.is_floating_point()
     if tuple(target.shape) != (tuple(input.shape) if probabilities else lead):
         raise ValueError(_shape_message(name, input, target, lead, shift=bool(shift)))
-    ahead = tokens_ahead(name, shift, lead[-1] if lead else 0)
     if shift and (probabilities or not lead):
         raise ValueError(
             f"{name}: shift={shift} needs class indices (T,) or (..., T), whose last dimension "

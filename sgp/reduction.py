@@ -35,7 +35,7 @@ def check_reduction(
 
 
 def check_denominator(label: str, denominator: object) -> float | Tensor:
-    """A number, or a 0-d tensor in place of one of one element: replicas get a row of a column.
+    """The number; a tensor of one element as a 0-d one (DataParallel hands out rows of a column).
 
     Raises:
         ValueError, TypeError: with what was passed.

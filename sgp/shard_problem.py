@@ -10,7 +10,7 @@ from sgp.chunks import check_chunk_rows
 from sgp.head_autograd import LinearHead, linear_head
 from sgp.head_operators import kept_rows
 from sgp.head_problem import check_head, compute_dtype, make_head_problem
-from sgp.problem import Problem, check_targets, class_weight, make_problem
+from sgp.problem import Problem, check_targets, check_tensor, class_weight, make_problem
 from sgp.recipe import Recipe
 from sgp.selection import Selection
 from sgp.shard import Group, Header, Shard, agree, checksum, is_dtensor, process_group, sampled
@@ -170,6 +170,7 @@ def weight_of_any_length(name: str, weight: Tensor | None, like: Tensor) -> Tens
     """Class weights whose length is not known to be right yet."""
     if weight is None:
         return None
+    check_tensor(name, "weight", weight)
     return class_weight(name, weight, like, weight.numel())
 
 

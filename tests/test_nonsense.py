@@ -46,9 +46,10 @@ NEVER = {"a string", "bytes", "a complex number", "a list", "a dict", "a type", 
 LOSS = (
     "weight", "ignore_index", "reduction", "label_smoothing", "token_weight", "denominator",
     "softcap", "logit_scale", "lse_square_scale", "shift", "return_stats",
+    "return_argmax",
 )  # fmt: skip
 MODULE = tuple(name for name in LOSS if name not in ("token_weight", "denominator"))
-STATISTICS = ("ignore_index", "temperature", "softcap", "logit_scale", "shift")
+STATISTICS = ("ignore_index", "temperature", "softcap", "logit_scale", "shift", "return_argmax")
 LOGITS = {"input": X, "target": Y}
 LINEAR = {"input": HIDDEN, "linear_weight": HEAD, "target": Y}
 FUNCTIONS = {
@@ -57,7 +58,7 @@ FUNCTIONS = {
     "token_log_probs": (LOGITS, STATISTICS),
     "linear_token_log_probs": (LINEAR, (*STATISTICS, "linear_bias", "chunk_rows")),
 }
-NOT_OF_REFERENCE = ("return_stats", "inplace", "chunk_rows")
+NOT_OF_REFERENCE = ("return_stats", "return_argmax", "inplace", "chunk_rows")
 CALLS = {
     **{f"sgp.{name}": (getattr(sgp, name), *call) for name, call in FUNCTIONS.items()},
     **{
