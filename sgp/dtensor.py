@@ -20,7 +20,7 @@ from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from sgp import parallel
-from sgp.problem import check_mean_weights, check_selection
+from sgp.problem import check_mean_weights, check_selection, refuse_shift_of_selection
 from sgp.recipe import Recipe, accumulation_dtype
 from sgp.reduction import check_reduction
 from sgp.reference import TokenLogProbs
@@ -54,9 +54,9 @@ def of_logits(single: Loss, input: Tensor, target: Any, **options: Any) -> Any: 
     tokens = _Tokens.of(name, input, dim, at)
     if tokens is None:
         return _replicated(function(local, _whole(target), **_all_whole(options)), input)
-    if isinstance(target, Selection):
-        target, options = _labels_of(name, input, target, options)
-        local = local.movedim(-1, 1) if local.dim() > 2 else local
+    if isinstance(target, Selection) and local.dim() > 2:
+        local = local.movedim(-1, 1)
+    target, options = _labels_of(name, input, target, options)
     return tokens.loss(function, (local,), target, options, single.__name__)
 
 
@@ -171,7 +171,7 @@ class _Tokens(NamedTuple):
         options = _all_whole(options)
         if "token_log_probs" in kind:
             found = function(*arguments, mine, **options)
-            return TokenLogProbs(*(self.put(x) for x in found))
+            return self.put_statistics(found)
         reduction, denominator = options["reduction"], options["denominator"]
         check_reduction(self.name, reduction, denominator)
         self._check_sequences(reduction)
@@ -187,7 +187,7 @@ class _Tokens(NamedTuple):
         found = function(*arguments, mine, token_weight=row_weight, **options)
         loss, stats = found if isinstance(found, tuple) else (found, None)
         loss = self.put(loss) if reduction == "none" else self.join(loss, reduction)
-        return loss if stats is None else (loss, TokenLogProbs(*(self.put(x) for x in stats)))
+        return loss if stats is None else (loss, self.put_statistics(stats))
 
     def cut(self, label: str, value: Tensor) -> Tensor:
         """This rank's part of targets, or of what else has their shape."""
@@ -249,6 +249,10 @@ class _Tokens(NamedTuple):
         """All ranks' results a token, from this rank's."""
         return self._from_local(value, self.placements, self.shape)
 
+    def put_statistics(self, found: TokenLogProbs) -> TokenLogProbs:
+        """All ranks' statistics; `argmax`, the last, may be None."""
+        return TokenLogProbs(*(self.put(x) for x in found if x is not None))
+
     def join(self, value: Tensor, reduction: str) -> DTensor:
         """All ranks' loss (), or losses a sequence (S,), from this rank's."""
         is_scalar = reduction in ("mean", "sum") or len(self.shape) < 2
@@ -298,11 +302,7 @@ def _labels_of(
     if isinstance(target, Selection):
         recipe = Recipe(IGNORE if ignore is None else ignore)
         check_selection(name, input, target, row_weight, recipe, "V")
-        if shift:
-            raise ValueError(
-                f"{name}: shift={shift} together with a Selection; pass shift to "
-                "Selection.from_labels instead"
-            )
+        refuse_shift_of_selection(name, shift)
         packed = target.boundaries is not None or target.is_part
         if packed and options.get("reduction", "none").startswith("sequence"):
             raise ValueError(

@@ -147,17 +147,20 @@ class ShardRows:
         top, inv_d, so_d, log_d, b, c, c_mean, of_lse = (
             self._kept(x) for x in (top, inv_d, so_d, log_d, b, c, c_mean, of_lse)
         )
+        # The target's column; where another rank has it the stand-in's, an ordinary one.
         z = score_(x_y.clone(), recipe) - top
         p_y = z.exp() * inv_d
         g = of_lse * p_y - b * so_d
+        ordinary = (b + (c_mean + of_lse)) * p_y
         if recipe.label_smoothing:
             spread_y = c / V if own is None else c / V * own[at]
             g = g + smoothing_of_target(c_mean, spread_y, p_y, so_d)
+            ordinary = ordinary - spread_y
+        g = torch.where(self._kept(t.is_mine), g, ordinary)
         if upstream.entropy is not None and upstream.entropy_value is not None:
             h, H = self._kept(upstream.entropy), self._kept(upstream.entropy_value)
             g = g - torch.where(p_y == 0, 0.0, h * p_y * (z - log_d + H))
-        g = multiply_by_slope_(g, x_y, recipe).to(dlogits.dtype)
-        dlogits[place] = torch.where(self._kept(t.is_mine), g, dlogits[place])
+        dlogits[place] = multiply_by_slope_(g, x_y, recipe).to(dlogits.dtype)
 
     def _numbers(self, target: Tensor) -> Tensor:
         """The kept rows' numbers (M,)."""
@@ -299,8 +302,7 @@ class ShardRows:
         least = torch.full_like(found[0], self.shard.V)
         start = 0
         for q, size in enumerate(self.shard.sizes):
-            if size:
-                least = torch.where(is_first[q], (found[q] + start).clamp(max=least), least)
+            least = torch.where(is_first[q], (found[q] + start).clamp(max=least), least)
             start += size
         return least
 

@@ -216,7 +216,7 @@ LOSSES = {
     "none": {"reduction": "none"},
     "sequence_sum": {"reduction": "sequence_sum", "token_weight": True},
     "sequence_mean": {"reduction": "sequence_mean"},
-    "statistics": {"return_stats": True},
+    "statistics": {"return_stats": True, "return_argmax": True},
 }  # fmt: skip
 
 
@@ -233,7 +233,7 @@ def many():
 
 def values_of(result, leaves):
     """Everything that a call returns, whole, and the gradients of its leaves."""
-    outputs = flat(result)[:5]
+    outputs = flat(result)
     outputs[0].sum().backward()
     found = [*outputs, *(x.grad for x in leaves)]
     return [x.full_tensor().detach() if isinstance(x, DTensor) else x.detach() for x in found]
@@ -275,6 +275,8 @@ def on_tokens(_):
             x = leaf(logits, mesh, placements)
             result = sgp.cross_entropy(x, selection, **options)
             found[name, "Selection", loss] = values_of(result, [x])
+        x = leaf(logits.movedim(-1, 1), mesh, second)
+        found[name, "shifted logits", ""] = values_of(of_shifted(x, labels), [x])
         h, w = leaf(hidden, mesh, placements), head.clone().requires_grad_()
         y = distribute_tensor(labels, mesh, placements)
         found[name, "head's tokens", ""] = values_of(sgp.linear_token_log_probs(h, w, y), [h, w])
@@ -285,6 +287,13 @@ def on_tokens(_):
     nothing = torch.full((5,), -100)
     found["nothing"] = sgp.cross_entropy(x, nothing).full_tensor().detach()
     return found
+
+
+def of_shifted(logits, labels):
+    """A mean and log-probabilities of labels that are moved over the ranks' bounds, as one."""
+    loss = sgp.cross_entropy(logits, labels, CLASSES, lse_square_scale=0.1, shift=3)
+    assert sgp.token_log_probs(logits, labels).argmax is None
+    return loss, sgp.token_log_probs(logits, labels, shift=True, return_argmax=True)
 
 
 def probabilities():
@@ -298,6 +307,9 @@ def expected_of(form, loss):
     h, w, b = (x.clone().requires_grad_() for x in (hidden, head, bias))
     if form == "head's tokens":
         return values_of(sgp.linear_token_log_probs(h, w, labels), [h, w])
+    if form == "shifted logits":
+        x = (hidden @ head.T).movedim(-1, 1).clone().requires_grad_()
+        return values_of(of_shifted(x, labels), [x])
     given = loss if isinstance(loss, dict) else LOSSES[loss]
     options = given | ({"token_weight": weights} if "token_weight" in given else {})
     y = labels.masked_fill(labels == -100, options.get("ignore_index", -100))
@@ -323,7 +335,7 @@ def test_tokens_stay_where_they_are(tmp_path):
     for found in run_ranks(on_tokens, 4, tmp_path):
         assert found.pop("nothing") == 0
         torch.testing.assert_close(found.pop("probabilities"), of_probabilities)
-        assert len(found) == 3 * (2 * len(LOSSES) - 1) + 3 * 7
+        assert len(found) == 3 * (2 * len(LOSSES) - 1) + 3 * 7 + len(TOKENS)
         for (placements, *case), values in found.items():
             key = tuple(case)
             truths[key] = truths.get(key) or expected_of(*key)

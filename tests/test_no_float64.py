@@ -167,7 +167,7 @@ CALLS = {
     "sequence_mean": {**ALL, "reduction": "sequence_mean"},
     "a number divides": {"denominator": 5.0},
     "a tensor divides": {"denominator": torch.tensor(5)},
-    "statistics": {"return_stats": True},
+    "statistics": {"return_stats": True, "return_argmax": True},
 }
 
 
