@@ -166,6 +166,29 @@ def test_rows_of_infinities_and_nan(backend, tmp_path):
             )
 
 
+def smoothed(rank, backend):
+    """Gradients under smoothing where the target, on the last rank, is nearly certain."""
+    os.environ["SGP_BACKEND"] = backend
+    x = torch.randn(2, V, generator=torch.Generator().manual_seed(0))
+    x[:, V - 1] = torch.tensor([9.0, 20.0])
+    leaf = x.split(uneven(2), 1)[rank].clone().requires_grad_()
+    y = torch.full((2,), V - 1)
+    sgp.parallel.cross_entropy(leaf, y, label_smoothing=0.1, reduction="sum").backward()
+    return leaf.grad
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_smoothing_beside_a_nearly_certain_target_of_another_rank(backend, tmp_path):
+    """The column that stands in for it on the other rank has a gradient like its neighbours."""
+    parts = run_ranks(smoothed, 2, tmp_path, backend)
+    x = torch.randn(2, V, generator=torch.Generator().manual_seed(0)).double()
+    x[:, V - 1] = torch.tensor([9.0, 20.0])
+    leaf = x.requires_grad_()
+    y = torch.full((2,), V - 1)
+    sgp.reference.cross_entropy(leaf, y, label_smoothing=0.1, reduction="sum").backward()
+    torch.testing.assert_close(torch.cat(parts, 1), leaf.grad.float(), rtol=2e-6, atol=1e-9)
+
+
 def one_class(rank, backend):
     """The gradient of a vocabulary of one class, which the first rank has."""
     os.environ["SGP_BACKEND"] = backend
