@@ -14,7 +14,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import sgp
-from sgp.huggingface import UnsupportedModelError, patch, patching
+from sgp.huggingface import UnsupportedModelError, callers, patch, patched
 from sgp.huggingface.late_logits import LateLogits
 from tests.families import FAMILIES, V, make, make_batch
 
@@ -685,13 +685,60 @@ def test_an_adapter_on_the_head(batch):
 
 
 def test_training_without_labels_is_said_once(model, batch, monkeypatch):
-    monkeypatch.setattr(patching, "_warned", False)
+    monkeypatch.setattr(callers, "SAID", set())
     patch(model)
     with pytest.warns(UserWarning, match="trained without labels"):
         model(batch["input_ids"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(batch["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("selection of labels", "its own token: selection must be shifted"),
+        ("shift_labels of labels", "its own token: shift_labels must be shifted"),
+        ("shifted labels", "after the next: labels were shifted twice"),
+        ("labels", None),
+        ("selection", None),
+        ("one token repeated", None),
+        ("no loss", None),
+    ],
+)
+def test_targets_at_the_wrong_position_are_said_at_the_first_step(
+    model, batch, given, said, monkeypatch
+):
+    """Each gives a plausible loss."""
+    monkeypatch.setattr(callers, "SAID", set())
+    patch(model)
+    ids, labels = batch["input_ids"], batch["labels"]
+    moved = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
+    if given == "selection of labels":
+        call = {"input_ids": ids, "selection": sgp.Selection.from_labels(labels)}
+    elif given == "selection":
+        call = {"input_ids": ids, "selection": sgp.Selection.from_labels(labels, shift=True)}
+    elif given == "shift_labels of labels":
+        call = {**batch, "shift_labels": labels}
+    elif given == "shifted labels":
+        call = {**batch, "labels": moved}
+    elif given == "one token repeated":
+        same = torch.full_like(ids, 5)
+        call = {"input_ids": same, "labels": same, "shift_labels": same}
+    elif given == "no loss":
+        call = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
+    else:
+        call = batch
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        model(**call)
+    assert bool(found) == bool(said)
+    if said:
+        assert said in str(found[0].message)
+        assert found[0].filename == __file__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(**call)
 
 
 def test_a_head_that_runs_twice_is_no_wrong_loss(model, batch):
@@ -716,7 +763,7 @@ def test_a_probe_draws_no_random_numbers(model):
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_a_loss_of_the_caller_needs_logits(monkeypatch):
     """PEFT's CPT takes labels, and then a loss of its own from all logits."""
-    monkeypatch.setattr(patching, "_warned", False)
+    monkeypatch.setattr(callers, "SAID", set())
     batch = make_batch()
     config = peft.CPTConfig(
         task_type="CAUSAL_LM",
@@ -876,7 +923,7 @@ def test_what_is_refused_has_a_reason(model, case):
 @pytest.mark.parametrize(("mode", "expected"), [("rows", 9), ("fused", 0)])
 def test_a_patch_that_changes_nothing_is_refused(model, mode, expected, monkeypatch):
     before = everything(model)
-    monkeypatch.setattr(patching._Patch, "_acts", lambda *_: False)
+    monkeypatch.setattr(patched.Patch, "_acts", lambda *_: False)
     with pytest.raises(UnsupportedModelError, match=f"logits of 16 rows .*; expected {expected}"):
         patch(model, mode=mode)
     assert everything(model) == before
@@ -884,7 +931,7 @@ def test_a_patch_that_changes_nothing_is_refused(model, mode, expected, monkeypa
 
 def test_a_patch_that_changes_the_loss_is_refused(model, monkeypatch):
     """The reason is both losses."""
-    monkeypatch.setattr(patching, "causal_lm_loss", lambda logits, *_, **__: logits.float().sum())
+    monkeypatch.setattr(patched, "causal_lm_loss", lambda logits, *_, **__: logits.float().sum())
     with pytest.raises(
         UnsupportedModelError, match=r"the loss of a probe is .*, without the patch"
     ):
@@ -893,8 +940,8 @@ def test_a_patch_that_changes_the_loss_is_refused(model, monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1.001), (torch.float64, 1.00001)])
 def test_a_loss_that_is_a_little_off_is_refused(model, dtype, factor, monkeypatch):
-    inner = patching.causal_lm_loss
-    monkeypatch.setattr(patching, "causal_lm_loss", lambda *a, **k: factor * inner(*a, **k))
+    inner = patched.causal_lm_loss
+    monkeypatch.setattr(patched, "causal_lm_loss", lambda *a, **k: factor * inner(*a, **k))
     with pytest.raises(UnsupportedModelError, match="the loss of a probe is"):
         patch(model.to(dtype), mode="rows")
 

@@ -61,7 +61,7 @@ def test_the_losses_of_a_run(family, mode, accumulation, tmp_path):
 
 def test_label_smoothing_of_the_trainer_is_stock_and_said(tmp_path, monkeypatch):
     """The trainer takes the labels away and smooths over all logits."""
-    monkeypatch.setattr("sgp.huggingface.patching._warned", False)
+    monkeypatch.setattr("sgp.huggingface.callers.SAID", set())
     stock, _ = train(make("llama"), tmp_path, label_smoothing_factor=0.1)
     model = make("llama")
     patch(model)
@@ -78,7 +78,7 @@ def caller_loss(outputs, labels, num_items_in_batch=None):
 @pytest.mark.parametrize("who", ["label_smoothing_factor", "compute_loss_func"])
 def test_a_trainer_with_a_loss_of_its_own_needs_logits(who, tmp_path, monkeypatch):
     """It takes the labels away, but not the collator's selection, and then wants all logits."""
-    monkeypatch.setattr("sgp.huggingface.patching._warned", False)
+    monkeypatch.setattr("sgp.huggingface.callers.SAID", set())
     options = {"collator": sgp.Collator(), "remove_unused_columns": False}
     options |= {who: 0.1 if who == "label_smoothing_factor" else caller_loss}
     stock, evaluated = train(make("llama"), tmp_path, **options | {"collator": None})

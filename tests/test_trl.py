@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from trl.trainer.utils import add_fused_lm_head
 
 import sgp.trl
-from sgp.huggingface import UnsupportedModelError, patch, patching
+from sgp.huggingface import UnsupportedModelError, callers, patch
 from tests.families import V, make, make_batch
 
 RUNS = ({}, {"gradient_accumulation_steps": 2}, {"packing": True, "max_length": 64})
@@ -180,7 +180,7 @@ def test_sft_with_a_saved_head(data, tmp_path):
 
 
 def test_a_patched_model_is_no_hindrance_and_no_help(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(patching, "_warned", False)
+    monkeypatch.setattr(callers, "SAID", set())
     expected = quiet(lambda: train(trl.SFTTrainer, make("llama"), data, tmp_path))
     for kind, said in ((sgp.trl.SFTTrainer, False), (trl.SFTTrainer, True)):
         model = make("llama")
@@ -188,7 +188,7 @@ def test_a_patched_model_is_no_hindrance_and_no_help(data, tmp_path, monkeypatch
         found = quiet(lambda kind=kind, model=model: train(kind, model, data, tmp_path))
         for log, true in zip(found, expected, strict=True):
             assert log["loss"] == pytest.approx(true["loss"], rel=1e-4)
-        assert patching._warned == said
+        assert bool(callers.SAID) == said
 
 
 COMMON = {
