@@ -21,6 +21,13 @@ COMMANDS = {
     "predict": "milliseconds on paper, from bytes, FLOPs and a data sheet",
     "report": "the README's tables and the pictures, from the results files",
 }
+ROOMS = {
+    "against": ("compare",),
+    "proof": ("traffic", "loops", "resources", "host", "predict"),
+    "gpu": ("gpu",),
+    "studies": ("context", "recall", "sft"),
+    "shown": ("report",),
+}
 INTERRUPTED = 130  # the exit code
 EVERYTHING = "all that this machine can do, one after the other, and the report"
 
@@ -34,7 +41,7 @@ def everything() -> int:
     budget = parser.parse_args().time_budget
     import torch  # noqa: PLC0415  (the list of commands needs no PyTorch)
 
-    from bench import standin  # noqa: PLC0415
+    from bench.proof import standin  # noqa: PLC0415
 
     on_gpu = torch.cuda.is_available()
     traffic, resources = ["bench", "traffic"], ["bench", "resources", "--longest", "--no-output"]
@@ -70,7 +77,7 @@ def _run(command: list[str]) -> int:
 
 
 def main() -> None:
-    """Run bench/NAME.py with the arguments that follow."""
+    """Run a command with the arguments that follow."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name not in ("all", *COMMANDS):
         listing = "\n".join(
@@ -83,7 +90,10 @@ def main() -> None:
         sys.exit(f"unknown: {name}\n{usage}")
     del sys.argv[1]
     try:
-        sys.exit(everything() if name == "all" else importlib.import_module(f"bench.{name}").main())
+        if name == "all":
+            sys.exit(everything())
+        room = next(room for room, commands in ROOMS.items() if name in commands)
+        sys.exit(importlib.import_module(f"bench.{room}.{name}").main())
     except KeyboardInterrupt:
         print(f"python -m bench {name}: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
 
 
 def newest(folder: Path = RESULTS) -> list[tuple[Path, dict[str, Any]]]:
@@ -50,16 +51,15 @@ def replace(path: Path, text: str) -> None:
     new.replace(path)
 
 
-def pictures() -> Any:
-    """The module that draws; asked before anything is measured or written.
+def must_have_matplotlib() -> None:
+    """Asked before anything is measured or written.
 
     Raises:
         SystemExit: if there is no matplotlib.
     """
     try:
-        from bench import plots  # noqa: PLC0415
+        import matplotlib as mpl  # noqa: F401, PLC0415  (optional)
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
         sys.exit("matplotlib draws the pictures and is not installed: pip install -e '.[bench]'")
-    return plots

@@ -16,8 +16,8 @@ _interrupt.watch_start()  # first: the import of PyTorch takes most of a command
 
 from sgp import huggingface, parallel, reference
 from sgp.auditing import AuditReport, audit
-from sgp.collator import Collator
 from sgp.context import context_loss
+from sgp.data.collator import Collator
 from sgp.linear import LinearCrossEntropyLoss, linear_cross_entropy
 from sgp.log_probs import linear_token_log_probs, token_log_probs
 from sgp.losses import CrossEntropyLoss, cross_entropy

@@ -183,19 +183,19 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
 
 
 def _audit(arguments: argparse.Namespace) -> _Job:
-    from sgp.auditing import command  # noqa: PLC0415  # only this command needs it
+    from sgp.commands import audit  # noqa: PLC0415  # only this command needs it
 
-    return lambda: command.run(arguments)
+    return lambda: audit.run(arguments)
 
 
 def _verify(arguments: argparse.Namespace) -> _Job:
-    from sgp import verify  # noqa: PLC0415  # only this command needs it
+    from sgp.commands import verify  # noqa: PLC0415  # only this command needs it
 
     return lambda: verify.run(quick=arguments.quick, output=arguments.output)
 
 
 def _doctor(_: argparse.Namespace) -> _Job:
-    from sgp import doctor  # noqa: PLC0415  # only this command needs it
+    from sgp.commands import doctor  # noqa: PLC0415  # only this command needs it
 
     return doctor.run
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sgp.autograd import apply, refuse_forward_mode
-from sgp.chunks import check_chunk_rows
-from sgp.divisor import as_mean
-from sgp.head_autograd import (
+from sgp import dtensors
+from sgp.head.algorithm import Needs
+from sgp.head.autograd import (
     LINEAR_CROSS_ENTROPY,
     HeadOptions,
     HeadRowLoss,
@@ -22,14 +21,17 @@ from sgp.head_autograd import (
     head_options,
     linear_head,
 )
-from sgp.head_problem import check_head, make_head_problem
+from sgp.head.chunks import check_chunk_rows
+from sgp.head.problem import check_head, make_head_problem
 from sgp.losses import check_argmax, cross_entropy, token_statistics
-from sgp.problem import Problem, check_flags, check_tensor
-from sgp.recipe import Recipe, shown
-from sgp.reduction import check_reduction, reduce_rows, sequence_z_loss, without_z_loss
 from sgp.reference import TokenLogProbs
+from sgp.rows.autograd import apply, refuse_forward_mode
+from sgp.rows.by_torch import Wanted
+from sgp.rows.divisor import as_mean
+from sgp.rows.problem import Problem, check_flags, check_tensor
+from sgp.rows.recipe import Recipe, shown
+from sgp.rows.reduction import check_reduction, reduce_rows, sequence_z_loss, without_z_loss
 from sgp.selection import Selection, tokens_ahead
-from sgp.shard import dtensor_module, is_dtensor
 
 NAME = LINEAR_CROSS_ENTROPY
 
@@ -140,7 +142,7 @@ def linear_cross_entropy(
             token stand at the row that predicts it, so that the last of a sequence is 0. A whole
             number k: row t predicts token t + k (multi-token prediction); True is 1.
         chunk_rows: the most rows of logits held at once, `4 V` bytes each. None: 4096, fewer where
-            these would take more than 4 GiB; on a CPU what fits 256 MiB (`sgp/chunks.py`).
+            these would take more than 4 GiB; on a CPU what fits 256 MiB (`sgp/head/chunks.py`).
         return_stats, return_argmax: return (loss, TokenLogProbs), detached, from the same pass; as
             in `cross_entropy`.
         options: PyTorch's, accepted and ignored.
@@ -154,7 +156,7 @@ def linear_cross_entropy(
     only `linear_weight` requires grad, `4 M V D` where only `input` does. Memory beyond inputs and
     gradients: `4 chunk_rows V` bytes of logits and, for a bf16 or fp16 `linear_weight` and several
     chunks, `4 V D` bytes in which its gradient is summed; the rest, float16 and autocast included,
-    is in `sgp.chunks.extra_bytes`.
+    is in `sgp.head.chunks.extra_bytes`.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or constants that do not fit.
@@ -173,8 +175,8 @@ def linear_cross_entropy(
     del options
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
-    if is_dtensor(input, linear_weight, linear_bias, target):
-        return dtensor_module().of_head(  # type: ignore[no-any-return]
+    if dtensors.is_dtensor(input, linear_weight, linear_bias, target):
+        return dtensors.server().of_head(  # type: ignore[no-any-return]
             linear_cross_entropy, input, linear_weight, target, linear_bias, weight=weight,
             ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
             token_weight=token_weight, denominator=denominator, softcap=softcap,
@@ -202,9 +204,8 @@ def linear_cross_entropy(
     if reduction == "mean":
         problem, scale = as_mean(NAME, problem, denominator)
     head = linear_head(linear_weight, linear_bias, target, problem)
-    chosen = head_options(
-        problem, head, chunk_rows, need_stats=return_stats, need_argmax=return_argmax
-    )
+    wanted = Wanted(stats=return_stats, argmax=return_argmax)
+    chosen = head_options(problem, head, chunk_rows, wanted)
     return head_loss(problem, head, scale, chosen, reduction)
 
 
@@ -222,7 +223,8 @@ def head_loss(
         plain = without_z_loss(problem, reduction)
         of_lse = plain is not problem
         if of_lse:
-            asked = options._replace(recipe=plain.recipe, need_stats=True, of_lse=True)
+            wanted = options.wanted._replace(stats=True)
+            asked = options._replace(recipe=plain.recipe, wanted=wanted, of_lse=True)
         else:
             asked = options
         rows, stats = _row_losses(plain, head, asked)
@@ -230,9 +232,9 @@ def head_loss(
         if of_lse:
             loss = loss + sequence_z_loss(problem, stats[2])
             stats = (*stats[:2], stats[2].detach(), *stats[3:])
-    if not options.need_stats:
+    if not options.wanted.stats:
         return loss
-    return loss, token_statistics(problem, stats, options.need_argmax)
+    return loss, token_statistics(problem, stats, options.wanted.argmax)
 
 
 def _scalar_loss(
@@ -262,8 +264,7 @@ def _row_losses(
     bias = None if head.bias is None else head.bias.detach()
     loss, _, *stats, _, _, _ = o.forward(
         p.input.detach(), head.weight.detach(), bias, p.target, head.rows, head.num_kept, p.weight,
-        p.token_weight, None, *o.recipe, o.compute_dtype, o.chunk_rows, *o.needs, False, False,
-        o.need_stats, o.need_argmax,
+        p.token_weight, None, o.call(Needs()),
     )  # fmt: skip
     return loss, tuple(stats)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sgp import operators
-from sgp.autograd import LOG_PROBS, RowStatistics, apply, refuse_forward_mode
-from sgp.chunks import check_chunk_rows
-from sgp.head_autograd import (
+from sgp import dtensors
+from sgp.head.algorithm import Needs
+from sgp.head.autograd import (
     LINEAR_LOG_PROBS,
     HeadOptions,
     HeadStatistics,
@@ -16,13 +15,16 @@ from sgp.head_autograd import (
     head_options,
     linear_head,
 )
-from sgp.head_problem import check_head, make_head_problem
+from sgp.head.chunks import check_chunk_rows
+from sgp.head.problem import check_head, make_head_problem
 from sgp.losses import token_statistics
-from sgp.problem import Problem, check_flags, make_problem
-from sgp.recipe import Recipe
 from sgp.reference import TokenLogProbs
+from sgp.rows import operators
+from sgp.rows.autograd import LOG_PROBS, RowStatistics, apply, refuse_forward_mode
+from sgp.rows.by_torch import Wanted
+from sgp.rows.problem import Problem, check_flags, make_problem
+from sgp.rows.recipe import Recipe
 from sgp.selection import Selection
-from sgp.shard import dtensor_module, is_dtensor
 
 
 def token_log_probs(
@@ -68,8 +70,8 @@ def token_log_probs(
 
     Source: the formulas are in `kernels/arithmetic.py`.
     """
-    if is_dtensor(input, target):
-        return dtensor_module().of_logits(  # type: ignore[no-any-return]
+    if dtensors.is_dtensor(input, target):
+        return dtensors.server().of_logits(  # type: ignore[no-any-return]
             token_log_probs, input, target, ignore_index=ignore_index, temperature=temperature,
             softcap=softcap, logit_scale=logit_scale, shift=shift, return_argmax=return_argmax,
         )  # fmt: skip
@@ -84,17 +86,9 @@ def token_log_probs(
     if torch.is_grad_enabled() and input.requires_grad:
         out = apply(RowStatistics, problem.input, problem.target, problem.recipe, return_argmax)
     else:
+        p, wanted = problem, Wanted(stats=True, argmax=return_argmax)
         _, _, *stats, _ = operators.row_forward(
-            problem.input.detach(),
-            problem.target,
-            None,
-            None,
-            None,
-            *problem.recipe,
-            False,
-            False,
-            True,
-            return_argmax,
+            p.input.detach(), p.target, None, None, None, p.recipe, wanted
         )
         out = tuple(stats)
     return token_statistics(problem, out, return_argmax)
@@ -139,8 +133,8 @@ def linear_token_log_probs(
         ValueError, TypeError, IndexError: as `sgp.linear_cross_entropy`.
         RuntimeError: a second derivative.
     """
-    if is_dtensor(input, linear_weight, linear_bias, target):
-        return dtensor_module().of_head(  # type: ignore[no-any-return]
+    if dtensors.is_dtensor(input, linear_weight, linear_bias, target):
+        return dtensors.server().of_head(  # type: ignore[no-any-return]
             linear_token_log_probs, input, linear_weight, target, linear_bias,
             ignore_index=ignore_index, temperature=temperature, softcap=softcap,
             logit_scale=logit_scale, shift=shift, chunk_rows=chunk_rows,
@@ -155,7 +149,8 @@ def linear_token_log_probs(
     problem = make_head_problem(name, input, linear_weight, target, None, None, recipe, shift=shift)
     refuse_forward_mode(name, input, linear_weight, linear_bias)
     head = linear_head(linear_weight, linear_bias, target, problem)
-    chosen = head_options(problem, head, chunk_rows, need_stats=True, need_argmax=return_argmax)
+    wanted = Wanted(stats=True, argmax=return_argmax)
+    chosen = head_options(problem, head, chunk_rows, wanted)
     return head_statistics(problem, head, chosen)
 
 
@@ -170,8 +165,7 @@ def head_statistics(problem: Problem, head: LinearHead, options: HeadOptions) ->
         bias = None if head.bias is None else head.bias.detach()
         _, _, *stats, _, _, _ = o.forward(
             p.input.detach(), head.weight.detach(), bias, *shared, None, None, None,
-            *o.recipe, o.compute_dtype, o.chunk_rows, *o.needs, False, False, True,
-            o.need_argmax,
+            o.call(Needs()),
         )  # fmt: skip
         out = tuple(stats)
-    return token_statistics(p, out, o.need_argmax)
+    return token_statistics(p, out, o.wanted.argmax)

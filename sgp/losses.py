@@ -8,12 +8,15 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from sgp import backend, operators
-from sgp.autograd import RowLoss, ScalarLoss, apply, refuse_forward_mode
-from sgp.divisor import as_mean
-from sgp.problem import Problem, check_flags, check_mean_weights, check_tensor, make_problem
-from sgp.recipe import Recipe, probability_rows, score
-from sgp.reduction import (
+from sgp import dtensors
+from sgp.reference import TokenLogProbs
+from sgp.rows import backend, operators
+from sgp.rows.autograd import RowLoss, ScalarLoss, apply, refuse_forward_mode
+from sgp.rows.by_torch import Wanted
+from sgp.rows.divisor import as_mean
+from sgp.rows.problem import Problem, check_flags, check_mean_weights, check_tensor, make_problem
+from sgp.rows.recipe import Recipe, probability_rows, score
+from sgp.rows.reduction import (
     check_reduction,
     per_sequence,
     reciprocal,
@@ -21,9 +24,7 @@ from sgp.reduction import (
     sequence_z_loss,
     without_z_loss,
 )
-from sgp.reference import TokenLogProbs
 from sgp.selection import Selection, tokens_ahead
-from sgp.shard import dtensor_module, is_dtensor
 
 NAME = "sgp.cross_entropy"
 
@@ -154,8 +155,8 @@ def cross_entropy(
     Source: the formulas and their error are in `kernels/arithmetic.py`; z-loss from Chowdhery et
     al. 2022 (PaLM), softcap from Gemma Team 2024 (Gemma 2), smoothing from Szegedy et al. 2016.
     """
-    if is_dtensor(input, target):
-        return dtensor_module().of_logits(  # type: ignore[no-any-return]
+    if dtensors.is_dtensor(input, target):
+        return dtensors.server().of_logits(  # type: ignore[no-any-return]
             cross_entropy, input, target, weight=weight, ignore_index=ignore_index,
             reduction=reduction, label_smoothing=label_smoothing, token_weight=token_weight,
             denominator=denominator, softcap=softcap, logit_scale=logit_scale,
@@ -194,7 +195,7 @@ def cross_entropy(
     )
     rows = without_z_loss(problem, reduction)
     of_lse = rows is not problem
-    wanted = (return_stats or of_lse, return_argmax)
+    wanted = Wanted(stats=return_stats or of_lse, argmax=return_argmax)
     loss, stats = _row_losses(rows, scale, fused, need_grad, wanted, of_lse, inplace)
     if not fused:
         loss = reduce_rows(problem, loss, reduction, scale)
@@ -211,11 +212,11 @@ def _row_losses(
     scale: Tensor | None,
     fused: bool,
     need_grad: bool,
-    wanted: tuple[bool, bool],
+    wanted: Wanted,
     of_lse: bool,
     inplace: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(reduced loss if fused, else one loss a row; the statistics); `wanted`: these, argmax too.
+    """(reduced loss if fused, else one loss a row; the statistics).
 
     The log-sum-exp is differentiable where `of_lse` asks for it.
     """
@@ -223,20 +224,19 @@ def _row_losses(
     out: tuple[Tensor, ...]
     if fused:
         out = apply(
-            ScalarLoss, p.input, p.target, p.weight, p.token_weight, scale, p.recipe, *wanted,
+            ScalarLoss, p.input, p.target, p.weight, p.token_weight, scale, p.recipe, wanted,
             inplace,
         )  # fmt: skip
         return out[0], out[1:6]
     if need_grad:
         out = apply(
-            RowLoss, p.input, p.target, p.weight, p.token_weight, p.recipe, *wanted, of_lse,
+            RowLoss, p.input, p.target, p.weight, p.token_weight, p.recipe, wanted, of_lse,
             inplace,
         )  # fmt: skip
         return out[0], out[1:6]
     loss, _, *stats, _ = operators.row_forward(
-        p.input.detach(), p.target, p.weight, p.token_weight, None, *p.recipe,
-        False, False, *wanted,
-    )  # fmt: skip
+        p.input.detach(), p.target, p.weight, p.token_weight, None, p.recipe, wanted
+    )
     return loss, tuple(stats)
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sgp.problem import (
+from sgp.rows.problem import (
     Problem,
     check_flags,
     check_input_and_target,
@@ -31,8 +31,8 @@ from sgp.problem import (
     check_tensor,
     make_problem,
 )
-from sgp.recipe import Recipe, accumulation_dtype
-from sgp.reduction import check_reduction, check_whole_sequences
+from sgp.rows.recipe import Recipe, accumulation_dtype
+from sgp.rows.reduction import check_reduction, check_whole_sequences
 from sgp.selection import Selection, tokens_ahead
 
 

@@ -26,7 +26,7 @@ from sgp.huggingface.loss import next_tokens
 from sgp.huggingface.patching import described, is_plain
 from sgp.huggingface.selective_head import Request, SelectiveHead, reveal
 from sgp.log_probs import linear_token_log_probs
-from sgp.reduction import check_denominator
+from sgp.rows.reduction import check_denominator
 from sgp.selection import IGNORE
 
 try:

@@ -11,7 +11,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read once, by the first profi
 
 import pytest
 
-from bench.interpreter import watch_accesses
+from bench.proof.interpreter import watch_accesses
 
 
 @pytest.fixture(scope="session")

@@ -24,9 +24,9 @@ import triton
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction
 
-from bench import standin
-from sgp import row_torch
-from sgp.recipe import Recipe
+from bench.proof import standin
+from sgp.rows import by_torch
+from sgp.rows.recipe import Recipe
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # What a field of a case may be. Ints beside floats, because they compare as equal and compile
@@ -179,9 +179,9 @@ class Case(NamedTuple):
     row_weight: torch.Tensor | None
     scale: torch.Tensor | None
     saved: torch.Tensor
-    upstream: row_torch.Upstream
+    upstream: by_torch.Upstream
     recipe: Recipe
-    out: row_torch.RowOutputs
+    out: by_torch.RowOutputs
 
     @staticmethod
     def of(f):
@@ -197,12 +197,11 @@ class Case(NamedTuple):
         elif kind != "none":
             g = rows(kind, N, f["V"], f["dtype"])
         entropy = vector(N, f["entropy"])
-        upstream = row_torch.Upstream(vector(N, f["lse"]), entropy, vector(N, f["entropy"]))
+        upstream = by_torch.Upstream(vector(N, f["lse"]), entropy, vector(N, f["entropy"]))
         factor = vector(1, f["scale"])
-        out = row_torch.new_outputs(
-            logits, N, need_grad=False, need_saved=f["need_saved"], need_stats=f["statistics"],
-            need_argmax=f["statistics"] and f["argmax"],
-        )  # fmt: skip
+        argmax = f["statistics"] and f["argmax"]
+        wanted = by_torch.Wanted(saved=f["need_saved"], stats=f["statistics"], argmax=argmax)
+        out = by_torch.new_outputs(logits, N, wanted)
         return Case(
             operation=f["operation"],
             logits=logits,
@@ -218,26 +217,26 @@ class Case(NamedTuple):
         )
 
     def call(self):
-        """What row_triton puts for it."""
-        from sgp import row_triton
+        """What by_triton puts for it."""
+        from sgp.rows import by_triton
 
         c, r = self, self.recipe
         if c.operation == "forward":
-            row_triton.forward(
+            by_triton.forward(
                 c.logits, c.dlogits, c.target, c.weight, c.row_weight, c.scale, r, c.out
             )
         elif c.operation == "mean_scale":
-            row_triton.mean_scale(c.target, c.weight, c.row_weight, r.ignore_index, torch.float32)
+            by_triton.mean_scale(c.target, c.weight, c.row_weight, r.ignore_index, torch.float32)
         elif c.dlogits is None:
             return
         elif c.operation == "backward":
-            row_triton.backward(
+            by_triton.backward(
                 c.logits, c.dlogits, c.target, c.saved, c.weight, c.row_weight, r, c.upstream
             )
         else:
             factor = torch.ones(()) if c.scale is None else c.scale
             target = c.target if c.row_weight is None else None
-            row_triton.multiply(c.dlogits, target, factor, r.ignore_index)
+            by_triton.multiply(c.dlogits, target, factor, r.ignore_index)
 
     def tensors(self):
         """{where a tensor begins: its name}."""

@@ -14,8 +14,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import sgp
-from sgp import operators
-from sgp.watched import Operator
+from sgp.rows import operators
+from sgp.rows.by_torch import Upstream, Wanted
+from sgp.rows.recipe import Recipe
+from sgp.rows.watched import Operator, flat
 from tests.oracle import assert_no_worse, loss_and_grad, relative_error
 
 IGNORE = -100
@@ -428,36 +430,45 @@ def operator_samples():
     x = torch.randn(N, V)
     y = torch.tensor([4, IGNORE, 0])
     weight, row_weight, scale = torch.rand(V), torch.rand(N), torch.tensor(0.5)
-    off = (IGNORE, 0.0, None, 1.0, 0.0, 1.0)
-    on = (IGNORE, 0.1, 5.0, 2.0, 0.1, 0.7)
-    _, saved, _, entropy, *_ = operators.row_forward(
-        x, y, None, None, None, *off, False, True, True, False
-    )
+    off, on = Recipe(IGNORE), Recipe(IGNORE, 0.1, 5.0, 2.0, 0.1, 0.7)
+    statistics = Wanted(saved=True, stats=True)
+    _, saved, _, entropy, *_ = operators.row_forward(x, y, None, None, None, off, statistics)
     return {
-        "row_forward, plain": (operators.row_forward, (x, y, None, None, None, *off, *[True] * 4)),
+        "row_forward, plain": (
+            operators.row_forward,
+            (x, y, None, None, None, off, Wanted(*[True] * 4)),
+        ),
         "row_forward, all": (
             operators.row_forward,
-            (x.view(1, N, V), y, weight, row_weight, scale, *on, True, True, True, False),
+            (
+                x.view(1, N, V),
+                y,
+                weight,
+                row_weight,
+                scale,
+                on,
+                Wanted(grad=True, saved=True, stats=True),
+            ),
         ),
         "row_forward, loss only": (
             operators.row_forward,
-            (x, y, weight, None, None, *off, False, False, False, False),
+            (x, y, weight, None, None, off, Wanted()),
         ),
         "row_forward, strided": (
             operators.row_forward,
-            (torch.randn(V, N).t(), y, None, None, None, *off, True, False, False, False),
+            (torch.randn(V, N).t(), y, None, None, None, off, Wanted(grad=True)),
         ),
         "row_forward_": (
             operators.row_forward_,
-            (x.clone(), y, weight, row_weight, scale, *on, True, True),
+            (x.clone(), y, weight, row_weight, scale, on, Wanted(stats=True, argmax=True)),
         ),
         "row_backward": (
             operators.row_backward,
-            (x, y, saved, weight, row_weight, row_weight, row_weight, entropy, *on),
+            (x, y, saved, weight, row_weight, Upstream(row_weight, row_weight, entropy), on),
         ),
         "row_backward_": (
             operators.row_backward_,
-            (x.clone(), y, saved, *[None] * 5, *off),
+            (x.clone(), y, saved, None, None, Upstream(), off),
         ),
         "multiply_rows_": (operators.multiply_rows_, (x.clone(), y, torch.tensor(3.0), IGNORE)),
         "multiply_rows_, all rows": (
@@ -466,7 +477,7 @@ def operator_samples():
         ),
         "row_forward, bf16": (
             operators.row_forward,
-            (x.bfloat16(), y, weight, row_weight, scale, *on, True, True, True, True),
+            (x.bfloat16(), y, weight, row_weight, scale, on, Wanted(*[True] * 4)),
         ),
         "mean_scale, bf16": (
             operators.mean_scale,
@@ -483,7 +494,7 @@ def operator_samples():
 def test_opcheck(sample, backend):
     """Schema (what is mutated, what is aliased), fake tensors, and tracing by AOTAutograd."""
     operator, arguments = operator_samples()[sample]
-    torch.library.opcheck(operator.op, arguments)
+    torch.library.opcheck(operator.op, tuple(flat(arguments)))
 
 
 def test_every_operator_is_checked():

@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional as F
 
 import sgp
-from bench.interpreter import watch_accesses
-from sgp import backend, doctor, verify
+from bench.proof.interpreter import watch_accesses
+from sgp.commands import doctor, verify
+from sgp.rows import backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 interpreted_only = pytest.mark.skipif(

@@ -12,25 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench
 from bench import __main__ as bench_main
-from bench import (
-    cases,
-    compare,
-    files,
-    gpu_tables,
-    machine,
-    measure,
-    plots,
-    predict,
-    report,
-    right,
-    rival_traffic,
-    rivals,
-    tables,
-    traffic,
-)
-from bench.cases import Case, Model
+from bench import files, tables
+from bench.against import cases, compare, machine, measure, right, rivals
+from bench.against.cases import Case, Model
+from bench.gpu import tables as gpu_tables
+from bench.proof import predict, rival_traffic, traffic
+from bench.shown import plots, report
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -467,12 +455,9 @@ def test_the_machine_may_have_no_triton(monkeypatch):
     assert found["torch"] == torch.__version__
 
 
-@pytest.mark.parametrize("module", ["report", "recall"])
+@pytest.mark.parametrize("module", ["shown.report", "studies.recall"])
 def test_without_matplotlib_nothing_is_begun(module, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "bench.plots", raising=False)
-    monkeypatch.setattr(bench, "plots", None, raising=False)
-    monkeypatch.delattr(bench, "plots")
     monkeypatch.setattr(sys, "argv", [module])
     found = importlib.import_module(f"bench.{module}")
     with pytest.raises(SystemExit, match=r"matplotlib .* pip install"):

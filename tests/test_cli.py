@@ -133,7 +133,7 @@ def test_verify_and_doctor_are_called_as_they_are_defined():
     """The stubs above accept anything; the real functions must accept the same."""
     import inspect
 
-    from sgp import doctor, verify
+    from sgp.commands import doctor, verify
 
     inspect.signature(verify.run).bind(quick=True, output=None)
     inspect.signature(doctor.run).bind()
@@ -239,8 +239,8 @@ SCRIPT = "import sys\nfrom sgp.cli import main\nif __name__ == '__main__':\n    
     [
         (True, "train", "torch"),
         (False, "audit", "numpy"),  # begun in C, where a KeyboardInterrupt is dropped
-        (True, "verify", "sgp.verify"),
-        (False, "doctor", "sgp.doctor"),
+        (True, "verify", "sgp.commands.verify"),
+        (False, "doctor", "sgp.commands.doctor"),
     ],
 )
 def test_ctrl_c_during_an_import_is_one_line(as_script, command, module, tmp_path):

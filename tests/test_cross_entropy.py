@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.testing._internal.common_methods_invocations import op_db
 
 import sgp
-from sgp import operators
+from sgp.rows import operators
 from tests.oracle import (
     assert_no_worse,
     check_cross_entropy,

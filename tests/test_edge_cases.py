@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sgp
-from bench.interpreter import watch_accesses
-from sgp import backend as backends
-from sgp import operators, problem, row_triton
+from bench.proof.interpreter import watch_accesses
+from sgp.rows import backend as backends
+from sgp.rows import by_triton, operators, problem
 from tests.oracle import assert_no_worse, check_cross_entropy, loss_and_grad, relative_error
 
 IGNORE = -100
@@ -597,7 +597,7 @@ WAITS = {"item", "cpu", "tolist", "numpy", "nonzero", "unique", "masked_select",
 
 @ONCE
 @pytest.mark.parametrize(
-    "path", [*sorted((ROOT / "kernels").glob("*.py")), ROOT / "row_triton.py"], ids=lambda p: p.name
+    "path", [*sorted((ROOT / "kernels").glob("*.py")), ROOT / "by_triton.py"], ids=lambda p: p.name
 )
 def test_row_17_the_way_to_the_kernels_reads_no_value(path):
     tree = ast.parse(path.read_text())
@@ -866,11 +866,11 @@ def test_row_21_kernels_run_on_the_tensors_own_device(monkeypatch):
     """Without a second GPU: the guard that the launches stand under names the tensor's device."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
-    guard = row_triton._device(tensor)
+    guard = by_triton._device(tensor)
     assert isinstance(guard, torch.cuda.device)
     assert guard.idx == 1
     here = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
-    assert isinstance(row_triton._device(here), nullcontext), "on its device already"
+    assert isinstance(by_triton._device(here), nullcontext), "on its device already"
 
 
 @KERNELS
@@ -883,7 +883,7 @@ def test_row_21_every_launch_stands_under_the_guard(monkeypatch):
         yield
         inside.append(False)
 
-    monkeypatch.setattr(row_triton, "_device", guard)
+    monkeypatch.setattr(by_triton, "_device", guard)
     from sgp.kernels.launch import Call
 
     launch = Call.launch

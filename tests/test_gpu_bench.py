@@ -12,9 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import files, gpu, gpu_phases, gpu_tables, lines, measure, right, rivals
-from bench.cases import Case, Model
-from bench.gpu_phases import PHASES, Phase
+from bench import files
+from bench.against import measure, right, rivals
+from bench.against.cases import Case, Model
+from bench.gpu import gpu, lines
+from bench.gpu import phases as gpu_phases
+from bench.gpu import tables as gpu_tables
+from bench.gpu.phases import PHASES, Phase
 from sgp.kernels import launch, table
 from sgp.kernels.table import Line, Target
 
@@ -384,7 +388,8 @@ LAUNCH = """
 import ctypes, json, sys
 import torch, triton
 from pathlib import Path
-from bench import binary, cubin, lines, kernel_cases
+from bench.gpu import lines
+from bench.proof import binary, cubin, kernel_cases
 
 calls = []
 class Driver:

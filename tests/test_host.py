@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bench import host, least, standin
+from bench.against import least
+from bench.proof import host, standin
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

@@ -11,11 +11,11 @@ import torch
 from triton.runtime.errors import InterpreterError
 
 import sgp
-from bench.interpreter import watch_accesses
-from sgp import row_triton
+from bench.proof.interpreter import watch_accesses
 from sgp.kernels import layout
-from sgp.recipe import Recipe
-from sgp.row_torch import RowOutputs, new_outputs
+from sgp.rows import by_triton
+from sgp.rows.by_torch import RowOutputs, Wanted, new_outputs
+from sgp.rows.recipe import Recipe
 
 ALL = Recipe(-100, 0.1, 5.0, 0.7, 1e-3)
 LONG = 8_193  # more than one block, more than one piece
@@ -36,19 +36,18 @@ def form(request, monkeypatch):
     return name
 
 
-def poisoned(logits, N, **needs):
+def poisoned(logits, N, **wanted):
     """Outputs filled with NaN, so that whatever a kernel leaves unwritten shows."""
-    out = new_outputs(logits, N, **needs)
+    out = new_outputs(logits, N, Wanted(**wanted))
     return RowOutputs(
         *(None if t is None else t.fill_(torch.nan if t.is_floating_point() else True) for t in out)
     )
 
 
 def launch_forward(logits, target, recipe=ALL, *, weight=None, row_weight=None, inplace=False):
-    needs = {"need_saved": True, "need_stats": True, "need_argmax": True, "need_grad": not inplace}
-    out = poisoned(logits, target.numel(), **needs)
+    out = poisoned(logits, target.numel(), saved=True, stats=True, argmax=True, grad=not inplace)
     dlogits = logits if inplace else out.dlogits
-    row_triton.forward(logits, dlogits, target, weight, row_weight, None, recipe, out)
+    by_triton.forward(logits, dlogits, target, weight, row_weight, None, recipe, out)
     return out
 
 
@@ -71,7 +70,7 @@ def test_a_bad_target_poisons_its_row_only_and_touches_nothing_outside(V, bad):
     with watch_accesses():
         out = launch_forward(logits, target, weight=weight)
         again = torch.full_like(logits, torch.nan)
-        row_triton.backward(logits, again, target, out.saved, weight, None, ALL)
+        by_triton.backward(logits, again, target, out.saved, weight, None, ALL)
     good = torch.tensor([0, 2])
     for values in (out.loss, out.dlogits, again):
         assert torch.isnan(values[1]).all(), "a bad target must never give a number"
@@ -81,15 +80,15 @@ def test_a_bad_target_poisons_its_row_only_and_touches_nothing_outside(V, bad):
 def test_the_bounds_check_sees_an_access_outside(monkeypatch):
     """The watch itself can fail: a kernel told of one column more than there is is caught."""
     logits, target = torch.randn(2, 6), torch.tensor([0, 1])
-    out = poisoned(logits, 2, need_saved=True, need_stats=True, need_grad=True)
-    launch = row_triton.launch.row_forward
+    out = poisoned(logits, 2, saved=True, stats=True, grad=True)
+    launch = by_triton.launch.row_forward
 
     def one_too_many(*args, V, **kwargs):
         return launch(*args, V=V + 1, **kwargs)
 
-    monkeypatch.setattr(row_triton.launch, "row_forward", one_too_many)
+    monkeypatch.setattr(by_triton.launch, "row_forward", one_too_many)
     with watch_accesses(), pytest.raises(InterpreterError, match="outside"):
-        row_triton.forward(logits, out.dlogits, target, None, None, None, Recipe(), out)
+        by_triton.forward(logits, out.dlogits, target, None, None, None, Recipe(), out)
 
 
 VIEWS = {
@@ -191,7 +190,7 @@ def test_the_factor_kernel_reads_gradients_only_when_it_must(factor, read):
     before = gradient.clone()
     target = torch.tensor([1, -100, -100, 2])
     with watch_accesses(distinct=True) as seen:
-        row_triton.multiply(gradient, target, torch.tensor(factor), -100)
+        by_triton.multiply(gradient, target, torch.tensor(factor), -100)
     assert seen.distinct(gradient) == (read * 9_000 * 4, read * 9_000 * 4)
     kept = target != -100
     assert torch.equal(gradient[kept], before[kept] * factor)
@@ -205,7 +204,7 @@ def test_no_pytorch_operator_computes_over_n_times_v(reduction, monkeypatch):
     The kernels themselves are left out, because the interpreter copies their arguments.
     """
     monkeypatch.setenv("SGP_BACKEND", "triton")
-    monkeypatch.setattr(row_triton.launch.Call, "launch", lambda _: None)
+    monkeypatch.setattr(by_triton.launch.Call, "launch", lambda _: None)
     N, V = 64, 1_000
     logits = torch.randn(N, V, requires_grad=True)
     target = torch.randint(V, (N,))
@@ -241,5 +240,5 @@ def test_the_divisor_of_a_mean_loses_no_small_weight_beside_a_large_one():
     weights[:, 0] = 1
     weights[0, 0] = 2.0**25
     target = torch.zeros(weights.numel(), dtype=torch.int64)
-    scale = row_triton.mean_scale(target, None, weights.view(-1), -100, torch.float32)
+    scale = by_triton.mean_scale(target, None, weights.view(-1), -100, torch.float32)
     assert scale.item() * (2**25 + 63) == pytest.approx(1, abs=2e-7)

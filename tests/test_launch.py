@@ -8,10 +8,10 @@ import pytest
 import torch
 import triton
 
-from sgp import row_triton
 from sgp.kernels import launch
 from sgp.kernels.launch import Call, put
-from sgp.recipe import Recipe
+from sgp.rows import by_triton
+from sgp.rows.recipe import Recipe
 
 
 class Compiled:
@@ -151,7 +151,7 @@ def test_nothing_is_kept_on_amd(kept, monkeypatch):
 def test_nothing_is_kept_of_the_interpreter(monkeypatch):
     monkeypatch.setattr(launch, "_kept", {})
     logits = torch.randn(2, 8)
-    row_triton.multiply(logits, None, torch.tensor(2.0), -100)
+    by_triton.multiply(logits, None, torch.tensor(2.0), -100)
     assert not launch._kept
 
 
@@ -185,6 +185,6 @@ def test_numbers_that_were_given_as_ints_are_floats():
     real = Recipe(-100, 1.0, 30.0, 2.0, 1.0, 2.0)
     assert whole == real
     assert hash(whole) == hash(real)
-    options = row_triton._options(None, None, None, whole)
-    assert options == row_triton._options(None, None, None, real)
+    options = by_triton._options(None, None, None, whole)
+    assert options == by_triton._options(None, None, None, real)
     assert {type(x) for x in options if x is not None} == {float}

@@ -20,11 +20,15 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils.checkpoint import checkpoint
 
 import sgp
-from sgp import chunks, head_operators, problem, products, row_torch
-from sgp.recipe import Recipe
+from sgp.head import chunks, products
+from sgp.head import operators as head_operators
+from sgp.head.algorithm import HeadCall, Needs
+from sgp.rows import by_torch, problem
+from sgp.rows.by_torch import Upstream, Wanted
+from sgp.rows.recipe import Recipe
+from sgp.rows.watched import Operator, flat
 from sgp.tolerance import bound
 from sgp.train.memory import cpu_peak
-from sgp.watched import Operator
 from tests.oracle import in_float64, relative_error, sample_in, sample_results
 
 IGNORE = -100
@@ -962,9 +966,9 @@ def test_pytorchs_operators_fill_a_narrow_place(dtype):
     logits, y = torch.randn(5, 12), torch.tensor([1, 2, 3, 4, 5])
     exact, narrow = torch.empty(5, 12), torch.empty(5, 12, dtype=dtype)
     for place in (exact, narrow):
-        out = row_torch.new_outputs(logits, 5, need_saved=True, need_stats=True, need_grad=False)
+        out = by_torch.new_outputs(logits, 5, Wanted(saved=True, stats=True))
         arguments = (y, None, None, None, Recipe(), out)
-        row_torch.forward(logits.clone(), place, *arguments, scratch=True)
+        by_torch.forward(logits.clone(), place, *arguments, scratch=True)
     assert torch.equal(narrow, exact.to(dtype))
 
 
@@ -1029,7 +1033,7 @@ def test_nothing_is_waited_for_but_the_number_of_labels(reduction, dtype, form, 
     The number of kept rows is on the CPU and is read once in each operator over the head.
     """
     monkeypatch.setenv("SGP_BACKEND", "triton")
-    monkeypatch.setattr("sgp.row_triton.launch.Call.launch", lambda _: None)
+    monkeypatch.setattr("sgp.rows.by_triton.launch.Call.launch", lambda _: None)
     monkeypatch.setattr(problem, "may_wait", lambda _: False)
     hidden = torch.randn(2, 8, D).to(dtype)[:, 1:].requires_grad_()  # rows with gaps
     head = torch.randn(V, D).to(dtype).requires_grad_()
@@ -1200,34 +1204,38 @@ def operator_samples():
     kept_rows, y = head_operators.kept_rows, torch.tensor([3, IGNORE, 10, 0, IGNORE, 3])
     x, w, b = torch.randn(N, D), torch.randn(V, D), torch.randn(V)
     some, row = (y, *kept_rows(y, IGNORE)), torch.rand(N)
-    off, on = (IGNORE, 0.0, None, 1.0, 0.0, 1.0), (IGNORE, 0.1, 5.0, 2.0, 0.1, 0.7)
-    single, half, brain = ((dtype, 2) for dtype in (torch.float32, torch.float16, torch.bfloat16))
-    no3, no4, no5 = [None] * 3, [False] * 4, [None] * 5
-    _, saved, _, entropy, *_ = forward(
-        x, w, None, *some, *no3, *off, *single, *no4, True, True, False
-    )
+    off, on = Recipe(IGNORE), Recipe(IGNORE, 0.1, 5.0, 2.0, 0.1, 0.7)
+    plain = HeadCall(off, torch.float32, 2, Needs())
+    no3 = [None] * 3
+    statistics = plain._replace(wanted=Wanted(saved=True, stats=True))
+    _, saved, _, entropy, *_ = forward(x, w, None, *some, *no3, statistics)
     batch, everything = x.view(2, 3, D), (torch.rand(V), row, torch.tensor(0.5))
     # fmt: off
     return {
         "kept_rows": (kept_rows, (y, IGNORE)),
         "kept_rows, none": (kept_rows, (torch.full((3,), 2), 2)),
         "head_forward, all": (
-            forward, (batch, w, b, *some, *everything, *on, *single, *ALL, False, *ALL)),
+            forward, (batch, w, b, *some, *everything, plain._replace(
+                recipe=on, needs=Needs(*ALL),
+                wanted=Wanted(saved=True, stats=True, argmax=True)))),
         "head_forward, loss only": (
-            forward, (x, w, None, *some, *no3, *off, *single, *no4, False, False, False)),
+            forward, (x, w, None, *some, *no3, plain)),
         "head_forward, wide": (
-            forward, (*cast((x, w, b), torch.float16), *some, *everything, *off, *half, *ALL,
-                      True, False, False, False)),
+            forward, (*cast((x, w, b), torch.float16), *some, *everything, plain._replace(
+                compute_dtype=torch.float16, needs=Needs(*ALL), wide=True))),
         "head_forward, autocast": (
-            forward, (x, w.bfloat16(), b, *some, *no3, *off, *brain, *ALL, *no4)),
+            forward, (x, w.bfloat16(), b, *some, *no3, plain._replace(
+                compute_dtype=torch.bfloat16, needs=Needs(*ALL)))),
         "head_backward, all": (
-            backward, (batch, w, b, *some, saved, everything[0], row, row, row, entropy, *on,
-                       *single, *ALL)),
+            backward, (batch, w, b, *some, saved, everything[0], row, Upstream(row, row, entropy),
+                       plain._replace(recipe=on, needs=Needs(*ALL)))),
         "head_backward, nothing but input": (
-            backward, (x, w, None, *some, saved, *no5, *off, *single, *INPUT)),
+            backward, (x, w, None, *some, saved, None, None, Upstream(),
+                       plain._replace(needs=Needs(*INPUT)))),
         "head_backward, strided, bf16": (
             backward, (x.bfloat16().t().contiguous().t(), w.bfloat16(), b.bfloat16(), *some, saved,
-                       None, row, *no3, *off, *brain, *HEAD)),
+                       None, row, Upstream(), plain._replace(
+                           compute_dtype=torch.bfloat16, needs=Needs(*HEAD)))),
     }
     # fmt: on
 
@@ -1236,7 +1244,7 @@ def operator_samples():
 def test_opcheck(sample):
     """Schema (what is mutated, what is aliased), fake tensors, and tracing by AOTAutograd."""
     operator, arguments = operator_samples()[sample]
-    torch.library.opcheck(operator.op, arguments)
+    torch.library.opcheck(operator.op, tuple(flat(arguments)))
 
 
 def test_every_operator_is_checked():

@@ -16,8 +16,9 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import sgp
-from bench.interpreter import watch_accesses
-from sgp import head_operators, operators, row_triton
+from bench.proof.interpreter import watch_accesses
+from sgp.head import operators as head_operators
+from sgp.rows import by_triton, operators
 from sgp.tolerance import bound
 from tests.oracle import assert_no_worse, relative_error, rows_of_infinities
 
@@ -888,7 +889,7 @@ def test_one_read_of_the_kept_logits(kept, dtype, V, monkeypatch):
 def test_no_pytorch_operator_computes_over_n_times_v(monkeypatch):
     """A clone, zeros or `.float()` would show here; the kernels themselves are left out."""
     monkeypatch.setenv("SGP_BACKEND", "triton")
-    monkeypatch.setattr(row_triton.launch.Call, "launch", lambda _: None)
+    monkeypatch.setattr(by_triton.launch.Call, "launch", lambda _: None)
     N, V = 64, 1_000
     logits, target = torch.randn(N, V, requires_grad=True), torch.randint(V, (N,))
     with torch.profiler.profile(record_shapes=True) as profile:
@@ -955,7 +956,7 @@ def test_target_out_of_range_raises(wanted, bad, linear, backend):
 @pytest.mark.parametrize("bad", [-1, 9, 2**32 + 1])
 def test_target_out_of_range_is_nan_where_a_check_would_wait(bad, linear, backend, monkeypatch):
     """As on a GPU: never a silent number; other rows are untouched."""
-    monkeypatch.setattr("sgp.problem.may_wait", lambda _: False)
+    monkeypatch.setattr("sgp.rows.problem.may_wait", lambda _: False)
     tensors, target = problem(linear, 3, 9)
     target[2] = bad
     upstream = {"log_prob": torch.ones(3)}

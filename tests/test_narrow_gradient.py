@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.interpreter import watch_accesses
-from sgp import row_triton
-from sgp.recipe import Recipe
-from sgp.row_torch import Upstream, new_outputs
+from bench.proof.interpreter import watch_accesses
+from sgp.rows import by_triton
+from sgp.rows.by_torch import Upstream, Wanted, new_outputs
+from sgp.rows.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 IGNORE = -100
@@ -85,9 +85,9 @@ def options_of(name, rows):
 
 
 def forward(logits, place, target, recipe, weight, row_weight, scale):
-    out = new_outputs(logits, target.numel(), need_saved=True, need_stats=True, need_grad=False)
+    out = new_outputs(logits, target.numel(), Wanted(saved=True, stats=True))
     with watch_accesses():
-        row_triton.forward(logits, place, target, weight, row_weight, scale, recipe, out)
+        by_triton.forward(logits, place, target, weight, row_weight, scale, recipe, out)
     return out
 
 
@@ -123,7 +123,7 @@ def test_backward_writes_the_bits_of_a_separate_buffer(dtype, options, V):
     separate = torch.full(rows.place.shape, torch.nan, dtype=dtype)
     for logits, place in ((rows.logits.clone(), separate), (rows.logits, rows.place)):
         with watch_accesses():
-            row_triton.backward(
+            by_triton.backward(
                 logits, place, rows.target, kept.saved, weight, row_weight, recipe, upstream
             )
     assert torch.equal(rows.place, separate)
@@ -146,7 +146,7 @@ def test_the_gradient_is_that_of_float32_rounded(V):
 COMPILE = """
 import json, re, sys, tempfile
 import triton
-from bench import binary, kernel_cases
+from bench.proof import binary, kernel_cases
 
 triton.runtime.driver.set_active(binary.NamedTarget(kernel_cases.TARGETS["sm_90"]))
 for case in json.loads(sys.argv[1]):

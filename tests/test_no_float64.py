@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_flatten, tree_map
 
 import sgp
-from sgp import watched
+from sgp.rows import watched
 from tests import families
 
 N, V, D = 6, 11, 8

@@ -16,12 +16,11 @@ import pytest
 import torch
 
 import sgp
+from tests import test_structure
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = sorted((ROOT / "sgp").glob("*.py"))
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
-ROOMS = ("sgp", "sgp/auditing", "sgp/huggingface", "sgp/train")
-SOURCES = sorted([*(path for room in ROOMS for path in ROOT.glob(f"{room}/*.py")), *KERNELS])
+SOURCES = [*test_structure.modules("sgp").values(), *KERNELS]
 
 
 def name_of(path):
@@ -177,33 +176,32 @@ def test_kernels_import_only_torch_triton_and_each_other(path):
     assert outside(path, "torch", "triton", "sgp.kernels") == set()
 
 
-@pytest.mark.parametrize("module", ["selection", "recipe"])
+@pytest.mark.parametrize("module", ["selection", "rows/recipe"])
 def test_the_bottom_imports_only_torch(module):
     assert outside(ROOT / "sgp" / f"{module}.py", "torch") == set()
 
 
 def test_the_reference_does_not_import_what_it_judges():
     """Not even through another module."""
-    seen, pending = set(), ["reference"]
+    graph, seen, pending = test_structure.edges("sgp"), set(), ["sgp.reference"]
     while pending:
         module = pending.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        for name in imports(ROOT / "sgp" / f"{module}.py"):
-            head, _, rest = name.partition(".")
-            if head == "sgp":
-                assert rest, f"sgp/{module}.py imports the package itself"
-                pending.append(rest.partition(".")[0])
-    judged = {"operators", "losses", "kernels", "autograd", "backend", "row_torch", "row_triton"}
-    assert seen & judged == set()
-    assert "selection" in seen
+        if module not in seen:
+            seen.add(module)
+            pending += graph[module]
+    rows = {f"sgp.rows.{name}" for name in ("problem", "recipe", "reduction")}
+    assert seen == {"sgp.reference", "sgp.selection", *rows}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_few_files_touch_the_kernels(path):
     names = list(imports(path))  # also asserts that no import is relative
-    if name_of(path) in {f"sgp/{m}.py" for m in ("row_triton", "backend", "verify", "doctor")}:
+    if name_of(path) in {
+        "sgp/rows/by_triton.py",
+        "sgp/rows/backend.py",
+        "sgp/commands/verify.py",
+        "sgp/commands/doctor.py",
+    }:
         return
     if path.parent.name != "kernels":
         assert not [name for name in names if name.startswith("sgp.kernels")]
@@ -223,6 +221,7 @@ import sys, time, torch
 before = set(sys.modules)
 start = time.perf_counter()
 import sgp
+from tests import test_structure
 print(time.perf_counter() - start)
 print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
 """
@@ -254,12 +253,12 @@ def test_public_names_exist():
 @pytest.mark.parametrize(
     "module",
     # Left out: __main__ runs the command line, and the example of cli trains a model for minutes.
-    [path.stem for path in MODULES if path.stem not in ("__main__", "cli")],
+    [name for name in test_structure.modules("sgp") if name not in ("sgp.__main__", "sgp.cli")],
 )
 def test_docstring_examples(module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    imported = importlib.import_module("sgp" if module == "__init__" else f"sgp.{module}")
+    imported = importlib.import_module(module.removesuffix(".__init__"))
     results = doctest.testmod(
         imported,
         optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE,

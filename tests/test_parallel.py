@@ -8,7 +8,7 @@ import torch
 from torch import distributed
 
 import sgp
-from bench.interpreter import watch_accesses
+from bench.proof.interpreter import watch_accesses
 from sgp.tolerance import bound, relative_error
 from tests.oracle import rows_of_infinities
 from tests.ranks import caught, run_ranks
@@ -657,7 +657,7 @@ def test_the_same_part_on_two_ranks_is_refused(tmp_path):
 
 def on_a_device_too(rank):
     """As on a GPU: a head of zeros first, then its copies; then parts of one's own, twice."""
-    from sgp import shard
+    from sgp.parallel import shard
 
     shard.may_wait = lambda _: False
     x, y = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6)
@@ -712,7 +712,7 @@ def test_a_rank_outside_the_group(tmp_path):
 
 def on_a_device(rank):
     """As on a GPU, where headers are compared on the device: losses before and after a mistake."""
-    from sgp import shard
+    from sgp.parallel import shard
 
     shard.may_wait = lambda _: False
     torch.manual_seed(rank)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sgp
-from sgp import products
+from sgp.head import products
 from sgp.tolerance import relative_error
 from sgp.train.memory import cpu_peak
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu_tables, page, report, resources
-from sgp import chunks
+from bench.gpu import tables as gpu_tables
+from bench.proof import resources
+from bench.shown import page, report
+from sgp.head import chunks
 from sgp.kernels import table
 
 ROOT = Path(__file__).parent.parent

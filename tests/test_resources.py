@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import kernel_cases, resources
+from bench.proof import kernel_cases, resources
 from sgp.kernels import launch, table
 
 ROOT = Path(__file__).parent.parent

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import sgp
-from bench.interpreter import watch_accesses
-from sgp import row_triton
+from bench.proof.interpreter import watch_accesses
 from sgp.kernels import launch, layout, table
 from sgp.kernels.table import Row, Target
-from sgp.recipe import Recipe
-from sgp.row_torch import new_outputs
+from sgp.rows import by_triton
+from sgp.rows.by_torch import Wanted, new_outputs
+from sgp.rows.recipe import Recipe
 from tests.oracle import assert_no_worse, check_cross_entropy, relative_error
 
 IGNORE = -100
@@ -392,10 +392,10 @@ def test_a_cluster_says_the_same(option, form, monkeypatch):
     for form in ("auto", "streaming"):  # noqa: PLR1704
         monkeypatch.setenv("SGP_ROW_FORM", form)
         rows = logits.clone()
-        out = new_outputs(rows, 3, need_saved=False, need_stats=True, need_grad=False)
+        out = new_outputs(rows, 3, Wanted(stats=True))
         place = rows.view(torch.bfloat16)[:, :V]
         with watch_accesses() as seen:
-            row_triton.forward(rows, place, target, None, None, None, recipe, out)
+            by_triton.forward(rows, place, target, None, None, None, recipe, out)
         read = seen.of(rows).loaded / (2 * V * 4)
         assert read == pytest.approx(1 if form == "auto" else 2, abs=0.01)
         values = [x for x in (*out[:-1], place.float()) if x is not None and x.numel()]

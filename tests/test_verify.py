@@ -6,8 +6,10 @@ import os
 import pytest
 import torch
 
-from sgp import backend, doctor, losses, verify
+from sgp import losses
+from sgp.commands import doctor, verify
 from sgp.interrupt import Interrupted
+from sgp.rows import backend
 
 
 def test_verify_passes_here_and_records_every_case(tmp_path, capsys, monkeypatch):

@@ -20,8 +20,11 @@ from torch.utils.checkpoint import (
 )
 
 import sgp
-from sgp import head_operators, operators
-from sgp.watched import Operator, is_watched
+from sgp.head import operators as head_operators
+from sgp.rows import operators
+from sgp.rows.by_torch import Upstream, Wanted
+from sgp.rows.recipe import Recipe
+from sgp.rows.watched import Operator, is_watched
 
 IGNORE = -100
 N, V, D = 4, 7, 3
@@ -233,12 +236,12 @@ def test_watched_and_unwatched_raise_the_same(wrong, target):
 
 @pytest.mark.parametrize("mode", [None, Seen], ids=["unwatched", "watched"])
 def test_what_an_operator_writes_to_is_counted(mode, target):
-    x, numbers = torch.randn(N, V), (IGNORE, 0.0, None, 1.0, 0.0, 1.0)
+    x, recipe = torch.randn(N, V), Recipe(IGNORE)
     saved = torch.ones(N, 3)
     for call in (
         lambda: operators.multiply_rows_(x, target, torch.tensor(2.0), IGNORE),
-        lambda: operators.row_forward_(x, target, None, None, None, *numbers, False, False),
-        lambda: operators.row_backward_(x, target, saved, *[None] * 5, *numbers),
+        lambda: operators.row_forward_(x, target, None, None, None, recipe, Wanted()),
+        lambda: operators.row_backward_(x, target, saved, None, None, Upstream(), recipe),
     ):
         before = x._version
         if mode is None:

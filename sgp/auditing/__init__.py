@@ -2,7 +2,8 @@
 
 `view.py` reads the batch, `trace.py` is the backward pass seen from inside (`parts.py` the two
 parts of the linear layers' gradient, `untouched.py` what it leaves as it was), `findings.py` has
-what can be wrong, `report.py` what is shown of it all.
+what can be wrong, `outcome.py` what came out of it all, and `report.py` shows it (`page.py`,
+`plot.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from sgp.auditing import findings
 from sgp.auditing.findings import Finding
-from sgp.auditing.report import AuditReport, Token
+from sgp.auditing.outcome import Token
+from sgp.auditing.report import AuditReport
 from sgp.auditing.trace import Trace, input_embeddings, trace
 from sgp.auditing.view import NAME, View, read, suffixes
 from sgp.context import SHARDED

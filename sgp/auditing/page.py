@@ -6,7 +6,7 @@ import math
 from html import escape
 from pathlib import Path
 
-from sgp.auditing.report import ROLES, AuditReport, Token
+from sgp.auditing.outcome import ROLES, Outcome, Token
 
 SEVERITIES = {"error": "#c0392b", "warning": "#b9770e", "note": "#2471a3"}
 STYLE = """
@@ -40,7 +40,7 @@ ul.findings li { border-left: 4px solid var(--c); padding: .2rem .7rem; margin: 
 LOW, HIGH = (24, 40, 90), (250, 220, 80)  # colours of the smallest and the largest gradient
 
 
-def to_html(report: AuditReport, path: str | Path) -> Path:
+def to_html(report: Outcome, path: str | Path) -> Path:
     """Write the report as one self-contained page.
 
     Findings first; then, a row of the batch after the other, its tokens in the colour of their
@@ -66,7 +66,7 @@ def to_html(report: AuditReport, path: str | Path) -> Path:
     return found
 
 
-def _parts(report: AuditReport) -> str:
+def _parts(report: Outcome) -> str:
     if report.context_share is None or report.cosine_detached is None:
         return ""
     return (
@@ -76,7 +76,7 @@ def _parts(report: AuditReport) -> str:
     )
 
 
-def _findings(report: AuditReport) -> str:
+def _findings(report: Outcome) -> str:
     items = "".join(
         f"<li style='--c:{SEVERITIES[f.severity]}'><b>{f.severity}: {escape(f.code)}</b> "
         f"<span class='where'>{escape(f.where)}</span><br>{escape(f.message)}</li>"
@@ -92,7 +92,7 @@ def _key() -> str:
     )
 
 
-def _row(report: AuditReport, number: int) -> str:
+def _row(report: Outcome, number: int) -> str:
     tokens = report.tokens[number]
     spans = "".join(_token(token) for token in tokens)
     return (
@@ -116,7 +116,7 @@ def _token(token: Token) -> str:
     )
 
 
-def _map(report: AuditReport, number: int) -> str:
+def _map(report: Outcome, number: int) -> str:
     norms = report.grad_norm[:, number].tolist()
     alive = [math.log10(x) for line in norms for x in line if x > 0 and math.isfinite(x)]
     low, high = (min(alive), max(alive)) if alive else (0.0, 0.0)

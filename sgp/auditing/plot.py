@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from sgp.auditing.report import ROLES, AuditReport
+from sgp.auditing.outcome import ROLES, Outcome
 
 LONGEST = 96  # tokens that are drawn with their text
 
 
-def plot(report: AuditReport, path: str | Path, *, row: int = 0) -> Path:
+def plot(report: Outcome, path: str | Path, *, row: int = 0) -> Path:
     """Draw one row of the batch; needs matplotlib.
 
     The strip has a cell a token, in the colour of its role. The map beneath has a line a layer,

@@ -4,64 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from sgp.auditing.findings import Finding
+from sgp.auditing.outcome import ROLES, Outcome, Token
+from sgp.auditing.page import to_html
+from sgp.auditing.plot import plot
 
 if TYPE_CHECKING:  # rich is imported where it prints
     from rich.console import Console
     from rich.table import Table
 
-ROLES = {  # role: (style of a terminal, colour of a picture, what it is)
-    "context": ("dim", "#9aa5b1", "carries no loss; a later token attends to it"),
-    "predictor": ("yellow", "#de8f05", "context that predicts the first output token"),
-    "output": ("green", "#0173b2", "carries loss"),
-    "ignored": ("magenta", "#cc78bc", "after an output, without loss, predicting nothing"),
-    "padding": ("bright_black", "#e5e5e5", "not attended to"),
-}
 
-
-@dataclass(frozen=True)
-class Token:
-    """One position of one row."""
-
-    row: int
-    position: int
-    token_id: int
-    text: str
-    role: str  # one of ROLES
-    target_id: int | None  # what it predicts; None where nothing
-    target: str | None
-    loss: float | None  # of that prediction, in nats
-    probability: float | None
-    gradient: float  # norm of dL / d logits here
-
-
-@dataclass(frozen=True, repr=False)
-class AuditReport:
-    """The outcome of `sgp.audit`."""
-
-    tokens: list[list[Token]]
-    grad_norm: Tensor  # (layers + 1, B, T); NaN where it could not be measured
-    loss: float
-    context_share: float | None
-    cosine_detached: float | None
-    findings: list[Finding]
-    model_name: str
-
-    @property
-    def errors(self) -> list[Finding]:
-        """The findings that are errors."""
-        return [finding for finding in self.findings if finding.severity == "error"]
-
-    @property
-    def dead(self) -> Tensor:
-        """(layers + 1, B, T) bool: cells whose gradient is exactly zero."""
-        return self.grad_norm == 0
+class AuditReport(Outcome):
+    """The outcome of `sgp.audit`, and how to see it."""
 
     def __repr__(self) -> str:
         codes = ", ".join(sorted({finding.code for finding in self.findings})) or "no findings"
@@ -141,14 +98,10 @@ class AuditReport:
 
     def plot(self, path: str | Path, *, row: int = 0) -> Path:
         """Draw one row's tokens over a map of its gradient norms (plot.py); needs matplotlib."""
-        from sgp.auditing.plot import plot  # noqa: PLC0415  (matplotlib is optional)
-
         return plot(self, path, row=row)
 
     def to_html(self, path: str | Path) -> Path:
         """Write one self-contained page (page.py)."""
-        from sgp.auditing.page import to_html  # noqa: PLC0415  (page.py imports this file)
-
         return to_html(self, path)
 
     def to_dict(self) -> dict[str, Any]:

@@ -28,6 +28,7 @@ EXPORTED = {  # module: what a kernel offers of it
     "reference": ("TokenLogProbs",),
     "selection": ("Selection",),
 }
+SERVED = "parallel.__init__"  # registers what takes DTensors
 VERSION = 1  # of the kernel's interface
 
 
@@ -45,7 +46,7 @@ def write(folder: Path) -> Path:
     Returns:
         The folder.
     """
-    sources = {name: _source(name) for name in _needed(set(EXPORTED))}
+    sources = {name: _source(name) for name in _needed({*EXPORTED, SERVED})}
     text = "".join(f"{name}\n{sources[name]}" for name in sorted(sources))
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     for backend in BACKENDS:
@@ -82,7 +83,8 @@ def _needed(modules: set[str]) -> set[str]:
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sgp":
                 inner = (node.module or "").partition(".")[2]
                 names = [f"{inner}.{alias.name}".strip(".") for alias in node.names]
-                modules |= {n for n in (inner, *names) if (PACKAGE / _path(n)).is_file()}
+                found_here = (inner, *names, *(f"{n}.__init__" for n in (inner, *names)))
+                modules |= {n for n in found_here if (PACKAGE / _path(n)).is_file()}
     return found
 
 
@@ -101,6 +103,7 @@ def _exports() -> str:
     lines = [f"from .{module} import {', '.join(names)}" for module, names in EXPORTED.items()]
     names = ", ".join(f'"{name}"' for group in EXPORTED.values() for name in group)
     head = '"""sgp: cross-entropy that pays for the tokens that carry loss."""'
+    lines += ["from . import parallel  # which takes DTensors"]
     return "\n".join([head, "", *lines, "", f"__all__ = [{names}]", ""])
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sgp.losses import cross_entropy
-from sgp.reduction import check_denominator
+from sgp.rows.reduction import check_denominator
 from sgp.selection import IGNORE
 
 

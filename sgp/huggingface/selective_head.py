@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgp.dtensors import is_dtensor
 from sgp.huggingface.late_logits import LateLogits
-from sgp.shard import is_dtensor
 
 
 @dataclass

@@ -1,0 +1,149 @@
+"""Count what loss and backward ask of memory, in units of N V elements; no GPU, no estimate.
+
+    python -m bench traffic        # table, results file, exit code 1 if a budget breaks
+
+The interpreter executes every load and store with real addresses; each is counted when asked for,
+and each byte once when touched. N rows, V columns, kept fraction f. The least any implementation
+can touch is (1 + f) N V: read the kept logits, write every gradient. The budget: touch at most
+1.02 of that; ask for at most 1.02 of that too in the resident form, of (1 + 2 f) N V where a row
+is streamed. The forms are the launch table's own choice (resident up to 4096 columns, streaming
+beyond) and programs that stay, forced.
+
+A second table has what the Triton kernels of other libraries ask for, where they are installed
+(`pip install -e ".[rivals]"`; rival_traffic.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import sgp
+from bench import files, tables
+from bench.proof import rival_traffic
+from bench.proof.interpreter import watch_accesses
+from bench.proof.rival_traffic import RivalCount
+from sgp.kernels.table import ONE_BLOCK
+
+RESULTS = files.RESULTS / "traffic.json"
+VOCABULARIES = (
+    *(1_000, 8_192, 8_193, 32_000, 32_896, 50_257),
+    *(128_256, 131_072, 151_936, 248_320, 262_144),
+)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+FORMS = ("auto", "staying")
+N = 4
+SLACK = 1.02
+
+
+class Count(NamedTuple):
+    """Elements of logits and gradient in units of N V, for loss and backward."""
+
+    form: str
+    V: int
+    dtype: str
+    kept: float
+    asked: float
+    touched: float
+    least: float
+    other_bytes_per_row: float
+
+    @property
+    def within_budget(self) -> bool:
+        """Whether both stated budgets hold."""
+        reads = 1 if self.form == "resident" else 2
+        asked = self.asked <= SLACK * (1 + reads * self.kept)
+        return asked and self.touched <= SLACK * self.least
+
+
+def count(form: str, V: int, dtype: str, kept_rows: int) -> Count:
+    """The traffic of `sgp.cross_entropy(...).backward()` on N rows, kept_rows of them kept."""
+    os.environ["SGP_ROW_FORM"] = form
+    if form == "auto":
+        form = "resident" if ONE_BLOCK[-1].columns >= V else "streaming"
+    logits = torch.randn(N, V).to(DTYPES[dtype]).requires_grad_()
+    target = torch.full((N,), -100)
+    target[:kept_rows] = torch.arange(kept_rows) % V
+    with watch_accesses(distinct=True) as seen:
+        sgp.cross_entropy(logits, target).backward()
+    assert logits.grad is not None, "logits require grad"  # noqa: S101
+    regions = [seen.of(logits), seen.of(logits.grad)]
+    unit = N * V * DTYPES[dtype].itemsize
+    touched = sum(seen.distinct(logits)) + sum(seen.distinct(logits.grad))
+    others = [r for r in seen.regions.values() if r not in regions]
+    f = kept_rows / N
+    return Count(
+        form=form,
+        V=V,
+        dtype=dtype,
+        kept=f,
+        asked=sum(r.loaded + r.stored for r in regions) / unit,
+        touched=touched / unit,
+        least=1 + f,
+        other_bytes_per_row=sum(r.loaded + r.stored for r in others) / N,
+    )
+
+
+def main() -> int:
+    """Count every case, print the table, write the results file."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench traffic",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS, help="results file (JSON)")
+    arguments = parser.parse_args()
+    files.must_be_writable(arguments.output)
+    os.environ["SGP_BACKEND"] = "triton"
+    counts = [count(*c) for c in itertools.product(FORMS, VOCABULARIES, DTYPES, (0, 1, 2, 4))]
+    table = tables.make(
+        "Loss and backward, upstream factor 1, in units of N V elements; other: bytes a row",
+        ["form"],
+        ["V", "dtype", "kept", "asked for", "touched", "least", "other bytes/row", ""],
+    )
+    for c in counts:
+        verdict = "[green]ok" if c.within_budget else "[red]OVER"
+        numbers = (f"{c.asked:.4f}", f"{c.touched:.4f}", f"{c.least:.2f}")
+        other = f"{c.other_bytes_per_row:.0f}"
+        table.add_row(c.form, str(c.V), c.dtype, f"{c.kept:.2f}", *numbers, other, verdict)
+    console = Console()
+    console.print(table)
+    os.environ["SGP_ROW_FORM"] = "auto"
+    others = rival_traffic.count_all()
+    console.print(_beside_others(others))
+    lines = ",\n".join(json.dumps(c._asdict() | {"ok": c.within_budget}) for c in counts)
+    rivals = ",\n".join(json.dumps(c._asdict()) for c in others)
+    arguments.output.write_text(
+        f'{{"N": {N}, "records": [\n{lines}\n], "rivals": [\n{rivals}\n]}}\n'
+    )
+    ours = [c for c in others if c.name == "sgp"]
+    fine = all(c.asked is not None and c.asked <= SLACK * (1 + 2 * c.kept) for c in ours)
+    return 0 if fine and all(c.within_budget for c in counts) else 1
+
+
+def _beside_others(counts: list[RivalCount]) -> Table:
+    table = tables.make(
+        "Beside the Triton kernels of other libraries, N V elements asked for",
+        ["library", "version", "task"],
+        ["V", "kept", "asked for", "least", "kernels"],
+    )
+    for c in counts:
+        asked = c.status if c.asked is None else f"{c.asked:.4f}"
+        numbers = (str(c.V), f"{c.kept:.2f}", asked, f"{c.least:.2f}", str(c.launches))
+        table.add_row(c.name, c.version or "", c.task, *numbers)
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""From results files to the README's tables and to pictures.
+
+    python -m bench report            # rewrite the README's block, the pictures, and docs' tables
+    python -m bench report --check    # exit code 1 if the README's block is not what it would write
+
+For each machine the newest results file of `python -m bench compare` counts, and for each card that
+of `python -m bench gpu`. What nobody measured is said to be not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import files, tables
+from bench.gpu import tables as gpu_tables
+from bench.shown import page
+
+ROOT = files.ROOT
+README = ROOT / "README.md"
+BEGIN, END = "<!-- python -m bench report: begin -->", "<!-- end -->"
+MIB = 1 << 20
+TITLES = {
+    "logits": "From logits",
+    "linear": "Head and loss, from hidden states",
+}
+BOUNDS = {
+    "logits": "the bytes that must move at a copy's speed",
+    "linear": "the bare matmuls of the kept rows",
+}
+
+
+def render(
+    found: list[tuple[Path, dict[str, Any]]],
+    root: Path = ROOT,
+    *,
+    gpus: Sequence[tuple[Path, dict[str, Any], list[dict[str, Any]]]] = (),
+) -> str:
+    """The README's block, from files of `compare` and of `gpu`."""
+    parts = [_gpu(*each, root) for each in gpus[:1]]
+    if not gpus and all(content["machine"]["device"] == "cpu" for _, content in found):
+        parts.append("**On a GPU: not measured yet.** No GPU was at hand; no speed is claimed.")
+    for path, content in found:
+        parts.append(_machine(path.relative_to(root), content))
+    return "\n\n".join(parts)
+
+
+def _gpu(path: Path, head: dict[str, Any], records: list[dict[str, Any]], root: Path) -> str:
+    origin = gpu_tables.origin(head, str(path.relative_to(root)))
+    note = head.get("note", "").partition(". ")[0]
+    what = (
+        f"**On a GPU** ({origin}; [all tables, all cards, how to measure again](docs/gpu.md)). "
+        f"{note}{'.' if note else ''} bf16, 8192 rows or tokens; f is the kept fraction, 1 where "
+        "none is given; a range is that of several runs."
+    )
+    return f"{what}\n\n{gpu_tables.summary(records)}"
+
+
+def _machine(path: Path, content: dict[str, Any]) -> str:
+    versions = content["versions"]
+    machine = content["machine"]
+    on_cpu = machine["device"] == "cpu"
+    cores = machine["name"].replace("cores", "CPU cores")
+    what = f"{cores} ({machine['cpu']})" if on_cpu else machine["name"]
+    note = " sgp's kernels do not run here, its PyTorch operators do." if on_cpu else ""
+    note += ' "Kept rows": gathered by hand before; "memory": beyond inputs and weight gradients.'
+    origin = f"[results]({path}); torch {versions['torch']}, {content['date']}"
+    parts = [f"**On {what}** (`python -m bench compare`, {origin}):{note}"]
+    parts += [_table(record) for record in _shown(content["cases"])]
+    stem = path.with_suffix("").as_posix()
+    parts.append(f"![Time and memory of the head, against three axes]({stem}-linear.png)")
+    logits, roofline = f"[from logits]({stem}-logits.png)", f"[roofline]({stem}-roofline.png)"
+    parts.append(f"More pictures: {logits}, {roofline}.")
+    return "\n\n".join(parts)
+
+
+def _shown(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One case a form: the first at a quarter kept."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in records:
+        if record["kept"] == 0.25:
+            found.setdefault(record["form"], record)
+    return [found[form] for form in ("linear", "logits") if form in found]
+
+
+def _table(record: dict[str, Any]) -> str:
+    model = record["model"]
+    size = f"V = {model['V']:_}, ".replace("_", " ")
+    size += f"D = {model['D']:_}, ".replace("_", " ") if "linear" in record["form"] else ""
+    title = (
+        f"{TITLES[record['form']]}: {model['name']}, {size}N = {record['N']}, "
+        f"{record['dtype']}, a quarter of the rows kept; bound {tables.ms(record['bound_ms'])} ms, "
+        f"{BOUNDS[record['form']]}"
+    )
+    lines = [
+        title,
+        "",
+        "| | forward | backward | both | to the best other | to the bound | memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    timed = [r for r in record["rivals"] if r["both_ms"]]
+    best = min((r["both_ms"] for r in timed if not r["rival"].startswith("sgp")), default=None)
+    for r in sorted(timed, key=lambda r: float(r["both_ms"])):
+        cells = (
+            r["rival"],
+            f"{tables.ms(r['forward_ms'])} ms",
+            f"{tables.ms(r['backward_ms'])} ms",
+            f"{tables.ms(r['both_ms'])} ms",
+            f"{r['both_ms'] / best:.2f}" if best else "",
+            f"{r['both_ms'] / record['bound_ms']:.2f}",
+            f"{r['memory_bytes'] / MIB:.0f} MiB",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    others: dict[str, list[str]] = {}
+    for r in record["rivals"]:
+        if not r["both_ms"]:
+            others.setdefault(r["status"], []).append(r["rival"])
+    notes = [f"{', '.join(names)}: {status}" for status, names in others.items()]
+    lines += ["", f"Not in the table: {'; '.join(notes)}."] if notes else []
+    return "\n".join(lines)
+
+
+def block_of(text: str) -> str:
+    """What the README has between the marks.
+
+    Raises:
+        ValueError: if the marks are not there.
+    """
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"README.md: {BEGIN!r} and {END!r} must both be there")
+    return text.partition(BEGIN)[2].partition(END)[0].strip()
+
+
+def main() -> int:
+    """Write, or check."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    arguments = parser.parse_args()
+    found = files.newest()
+    text = README.read_text()
+    block = render(found, gpus=gpu_tables.newest())
+    if arguments.check:
+        docs = [path.read_text() for path in page.PAGES]
+        same = block_of(text) == block and [page.filled(doc) for doc in docs] == docs
+        print("README and docs are the results files'" if same else "run `python -m bench report`")
+        return 0 if same else 1
+    files.must_have_matplotlib()
+    from bench.shown import plots  # noqa: PLC0415  (matplotlib is optional)
+
+    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+    README.write_text(f"{before}{BEGIN}\n{block}\n{END}{after}")
+    for path, content in found:
+        for picture in plots.draw(content, path.with_suffix("")):
+            print(f"wrote {picture}")
+    for path in page.PAGES:
+        path.write_text(page.filled(path.read_text()))
+    print(f"wrote README.md and {', '.join(f'docs/{path.name}' for path in page.PAGES)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

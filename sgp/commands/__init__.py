@@ -1,0 +1,1 @@
+"""What the command line runs, beside `sgp.train`: `audit`, `verify`, `doctor`."""

@@ -1,0 +1,215 @@
+"""`Collator`: examples into a batch whose mask is planned on the host, padded or packed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sgp.caller import warn
+from sgp.data.examples import NAME, Row, tokenize
+from sgp.selection import IGNORE, Selection
+
+
+@dataclass
+class Collator:
+    """Makes the batch of a list of examples, for a DataLoader or a Trainer.
+
+    Example:
+        >>> collate = Collator(packed=True)
+        >>> batch = collate([{"input_ids": [5, 6, 7], "completion_mask": [0, 0, 1]},
+        ...                  {"input_ids": [8, 9], "completion_mask": [0, 1]}])
+        >>> batch["labels"]
+        tensor([[-100, -100,    7, -100,    9]])
+        >>> batch["cu_seqlens"]
+        tensor([0, 3, 5], dtype=torch.int32)
+        >>> batch["selection"]
+        Selection(shape=(1, 5), 2 of 5 tokens carry loss, 2 sequences, device=cpu)
+
+    Args:
+        tokenizer: of transformers, for examples that are not tokens, and for its padding token.
+        packed: all sequences one after the other in one row, without padding; else one a row,
+            padded on the right.
+        max_length: of a sequence, in tokens; what is beyond it is cut off at the end.
+        pad_to_multiple_of: of a row, as Tensor Cores like it.
+        pad_token_id: None: the tokenizer's, its end of text, or 0.
+        context_loss: prompts and the other side's turns carry loss too.
+        assistant_only_loss: of a completion, only what the chat template marks as the assistant's
+            carries loss, and not the results of tools, which stand between. TRL's name.
+
+    A packed row is one sequence to a model with a cache, and to models whose attention knows no
+    `position_ids`: a patched model and the Trainer go without a cache, and a patched model refuses
+    what does not keep sequences apart. In a loop of your own pass `use_cache=False`.
+
+    `__call__` takes a list of examples, each of a kind that `sgp.data.examples.tokenize` knows, and
+    returns, int64 unless said otherwise:
+
+    * `input_ids`, `labels` (B, T) or (1, N): labels are not shifted, -100 where there is no loss,
+      which includes the first token of each packed sequence.
+    * `position_ids`, of the same shape, from 0 in each sequence.
+    * `attention_mask` (B, T), 1 and 0, if padded; `cu_seqlens` (S + 1,) int32 if packed.
+    * `selection`: the `Selection` of the labels. A model that `sgp.huggingface.patch` has patched
+      takes it: no GPU has to wait for a count. It is left out where accelerate reads the data in
+      one process and sends the others their share (a Trainer's way with an `IterableDataset`),
+      which only tensors survive; the labels say the same.
+
+    Rows that were padded before lose their padding, and rows that were packed before
+    (`position_ids` that begin again) are taken apart; `sgp.data.examples.tokenize` says by which
+    columns. A packed row needs `packed=True`.
+
+    Raises:
+        ValueError: no example, or one that cannot be read, with its number; packed rows that
+            accelerate would cut up; `context_loss` with `assistant_only_loss`.
+
+    Warns:
+        where a sequence carries no loss, or has labels that are its next tokens already, once for
+        each batch.
+    """
+
+    tokenizer: Any = None
+    packed: bool = False
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+    pad_token_id: int | None = None
+    context_loss: bool = False
+    assistant_only_loss: bool = False
+    _dispatched: bool = field(default=False, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.context_loss and self.assistant_only_loss:
+            raise ValueError(
+                f"{NAME}: context_loss=True and assistant_only_loss=True; expected one of them"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a worker process, which cannot see for whom it reads."""
+        return {**vars(self), "_dispatched": self._dispatched or _dispatching()}
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Make the batch."""
+        if not examples:
+            raise ValueError(f"{NAME}: no examples")
+        found = [self._rows(number, example) for number, example in enumerate(examples)]
+        cut = f" within max_length = {self.max_length}" if self.max_length else ""
+        self._warn(found, _is_empty, f"carry no loss{cut}")
+        self._warn(
+            found,
+            _is_shifted,
+            "have labels that are the next tokens already (labels[t] is input_ids[t + 1]). A model "
+            "shifts labels, and the selection is shifted here: each token would be trained to "
+            "predict the one after the next. Give labels[t] = input_ids[t]",
+        )
+        rows = [row for rows in found for row in rows]
+        dispatched = self._dispatched or _dispatching()
+        if self.packed and dispatched:
+            raise ValueError(
+                f"{NAME}: packed=True, and accelerate reads the data in one process and cuts the "
+                "batch up for the others, which a packed row does not survive. Let each process "
+                "read its own: accelerator_config={'dispatch_batches': False}, or packed=False"
+            )
+        batch = self._pack(rows) if self.packed else self._pad(rows)
+        if dispatched:  # which concatenates tensors, and nothing else
+            del batch["selection"]
+        return batch
+
+    def _rows(self, number: int, example: Mapping[str, Any]) -> list[Row]:
+        try:
+            rows = tokenize(
+                example,
+                self.tokenizer,
+                context_loss=self.context_loss,
+                assistant_only_loss=self.assistant_only_loss,
+            )
+        except ValueError as error:
+            raise ValueError(f"example {number}: {error}") from error
+        if not all(row.input_ids for row in rows):
+            raise ValueError(f"example {number}: {NAME}: no tokens")
+        if len(rows) > 1 and not self.packed:
+            raise ValueError(
+                f"example {number}: {NAME}: a row of {len(rows)} packed sequences, of lengths "
+                f"{str([len(row.input_ids) for row in rows])[:60]}; packed=True takes it"
+            )
+        cut = slice(self.max_length)
+        return [Row(row.input_ids[cut], row.labels[cut]) for row in rows]
+
+    def _warn(self, found: list[list[Row]], is_so: Callable[[Row], bool], what: str) -> None:
+        numbers = [n for n, rows in enumerate(found) if all(map(is_so, rows))]
+        if numbers:
+            warn(f"{NAME}: examples {numbers} of {len(found)} {what}")
+
+    def _pad(self, rows: list[Row]) -> dict[str, Any]:
+        T = self._rounded(max(len(row.input_ids) for row in rows))
+        lengths = torch.tensor([len(row.input_ids) for row in rows])
+        attended = torch.arange(T) < lengths[:, None]
+        labels = torch.tensor([_filled(row.labels, T, IGNORE) for row in rows])
+        return {
+            "input_ids": torch.tensor([_filled(r.input_ids, T, self._padding) for r in rows]),
+            "labels": labels,
+            "attention_mask": attended.long(),
+            "position_ids": torch.arange(T) * attended,
+            "selection": Selection.from_labels(labels, shift=True),
+        }
+
+    def _pack(self, rows: list[Row]) -> dict[str, Any]:
+        ends = torch.tensor([0, *(len(row.input_ids) for row in rows)]).cumsum(0)
+        N = self._rounded(int(ends[-1]))
+        ids = [x for row in rows for x in row.input_ids]
+        labels = [x for row in rows for x in (IGNORE, *row.labels[1:])]
+        positions = [t for row in rows for t in range(len(row.input_ids))]
+        rest = list(range(N - len(ids)))  # padding is a sequence of its own, and no one's
+        found = torch.tensor([_filled(labels, N, IGNORE)])
+        selection = Selection.from_labels(found, shift=True, cu_seqlens=ends)
+        if rest:
+            ends = torch.cat([ends, ends.new_tensor([N])])
+        return {
+            "input_ids": torch.tensor([_filled(ids, N, self._padding)]),
+            "labels": found,
+            "position_ids": torch.tensor([positions + rest]),
+            "cu_seqlens": ends.int(),
+            "selection": selection,
+        }
+
+    def _rounded(self, length: int) -> int:
+        step = self.pad_to_multiple_of or 1
+        return -(-length // step) * step
+
+    @property
+    def _padding(self) -> int:
+        if self.pad_token_id is not None:
+            return self.pad_token_id
+        for name in ("pad_token_id", "eos_token_id"):
+            found = getattr(self.tokenizer, name, None)
+            if isinstance(found, int):
+                return found
+        return 0
+
+
+def _filled(row: list[int], length: int, value: int) -> list[int]:
+    return row + [value] * (length - len(row))
+
+
+def _is_empty(row: Row) -> bool:
+    """The first token has no predictor."""
+    return all(x == IGNORE for x in row.labels[1:])
+
+
+def _is_shifted(row: Row) -> bool:
+    """Whether labels are aligned with logits in place of tokens; the last may be any."""
+    ids, labels = row
+    if all(label in (IGNORE, x) for x, label in zip(ids, labels, strict=True)):
+        return False
+    scored = [t for t, label in enumerate(labels) if label != IGNORE]
+    ahead = [t for t in scored if t + 1 < len(ids) and labels[t] == ids[t + 1]]
+    return len(ahead) >= max(1, len(scored) - 1)
+
+
+def _dispatching() -> bool:
+    """Whether accelerate wants this batch in order to cut it up for several processes."""
+    state, loading = map(sys.modules.get, ("accelerate.state", "accelerate.data_loader"))
+    if state is None or loading is None or not state.GradientState._shared_state:  # noqa: SLF001  (else it is made)
+        return False
+    loader = state.GradientState().active_dataloader
+    return isinstance(loader, loading.DataLoaderDispatcher) and loader.state.num_processes > 1

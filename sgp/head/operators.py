@@ -1,0 +1,185 @@
+"""`torch.library` operators over the linear head: what autograd and torch.compile see.
+
+Kept rows come as they are stored in a Selection: padded to N, with their number as a tensor on the
+CPU that is read here, inside. So no shape depends on the mask, one compiled graph serves every
+mask, and nothing waits for a device.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgp.head import algorithm
+from sgp.head.algorithm import Gradients, Head, HeadCall
+from sgp.head.problem import is_autocast
+from sgp.rows.by_torch import Upstream, new_outputs
+from sgp.rows.operations import ONE_DEVICE, RowOperations
+from sgp.rows.problem import check_targets
+from sgp.rows.watched import operator
+from sgp.selection import padded_rows
+
+RowsAndGradients = tuple[
+    Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None,
+    Tensor | None, Tensor | None, Tensor | None, Tensor | None,
+]  # loss, saved, the 5 statistics; gradients of input, weight, bias  # fmt: skip
+
+
+# The number of kept rows is read on the host: a captured graph would replay the number of its
+# capture, so compiled CUDA graphs must leave these operators out.
+TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
+
+
+@operator(tags=TAGS)
+def kept_rows(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """(rows of the target (N,) that are not ignored, padded to N; their number () on the CPU).
+
+    On a GPU this waits for the device, once: the number decides how much work there is.
+    """
+    return padded_rows(target, ignore_index)
+
+
+@kept_rows.register_fake
+def _(target: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return target.new_empty(target.shape), torch.empty((), dtype=torch.int64, device="cpu")
+
+
+def forward(
+    operations: RowOperations,
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    rows: Tensor,
+    count: Tensor,
+    weight: Tensor | None,
+    row_weight: Tensor | None,
+    scale: Tensor | None,
+    call: HeadCall,
+) -> RowsAndGradients:
+    """`head_forward` by these row operations, and no operator: where others hold columns too.
+
+    All of them must call it alike; `linear_weight` and `linear_bias` are one's own, `target` and
+    `weight` are of the whole vocabulary.
+    """
+    V = operations.vocabulary(linear_weight.shape[0])
+    check_targets(operations.name, target, V, call.recipe.ignore_index)
+    whole = Head(
+        input, linear_weight, linear_bias, target, rows[: int(count)], weight, operations, call
+    )
+    with _without_autocast(input):
+        out, gradients = algorithm.forward(whole, row_weight, scale)
+    return *out[:-1], *gradients
+
+
+def backward(
+    operations: RowOperations,
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    rows: Tensor,
+    count: Tensor,
+    saved: Tensor,
+    weight: Tensor | None,
+    row_weight: Tensor | None,
+    upstream: Upstream,
+    call: HeadCall,
+) -> Gradients:
+    """`head_backward` by these row operations, as `forward`."""
+    whole = Head(
+        input, linear_weight, linear_bias, target, rows[: int(count)], weight, operations, call
+    )
+    with _without_autocast(input):
+        return algorithm.backward(whole, saved, row_weight, upstream)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Off where it is on; else nothing, which costs nothing."""
+    if not is_autocast(x):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+@operator(tags=TAGS)
+def head_forward(
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    rows: Tensor,
+    count: Tensor,
+    weight: Tensor | None,
+    row_weight: Tensor | None,
+    scale: Tensor | None,
+    call: HeadCall,
+) -> RowsAndGradients:
+    """Loss, saved and reported statistics of every row; the gradients of the head.
+
+    Args:
+        input: (..., D), any strides; leading dimensions flatten to N.
+        linear_weight: (V, D).
+        linear_bias: (V,) or None.
+        target: (N,) int64.
+        rows: (N,) the kept rows, padded.
+        count: () on the CPU: how many they are.
+        weight: (V,) class weights in the accumulation dtype.
+        row_weight: (N,) weights in the accumulation dtype; they multiply loss and gradients.
+        scale: () in the accumulation dtype; multiplies the gradients only.
+        call: everything else; gradients that it does not need are None, and empty from the
+            operator, as are outputs that it does not want.
+    """
+    return forward(
+        ONE_DEVICE, input, linear_weight, linear_bias, target, rows, count, weight, row_weight,
+        scale, call,
+    )  # fmt: skip
+
+
+@head_forward.register_fake
+def _(
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    *others: Any,
+) -> RowsAndGradients:
+    call: HeadCall = others[-1]
+    out = new_outputs(input, target.numel(), call.wanted)
+    return *out[:-1], *algorithm.new_gradients(input, linear_weight, linear_bias, call)
+
+
+@operator(tags=TAGS)
+def head_backward(
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    rows: Tensor,
+    count: Tensor,
+    saved: Tensor,
+    weight: Tensor | None,
+    row_weight: Tensor | None,
+    upstream: Upstream,
+    call: HeadCall,
+) -> Gradients:
+    """The gradients of a head for an upstream gradient a row; its logits are computed again.
+
+    Arguments as in head_forward and row_backward.
+    """
+    return backward(
+        ONE_DEVICE, input, linear_weight, linear_bias, target, rows, count, saved, weight,
+        row_weight, upstream, call,
+    )  # fmt: skip
+
+
+@head_backward.register_fake
+def _(
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    *others: Any,
+) -> Gradients:
+    return algorithm.new_gradients(input, linear_weight, linear_bias, others[-1])

@@ -1,0 +1,206 @@
+"""The row operations by the Triton kernels: PyTorch tensors in, kernel arguments out.
+
+Nothing here reads or writes anything of size N x V by a PyTorch operator, and nothing waits for
+the device. One exception to the first, documented: logits whose leading dimensions need three
+strides (a transposed batch sliced in time, say) are copied once.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from sgp.kernels import launch
+from sgp.kernels.layout import Matrix, matrix
+from sgp.rows.by_torch import NOTHING, RowOutputs, Upstream
+from sgp.rows.recipe import Recipe
+
+LONG_ROW = 1 << 16  # elements
+HERE = nullcontext()
+
+
+def forward(
+    logits: Tensor,
+    dlogits: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    row_weight: Tensor | None,
+    scale: Tensor | None,
+    recipe: Recipe,
+    out: RowOutputs,
+    *,
+    scratch: bool = False,  # noqa: ARG001  (of use to by_torch only)
+) -> None:
+    """Fill `out` and, unless it is None, `dlogits`.
+
+    It may be `logits` itself, or a view of bf16 or fp16 on the first half of each float32 row.
+    """
+    with _device(logits):
+        source, sink = _source_and_sink(logits, dlogits)
+        statistics = out.statistics
+        stats = None if statistics is None else launch.Statistics(*statistics)
+        options = _options(weight, row_weight, scale, recipe)
+        V, N, ignored = logits.shape[-1], target.numel(), recipe.ignore_index
+        rows = (source, sink, target, out.loss, out.saved, stats)
+        argmax = out.argmax
+        launch.put(
+            (
+                "forward", logits.device, recipe, V, _known(source), _known(sink),
+                out.saved is None, stats is None, argmax is None, _dtype(weight),
+                _dtype(row_weight), _dtype(scale), os.environ.get("SGP_ROW_FORM"),
+            ),
+            (source.ptr, None if sink is None else sink.ptr, target, weight, row_weight, scale),
+            N,
+            (*rows, argmax, options, ignored, V, N),
+            lambda: launch.row_forward(
+                *rows, options, V=V, ignore_index=ignored, argmax=argmax
+            ),
+        )  # fmt: skip
+        _copy_back(sink, dlogits)
+
+
+def backward(
+    logits: Tensor,
+    dlogits: Tensor,
+    target: Tensor,
+    saved: Tensor,
+    weight: Tensor | None,
+    row_weight: Tensor | None,
+    recipe: Recipe,
+    upstream: Upstream = NOTHING,
+) -> None:
+    """Fill `dlogits`, in the same places as in `forward`, from what the forward saved."""
+    with _device(logits):
+        source, sink = _source_and_sink(logits, dlogits)
+        assert sink is not None, "backward always writes a gradient"  # noqa: S101
+        options = _options(weight, row_weight, None, recipe, upstream)
+        V, N, ignored = logits.shape[-1], target.numel(), recipe.ignore_index
+        rows = (source, sink, target, saved, options)
+        launch.put(
+            (
+                "backward", logits.device, recipe, V, _known(source), _known(sink),
+                _dtype(weight), _dtype(row_weight), _dtype(upstream.lse), _dtype(upstream.entropy),
+            ),
+            (source.ptr, sink.ptr, target, saved, weight, row_weight, *upstream),
+            N,
+            (*rows, ignored, V),
+            lambda: launch.row_gradient(*rows, V=V, ignore_index=ignored),
+        )  # fmt: skip
+        _copy_back(sink, dlogits)
+
+
+def multiply(dlogits: Tensor, target: Tensor | None, factor: Tensor, ignore_index: int) -> None:
+    """Multiply the kept rows of dlogits by factor (0-d) in place; nothing happens for 1."""
+    with _device(dlogits):
+        matrix_of_rows = dlogits if target is not None else _long_rows(dlogits)
+        source = _matrix(matrix_of_rows)
+        V = matrix_of_rows.shape[-1]
+        N = dlogits.numel() // max(1, V)
+        launch.put(
+            (
+                "multiply", dlogits.device, ignore_index, V, _known(source), _dtype(target),
+                factor.dtype,
+            ),
+            (source.ptr, target, factor),
+            N,
+            (source, target, factor, ignore_index, V),
+            lambda: launch.multiply(source, target, factor, N=N, V=V, ignore_index=ignore_index),
+        )  # fmt: skip
+        _copy_back(source, matrix_of_rows)
+
+
+def mean_scale(
+    target: Tensor,
+    weight: Tensor | None,
+    row_weight: Tensor | None,
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """1 / sum over kept rows of row_weight * weight[target], 0 for nothing; () in `dtype`."""
+    with _device(target):
+        scale = target.new_empty((), dtype=dtype)
+        V, N = 1 if weight is None else weight.numel(), target.numel()
+        options = (weight, row_weight, scale)
+        launch.put(
+            (
+                "mean_scale", target.device, ignore_index, V, _dtype(weight), _dtype(row_weight),
+                dtype, N < 1 << 31,
+            ),
+            (target, weight, row_weight),
+            1,
+            (target, *options, ignore_index, N, V),
+            lambda: launch.mean_scale(target, *options, V=V, ignore_index=ignore_index),
+        )  # fmt: skip
+    return scale
+
+
+def _long_rows(x: Tensor) -> Tensor:
+    """A view of a contiguous matrix (V, D) with fewer and longer rows, for fewer programs."""
+    if x.dim() != 2 or not x.is_contiguous() or not x.numel():
+        return x
+    V, D = x.shape
+    together = next(k for k in range(max(1, min(V, LONG_ROW // D)), 0, -1) if V % k == 0)
+    return x.view(V // together, together * D)
+
+
+def _source_and_sink(logits: Tensor, dlogits: Tensor | None) -> tuple[Matrix, Matrix | None]:
+    """Where logits are read, and where their gradient goes."""
+    source = _matrix(logits)
+    if dlogits is None:
+        return source, None
+    return source, source if dlogits is logits else _matrix(dlogits)
+
+
+def _matrix(x: Tensor) -> Matrix:
+    addressed = matrix(x)
+    return matrix(x.contiguous()) if addressed is None else addressed
+
+
+def _copy_back(written: Matrix | None, x: Tensor | None) -> None:
+    """Into x from the copy that was written in its place, if there is one."""
+    if written is not None and x is not None and written.ptr is not x:
+        x.copy_(written.ptr)
+
+
+def _dtype(x: Tensor | None) -> torch.dtype | None:
+    return None if x is None else x.dtype
+
+
+def _known(m: Matrix | None) -> tuple[object, ...] | None:
+    """What is the same in every launch of a key."""
+    return None if m is None else (m.ptr.dtype, *m[1:])
+
+
+def _options(
+    weight: Tensor | None,
+    row_weight: Tensor | None,
+    scale: Tensor | None,
+    recipe: Recipe,
+    upstream: Upstream = NOTHING,
+) -> launch.Options:
+    return launch.Options(
+        weight,
+        None if weight is None else weight.mean(),
+        row_weight,
+        scale,
+        # Floats: Triton would compile another kernel for a number that was given as an int.
+        float(recipe.label_smoothing) or None,
+        float(recipe.lse_square_scale) or None,
+        None if recipe.softcap is None else float(recipe.softcap),
+        None if recipe.softcap is None else 1 / float(recipe.softcap),
+        None if recipe.logit_scale == 1.0 else float(recipe.logit_scale),
+        None if recipe.temperature == 1.0 else 1 / float(recipe.temperature),
+        upstream.lse,
+        upstream.entropy,
+        upstream.entropy_value,
+    )
+
+
+def _device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return HERE
+    return torch.cuda.device(tensor.device)
