@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, distributed
 
 from sgp.problem import may_wait
-from sgp.recipe import accumulation_dtype, cast
+from sgp.recipe import accumulation_dtype, cast, shown
 from sgp.row_torch import row_index
 
 Group = Any  # a ProcessGroup, a one-dimensional DeviceMesh, or None for all ranks
@@ -138,6 +138,7 @@ def process_group(name: str, group: Group) -> Any:
 
     Raises:
         RuntimeError: where torch.distributed is not initialised, or this rank is not in the group.
+        TypeError: for what is no group.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         raise RuntimeError(
@@ -151,6 +152,11 @@ def process_group(name: str, group: Group) -> Any:
         group = group.get_group()
     if group is distributed.GroupMember.NON_GROUP_MEMBER:
         raise RuntimeError(f"{name}: rank {distributed.get_rank()} is not in the group it passed")
+    if not isinstance(group, distributed.ProcessGroup):
+        raise TypeError(
+            f"{name}: group = {shown(group)}; expected a ProcessGroup "
+            "(torch.distributed.new_group), a one-dimensional DeviceMesh, or None for all ranks"
+        )
     return group
 
 

@@ -119,10 +119,14 @@ def test_a_group_whose_backend_was_not_named(tmp_path):
 
 
 def test_labels_are_no_count():
-    with pytest.raises(TypeError, match=r"got a Tensor \(1, 3\); expected Selections"):
+    with pytest.raises(TypeError, match=r"a tensor \(1, 3\) of torch.int64; expected Sel"):
         global_denominator([torch.tensor([[-100, 1, 2]])])
-    with pytest.raises(TypeError, match="got a str 'all'"):
+    with pytest.raises(TypeError, match="one of selections is 'all'"):
         global_denominator(["all"])
+    with pytest.raises(
+        TypeError, match=r"selections = a tensor \(3,\) of torch.int64; .* in a list"
+    ):
+        global_denominator(torch.tensor([-100, 1, 2]))  # labels, each of which would be a count
 
 
 def losses_of(_, denominator):
