@@ -48,9 +48,9 @@ def global_denominator(
             where they are added up.
 
     Returns:
-        () float64 (float32 where the device has no float64) on the selections' device (on the GPU
-        where the group has no other): the sum of token weights times class weights over kept
-        tokens. Nothing waits for a GPU.
+        () float64 (float32 where the device has no float64) on the selections' device (on one that
+        the group's back end works on, where that is no CPU): the sum of token weights times class
+        weights over kept tokens. Nothing waits for a GPU.
 
     Raises:
         TypeError: labels in place of a Selection, or a tensor of them; what is no count.
@@ -72,8 +72,10 @@ def global_denominator(
     if group is not None or (distributed.is_available() and distributed.is_initialized()):
         pg = process_group(name, group)
         ranks = distributed.get_world_size(pg)
-        if "cpu:" not in distributed.get_backend_config(pg):
-            device = torch.device("cuda", torch.cuda.current_device())
+        pairs = distributed.get_backend_config(pg).split(",")  # "cpu:gloo,cuda:nccl"
+        reached = [pair.partition(":")[0] for pair in pairs]
+        if "cpu" not in reached and (device is None or device.type not in reached):
+            device = torch.device(reached[0])  # the current one of its kind
     exact = device is None or has_float64(device)
     dtype = torch.float64 if exact else torch.float32
     total = torch.zeros((), dtype=dtype, device=device)

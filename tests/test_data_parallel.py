@@ -165,6 +165,27 @@ def divisors(rank):
     return [losses_of(rank, form) for form in forms]
 
 
+@pytest.mark.parametrize(
+    ("back_ends", "device"),
+    [
+        ("cpu:gloo,cuda:nccl", "cpu"),
+        ("meta:any", "meta"),
+        ("cuda:nccl,cpu:gloo", "cpu"),
+        ("meta:any,cuda:nccl", "meta"),
+    ],
+)
+def test_the_divisor_is_where_the_group_can_sum_it(back_ends, device, monkeypatch):
+    """A group of xccl reaches XPUs alone; meta stands for them."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(distributed, "get_backend_config", lambda _: back_ends)
+        labels = torch.tensor([-100, 1, 2])
+        assert global_denominator(sgp.Selection.from_labels(labels)).device.type == device
+        assert global_denominator([2]).device.type == device
+    finally:
+        distributed.destroy_process_group()
+
+
 def test_a_tensor_of_one_element_is_a_divisor(tmp_path):
     (found,) = run_ranks(divisors, 1, tmp_path)
     for form in found[1:]:
