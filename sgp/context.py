@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sgp.caller import warn
 from sgp.losses import cross_entropy
+from sgp.rows.recipe import whole_number
+from sgp.rows.reduction import check_reduction
 from sgp.selection import Selection
 
 NAME = "sgp.context_loss"
@@ -75,20 +77,22 @@ def context_loss(
             differ; a model, by name, whose cache is not keys and values, that
             counts positions itself or that attends to later tokens; gradient checkpointing in the
             model, which turns its cache off.
-        TypeError: if the model has no configuration of Hugging Face's.
+        TypeError: if the model has no configuration of Hugging Face's; arguments of the wrong kind.
 
     The sizes of both passes are read on the host: with lengths on a GPU that waits for it.
     """
     if context_grad not in MODES:
         raise ValueError(f"{NAME}: context_grad = {context_grad!r}; expected one of {MODES}")
+    G = whole_number(NAME, "num_outputs_per_context", num_outputs_per_context, 1)
+    denominator = check_reduction(NAME, reduction, denominator)
     _check_model(model)
     whole = Selection.from_context_lengths(input_ids, context_lengths, lengths=lengths)
-    parts = _split(input_ids, context_lengths, lengths, num_outputs_per_context)
+    parts = _split(input_ids, context_lengths, lengths, G)
     if context_grad == "detach":
         _warn_of_detached()
     cache = None
     if parts.context_ids.shape[1]:
-        cache = _context(model, parts, context_grad, num_outputs_per_context)
+        cache = _context(model, parts, context_grad, G)
     logits = _logits(model, parts, cache)
     # One row of logits a token of the rest; the rows of the whole that carry loss are among them.
     rest = Selection.from_context_lengths(
@@ -120,9 +124,9 @@ class _Parts(NamedTuple):
 
 def _split(input_ids: Tensor, context_lengths: Tensor, lengths: Tensor | None, G: int) -> _Parts:
     B, T = input_ids.shape
-    if isinstance(G, bool) or not isinstance(G, int) or G < 1 or B % G:
+    if B % G:
         raise ValueError(
-            f"{NAME}: num_outputs_per_context = {G!r}; expected a divisor of the {B} rows of "
+            f"{NAME}: num_outputs_per_context = {G}; expected a divisor of the {B} rows of "
             f"input_ids"
         )
     device = input_ids.device
@@ -174,7 +178,10 @@ def _check_groups(input_ids: Tensor, context_lengths: Tensor, G: int) -> None:
 def _check_model(model: torch.nn.Module) -> None:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
-        raise TypeError(f"{NAME}: {type(model).__name__} has no config of Hugging Face's")
+        raise TypeError(
+            f"{NAME}: model is a {type(model).__name__} without a config of Hugging Face's; "
+            "expected a causal language model of transformers"
+        )
     text = config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{NAME}: {text.model_type} is an encoder and a decoder")

@@ -441,7 +441,8 @@ def tokens_ahead(name: str, shift: Any, length: int) -> int:
         >>> [tokens_ahead("", shift, 5) for shift in (False, True, 2, 9)]
         [0, 1, 2, 5]
     """
-    if type(shift) not in (bool, int) and not isinstance(shift, numbers.Integral):
+    is_bool = type(shift).__name__ in ("bool", "bool_")  # NumPy's, too
+    if not is_bool and type(shift) is not int and not isinstance(shift, numbers.Integral):
         shown = f"a tensor {tuple(shift.shape)}" if isinstance(shift, Tensor) else repr(shift)
         raise TypeError(
             f"{name}: shift = {shown}; expected True, False or a whole number of tokens"

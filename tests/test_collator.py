@@ -5,6 +5,7 @@ import threading
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -192,6 +193,11 @@ def test_a_rows_own_padding_is_taken_away(row, packed):
         for name in expected.keys() - {"selection"}:
             assert torch.equal(found[name], expected[name]), name
         assert torch.equal(found["selection"].rows, expected["selection"].rows)
+
+
+def test_a_list_of_numpys_whole_numbers_is_taken():
+    row = {"input_ids": list(np.arange(3)), "labels": list(np.array([-100, 1, 2], np.int32))}
+    assert sgp.Collator()([row])["labels"].tolist() == [[-100, 1, 2]]
 
 
 def test_context_loss_leaves_padding_out():

@@ -312,7 +312,7 @@ def test_what_is_refused(llama, input_ids):
         loss(num_outputs_per_context=2)
     with pytest.raises(ValueError, match="row 2 has context length 24"):
         loss(context_lengths=torch.tensor([1, 1, 24, 1]))
-    with pytest.raises(TypeError, match="Linear has no config"):
+    with pytest.raises(TypeError, match="model is a Linear without a config"):
         sgp.context_loss(torch.nn.Linear(2, 2), input_ids, CONTEXTS)
     llama.activation_checkpointing_enable()
     with pytest.raises(ValueError, match="gradient checkpointing is on"):

@@ -119,10 +119,14 @@ def test_a_group_whose_backend_was_not_named(tmp_path):
 
 
 def test_labels_are_no_count():
-    with pytest.raises(TypeError, match=r"got a Tensor \(1, 3\); expected Selections"):
+    with pytest.raises(TypeError, match=r"a tensor \(1, 3\) of torch.int64; expected Sel"):
         global_denominator([torch.tensor([[-100, 1, 2]])])
-    with pytest.raises(TypeError, match="got a str 'all'"):
+    with pytest.raises(TypeError, match="one of selections is 'all'"):
         global_denominator(["all"])
+    with pytest.raises(
+        TypeError, match=r"selections = a tensor \(3,\) of torch.int64; .* in a list"
+    ):
+        global_denominator(torch.tensor([-100, 1, 2]))  # labels, each of which would be a count
 
 
 def losses_of(_, denominator):
@@ -159,6 +163,27 @@ def divisors(rank):
     forms = [number, *(torch.full(shape, number) for shape in ((), (1,), (1, 1), (1, 1, 1)))]
     forms.append(torch.full((2,), number).expand(2, 2)[:1, 1:].t())
     return [losses_of(rank, form) for form in forms]
+
+
+@pytest.mark.parametrize(
+    ("back_ends", "device"),
+    [
+        ("cpu:gloo,cuda:nccl", "cpu"),
+        ("meta:any", "meta"),
+        ("cuda:nccl,cpu:gloo", "cpu"),
+        ("meta:any,cuda:nccl", "meta"),
+    ],
+)
+def test_the_divisor_is_where_the_group_can_sum_it(back_ends, device, monkeypatch):
+    """A group of xccl reaches XPUs alone; meta stands for them."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(distributed, "get_backend_config", lambda _: back_ends)
+        labels = torch.tensor([-100, 1, 2])
+        assert global_denominator(sgp.Selection.from_labels(labels)).device.type == device
+        assert global_denominator([2]).device.type == device
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_a_tensor_of_one_element_is_a_divisor(tmp_path):

@@ -16,6 +16,7 @@ import sgp
 from sgp.tolerance import relative_error
 from tests.ranks import caught, run_ranks
 from tests.split_cases import flat
+from tests.test_nonsense import NEVER, NONSENSE, fault
 
 B, T, D, V = 2, 6, 8, 11  # 11 classes on 2 ranks: 6 and 5; on 4 with chunks of 3: 3, 3, 3, 2
 LIMIT = 1e-5
@@ -437,3 +438,36 @@ def test_sequence_parallel_input_of_a_module(tmp_path):
         truth = (loss, of_hidden.chunk(2, 1)[rank], of_head)
         for value, exact in zip(found, truth, strict=True):
             assert relative_error(value, exact) <= LIMIT
+
+
+def nonsense_of_shared_tokens(_, world):
+    """What is wrong with how arguments of the wrong kind are refused, and a Selection's error."""
+    mesh = init_device_mesh("cpu", (world,))
+    logits, hidden, head = torch.randn(4, 5), torch.randn(4, 3), torch.randn(5, 3)
+    logits, hidden = (distribute_tensor(x, mesh, [Shard(0)]) for x in (logits, hidden))
+    labels = torch.tensor([1, -100, 2, 0])
+    usual = {
+        "cross_entropy": {"input": logits, "target": labels},
+        "linear_cross_entropy": {"input": hidden, "linear_weight": head, "target": labels},
+    }
+    others = ("target", "reduction", "shift", "ignore_index", "token_weight", "weight")
+    faults = [
+        fault(getattr(sgp, name), argument, what, {**usual[name], argument: value})
+        for name in usual
+        for argument in others
+        for what, value in NONSENSE.items()
+        # What one rank alone refuses would leave the others in an exchange.
+        if what in NEVER or (argument in ("reduction", "shift") and isinstance(value, torch.Tensor))
+    ]
+    short = sgp.Selection.from_labels(labels[:3])
+    return list(filter(None, faults)), [
+        caught(lambda name=name: getattr(sgp, name)(**{**usual[name], "target": short}))
+        for name in usual
+    ]
+
+
+def test_nonsense_is_refused_by_name_where_tokens_are_shared_out(tmp_path):
+    for faults, (of_logits, of_head) in run_ranks(nonsense_of_shared_tokens, 2, tmp_path, 2):
+        assert not faults, "\n".join(faults)
+        assert "the Selection has shape (3,); expected (N, V) or (..., V)" in of_logits
+        assert "the Selection has shape (3,); expected (N, D) or (..., D)" in of_head

@@ -5,11 +5,13 @@ what a tensor holds. What raises must say `sgp.function: argument ...`; what doe
 value that has a meaning there.
 """
 
+import functools
 import math
 
 import numpy as np
 import pytest
 import torch
+from torch import distributed
 
 import sgp
 
@@ -97,6 +99,58 @@ CALLS = {
 }
 
 
+@functools.cache
+def model():
+    """Of five words."""
+    from sgp.train.model import tiny_llama
+
+    return tiny_llama(5, 4, seed=0)
+
+
+PARALLEL = {
+    "cross_entropy": {"local_logits": X, "target": Y},
+    "linear_cross_entropy": {"input": HIDDEN, "local_weight": HEAD, "target": Y},
+    "token_log_probs": {"local_logits": X, "target": Y},
+    "linear_token_log_probs": {"input": HIDDEN, "local_weight": HEAD, "target": Y},
+}
+OF_RANKS = {"cross_entropy": ("group", "vocab_size"), "token_log_probs": ("group", "vocab_size")}
+SELECTION = sgp.Selection.from_labels(Y)
+CALLS |= {
+    **{
+        f"sgp.parallel.{name}": (
+            getattr(sgp.parallel, name),
+            usual,
+            (*FUNCTIONS[name][1], *OF_RANKS.get(name, ("group", "vocab_size", "sum_input_grad"))),
+        )
+        for name, usual in PARALLEL.items()
+    },
+    "sgp.parallel.global_denominator": (
+        sgp.parallel.global_denominator,
+        {"selections": [SELECTION]},
+        ("group", "weight", "averaged"),
+    ),
+    "sgp.parallel.positions": (sgp.parallel.positions, {"length": 8}, ("group", "layout")),
+    "sgp.parallel.positions of a rank": (
+        sgp.parallel.positions,
+        {"length": 8, "rank": 0, "ranks": 2},
+        (),
+    ),
+    "Selection.cut": (SELECTION.cut, {"positions": torch.tensor([0, 2])}, ()),
+    "sgp.context_loss": (
+        lambda **options: sgp.context_loss(**{"model": model(), **options}),
+        {"input_ids": IDS, "context_lengths": torch.tensor([1])},
+        ("model", "lengths", "context_grad", "num_outputs_per_context", "reduction", "denominator"),
+    ),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _group_of_one_rank():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
 def fault(function, argument, what, options):
     """What is wrong with how the function takes this argument, or None."""
     try:
@@ -106,7 +160,7 @@ def fault(function, argument, what, options):
         clear = isinstance(error, (TypeError, ValueError, IndexError)) and argument in text
         if clear and text.startswith(("sgp", "Selection")):
             return None
-        return f"{argument} = {what}: {type(error).__name__}: {text}"
+        return f"{argument} = {what}: {type(error).__name__}: {text[:200]}"
     return f"{argument} = {what} was accepted" if what in NEVER else None
 
 
@@ -134,3 +188,23 @@ def test_numpys_whole_numbers_and_bools_are_taken():
     expected, _ = sgp.cross_entropy(X, labels, ignore_index=2, shift=2, return_stats=True)
     numbers = {"ignore_index": np.int64(2), "shift": np.int32(2), "return_stats": np.bool_(True)}
     assert torch.equal(sgp.cross_entropy(X, labels, **numbers)[0], expected)
+    for shift in (np.True_, np.False_):
+        found = sgp.Selection.from_labels(labels, shift=shift)
+        assert torch.equal(found.rows, sgp.Selection.from_labels(labels, shift=bool(shift)).rows)
+        loss = sgp.reference.cross_entropy(X, labels, shift=bool(shift))
+        assert torch.allclose(sgp.cross_entropy(X, labels, shift=shift), loss)
+        assert torch.allclose(sgp.reference.cross_entropy(X, labels, shift=shift), loss)
+
+
+def test_numpys_whole_numbers_are_taken_by_what_ranks_and_contexts_take():
+    logits, labels = torch.randn(3, 6), torch.tensor([1, -100, 2])
+    found = sgp.parallel.cross_entropy(logits, labels, vocab_size=np.int64(5))
+    assert torch.equal(found, sgp.parallel.cross_entropy(logits, labels, vocab_size=5))
+    length, rank, ranks = np.int32(8), np.int64(1), np.int64(2)
+    assert sgp.parallel.positions(length, rank=rank, ranks=ranks).tolist() == [4, 5, 6, 7]
+    ids = IDS.expand(2, -1)
+    losses = [
+        sgp.context_loss(model(), ids, torch.tensor([1, 1]), num_outputs_per_context=G)
+        for G in (np.int64(2), 2)
+    ]
+    assert torch.equal(*losses)

@@ -387,6 +387,8 @@ def exchanged(rank, columns):
     head = torch.randn(columns, D, requires_grad=True)
     y = torch.full((10,), -100)
     y[2:8] = torch.arange(6)
+    means = {"reduction": "sequence_mean", "weight": torch.ones(2 * columns)}
+    z = {"lse_square_scale": 0.1}
     calls = {
         "logits": lambda: sgp.parallel.cross_entropy(hidden @ head.T, y),
         "smoothed": lambda: sgp.parallel.cross_entropy(hidden @ head.T, y, label_smoothing=0.1),
@@ -396,6 +398,14 @@ def exchanged(rank, columns):
         "argmax": lambda: sgp.parallel.linear_token_log_probs(hidden, head, y, return_argmax=True),
         "unsummed": lambda: sgp.parallel.linear_cross_entropy(
             hidden, head, y, sum_input_grad=False
+        ),
+        "means": lambda: sgp.parallel.cross_entropy(hidden @ head.T, y, **means),
+        "means and z-loss": lambda: sgp.parallel.cross_entropy(hidden @ head.T, y, **means, **z),
+        "means, z-loss, statistics": lambda: sgp.parallel.cross_entropy(
+            hidden @ head.T, y, **means, **z, return_stats=True
+        )[0],
+        "head, means and z-loss": lambda: sgp.parallel.linear_cross_entropy(
+            hidden, head, y, **means, **z
         ),
     }
     found = {}
@@ -416,6 +426,10 @@ def test_bytes_exchanged_are_counted_and_independent_of_the_vocabulary(tmp_path)
         "tokens": [header, ("gather", 6 * (row + 8)), ("sum", 6 * width)],
         "argmax": [header, ("gather", 6 * (row + 12)), ("sum", 6 * width)],
         "unsummed": [header, ("gather", 6 * row)],
+        "means": [header, ("gather", 6 * row)],
+        "means and z-loss": [header, ("gather", 6 * (row + 8))],
+        "means, z-loss, statistics": [header, ("gather", 6 * (row + 8))],
+        "head, means and z-loss": [header, ("gather", 6 * (row + 8)), ("sum", 6 * width)],
     }
     for columns in (16, 4096):
         folder = tmp_path / str(columns)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -192,7 +193,7 @@ def _starts(example: Mapping[str, Any], columns: dict[str, list[int]], N: int) -
 def _integers(example: Mapping[str, Any], name: str) -> list[int]:
     column = example[name]
     column = column.tolist() if hasattr(column, "tolist") else column
-    if not isinstance(column, Sequence) or not all(isinstance(x, int) for x in column):
+    if not isinstance(column, Sequence) or not all(isinstance(x, numbers.Integral) for x in column):
         raise ValueError(f"{NAME}: {name} is {str(column)[:60]!r}; expected a list of integers")
     return [int(x) for x in column]
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
 from sgp.parallel.shard import Group, process_group
+from sgp.rows.problem import check_flags, check_tensor
+from sgp.rows.recipe import shown, whole_number
 from sgp.selection import Selection, has_float64
 
 LAYOUTS = ("contiguous", "zigzag")
+EXPECTED = "expected Selections (of labels: sgp.Selection.from_labels) or counts"
 
 
 def global_denominator(
@@ -45,24 +48,34 @@ def global_denominator(
             where they are added up.
 
     Returns:
-        () float64 (float32 where the device has no float64) on the selections' device (on the GPU
-        where the group has no other): the sum of token weights times class weights over kept
-        tokens. Nothing waits for a GPU.
+        () float64 (float32 where the device has no float64) on the selections' device (on one that
+        the group's back end works on, where that is no CPU): the sum of token weights times class
+        weights over kept tokens. Nothing waits for a GPU.
 
     Raises:
-        TypeError: labels in place of a Selection; what is no count.
+        TypeError: labels in place of a Selection, or a tensor of them; what is no count.
+        ValueError: class weights that are not (V,).
         RuntimeError: a rank that died or did not answer within the group's time-out.
     """
     name = "sgp.parallel.global_denominator"
-    given = [selections] if isinstance(selections, Selection) else list(selections)
+    given = _listed(name, selections)
+    check_flags(name, averaged=averaged)
+    if weight is not None:
+        check_tensor(name, "weight", weight)
+        if weight.dim() != 1 or weight.is_complex():
+            raise ValueError(
+                f"{name}: weight is {shown(weight)}; expected (V,), one real number a class"
+            )
     devices = [x.device for x in (*given, weight) if isinstance(x, (Selection, Tensor))]
     device = next((x for x in devices if x.type != "cpu"), devices[0] if devices else None)
     ranks, pg = 1, None
     if group is not None or (distributed.is_available() and distributed.is_initialized()):
         pg = process_group(name, group)
         ranks = distributed.get_world_size(pg)
-        if "cpu:" not in distributed.get_backend_config(pg):
-            device = torch.device("cuda", torch.cuda.current_device())
+        pairs = distributed.get_backend_config(pg).split(",")  # "cpu:gloo,cuda:nccl"
+        reached = [pair.partition(":")[0] for pair in pairs]
+        if "cpu" not in reached and (device is None or device.type not in reached):
+            device = torch.device(reached[0])  # the current one of its kind
     exact = device is None or has_float64(device)
     dtype = torch.float64 if exact else torch.float32
     total = torch.zeros((), dtype=dtype, device=device)
@@ -75,6 +88,18 @@ def global_denominator(
         except RuntimeError as error:
             raise RuntimeError(f"{name}: the sum over the ranks failed ({error})") from error
     return total / ranks if averaged else total
+
+
+def _listed(name: str, selections: Any) -> list[Any]:
+    """What is given one by one; a Selection alone is one."""
+    if isinstance(selections, Selection):
+        return [selections]
+    # A tensor may hold labels in place of counts; strings and dicts are lists by accident.
+    if isinstance(selections, (Tensor, str, bytes, Mapping)) or not isinstance(
+        selections, Iterable
+    ):
+        raise TypeError(f"{name}: selections = {shown(selections)}; {EXPECTED}, in a list")
+    return list(selections)
 
 
 def _count(name: str, value: Any, weight: Tensor | None, dtype: torch.dtype) -> float | Tensor:
@@ -91,11 +116,7 @@ def _count(name: str, value: Any, weight: Tensor | None, dtype: torch.dtype) -> 
         return float(value)
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.detach().view(())
-    shown = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
-    raise TypeError(
-        f"{name}: got a {type(value).__name__} {shown}; expected Selections (of labels: "
-        "sgp.Selection.from_labels) or counts"
-    )
+    raise TypeError(f"{name}: one of selections is {shown(value)}; {EXPECTED}")
 
 
 def positions(
@@ -128,8 +149,10 @@ def positions(
 
     Raises:
         ValueError: a length that does not divide, another layout, a rank that does not exist.
+        TypeError: what is no whole number.
     """
     name = "sgp.parallel.positions"
+    length = whole_number(name, "length", length, 0)
     if (rank is None) != (ranks is None) or (group is not None and rank is not None):
         raise ValueError(
             f"{name}: rank = {rank}, ranks = {ranks}, group = {group}; give rank and ranks, or a "
@@ -138,6 +161,9 @@ def positions(
     if rank is None or ranks is None:
         pg = process_group(name, group)
         rank, ranks = distributed.get_rank(pg), distributed.get_world_size(pg)
+    else:
+        rank = whole_number(name, "rank", rank, 0)
+        ranks = whole_number(name, "ranks", ranks, 1)
     if layout not in LAYOUTS:
         raise ValueError(f"{name}: layout = {layout!r}; expected one of {LAYOUTS}")
     if not 0 <= rank < ranks:

@@ -21,10 +21,15 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from sgp.parallel import losses
 from sgp.reference import TokenLogProbs
-from sgp.rows.problem import check_mean_weights, check_selection, refuse_shift_of_selection
+from sgp.rows.problem import (
+    check_mean_weights,
+    check_selection,
+    check_tensor,
+    refuse_shift_of_selection,
+)
 from sgp.rows.recipe import Recipe, accumulation_dtype
 from sgp.rows.reduction import check_reduction
-from sgp.selection import IGNORE, Selection
+from sgp.selection import IGNORE, Selection, tokens_ahead
 
 Loss = Callable[..., Any]
 
@@ -56,7 +61,7 @@ def of_logits(single: Loss, input: Tensor, target: Any, **options: Any) -> Any: 
         return _replicated(function(local, _whole(target), **_all_whole(options)), input)
     if isinstance(target, Selection) and local.dim() > 2:
         local = local.movedim(-1, 1)
-    target, options = _labels_of(name, input, target, options)
+    target, options = _labels_of(name, input, target, options, last="V")
     return tokens.loss(function, (local,), target, options, single.__name__)
 
 
@@ -111,7 +116,7 @@ def of_head(
         tokens = _Tokens.of(name, input, input.dim() - 1, at)
         hidden = _gathered(input, at, tokens)
         if tokens is not None:
-            target, options = _labels_of(name, input, target, options)
+            target, options = _labels_of(name, input, target, options, last="D")
             bias = None if linear_bias is None else tokens.shared(linear_bias)
             arguments, options = (hidden, tokens.shared(weight)), options | {"linear_bias": bias}
             return tokens.loss(function, arguments, target, options, single.__name__)
@@ -177,6 +182,8 @@ class _Tokens(NamedTuple):
         self._check_sequences(reduction)
         if reduction == "mean" and denominator is None:
             weight = options["weight"]
+            if weight is not None:
+                check_tensor(self.name, "weight", weight)
             total = self.divisor(mine, ignore, weight, row_weight)
             if weight is not None and options["lse_square_scale"]:
                 # The z-loss is divided by the tokens' weights alone (see sgp.divisor).
@@ -191,6 +198,7 @@ class _Tokens(NamedTuple):
 
     def cut(self, label: str, value: Tensor) -> Tensor:
         """This rank's part of targets, or of what else has their shape."""
+        check_tensor(self.name, label, value)
         classes = value.dim() - len(self.shape)  # 1: class probabilities
         if value.shape[:1] + value.shape[1 + classes :] != self.shape:
             raise ValueError(
@@ -294,14 +302,22 @@ def _labels_of(
     input: DTensor,  # noqa: A002
     target: Any,
     options: dict[str, Any],
+    *,
+    last: str,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Targets that can be cut, shifted if need be, and the options that go with them."""
+    """Targets that can be cut, shifted if need be, and the options that go with them.
+
+    `last`: the letter of input's last dimension, for messages.
+    """
     options = dict(options)
     shift = options.pop("shift", False)
+    ahead = tokens_ahead(name, shift, 1)
     ignore, row_weight = options.get("ignore_index"), options.pop("token_weight", None)
+    recipe = Recipe(IGNORE if ignore is None else ignore).check(name)
+    if "reduction" in options:
+        check_reduction(name, options["reduction"], options["denominator"])
     if isinstance(target, Selection):
-        recipe = Recipe(IGNORE if ignore is None else ignore)
-        check_selection(name, input, target, row_weight, recipe, "V")
+        check_selection(name, input, target, row_weight, recipe, last)
         refuse_shift_of_selection(name, shift)
         packed = target.boundaries is not None or target.is_part
         if packed and options.get("reduction", "none").startswith("sequence"):
@@ -310,7 +326,7 @@ def _labels_of(
                 f"and an input with placements {input.placements}: redistribute input first"
             )
         selection = target
-    elif shift:
+    elif ahead:
         row_weight = _whole(row_weight)
         selection = Selection.from_labels(
             _whole(target), ignore_index=ignore, shift=shift, token_weight=row_weight

@@ -142,9 +142,10 @@ def cross_entropy(
         As `sgp.cross_entropy`, the same bits on every rank. The gradient is computed in backward,
         which needs no exchange and reads the kept logits again: `(1 + 2 f) N V_r` elements in all.
 
-    Exchanged: 96 bytes a call, and 16 bytes a kept row (8 more with `return_stats`, 4 more each
-    with `return_argmax` and `label_smoothing`; twice as many for float64), sent by each rank to
-    every other in one all-gather. Labels on a GPU cost one wait for the device, which counts them;
+    Exchanged: 96 bytes a call, and 16 bytes a kept row (8 more with `return_stats`, or for
+    "sequence_mean" with class weights and a z-loss; 4 more each with `return_argmax` and
+    `label_smoothing`; twice as many for float64), sent by each rank to every other in one
+    all-gather. Labels on a GPU cost one wait for the device, which counts them;
     a Selection costs none but that of the first call, which learns the shards' sizes.
 
     Raises:

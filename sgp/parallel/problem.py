@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -10,18 +14,10 @@ from sgp.head.autograd import LinearHead, linear_head
 from sgp.head.chunks import check_chunk_rows
 from sgp.head.operators import kept_rows
 from sgp.head.problem import check_head, compute_dtype, make_head_problem
-from sgp.parallel.shard import (
-    Group,
-    Header,
-    Shard,
-    agree,
-    checksum,
-    process_group,
-    sampled,
-)
+from sgp.parallel.shard import Group, Header, Shard, agree, checksum, process_group, sampled
 from sgp.rows.autograd import refuse_forward_mode
 from sgp.rows.problem import Problem, check_targets, check_tensor, class_weight, make_problem
-from sgp.rows.recipe import Recipe
+from sgp.rows.recipe import Recipe, whole_number
 from sgp.selection import Selection
 
 
@@ -40,9 +36,10 @@ def logits_problem(
         RuntimeError: under `torch.func` transforms.
     """
     _refuse_dtensors(name, local_logits)
-    problem = make_problem(
-        name, local_logits, target, None, token_weight, recipe, shift=shift, part=True
-    )
+    with _calling("input", "local_logits"):
+        problem = make_problem(
+            name, local_logits, target, None, token_weight, recipe, shift=shift, part=True
+        )
     if problem.has_probabilities:
         raise TypeError(
             f"{name}: target is {problem.target.dtype}; expected class indices: class "
@@ -71,12 +68,22 @@ def head_problem(
     """
     _refuse_dtensors(name, input, local_weight, linear_bias)
     check_chunk_rows(name, chunk_rows)
-    check_head(name, input, local_weight, linear_bias, target, part=True)
-    problem = make_head_problem(
-        name, input, local_weight, target, None, token_weight, recipe, shift=shift
-    )
+    with _calling("linear_weight", "local_weight"):
+        check_head(name, input, local_weight, linear_bias, target, part=True)
+        problem = make_head_problem(
+            name, input, local_weight, target, None, token_weight, recipe, shift=shift
+        )
     _refuse_transforms(name, input, local_weight, linear_bias)
     return problem, linear_head(local_weight, linear_bias, target, problem)
+
+
+@contextlib.contextmanager
+def _calling(whole: str, part: str) -> Iterator[None]:
+    """Errors of the checks for a whole vocabulary, with the argument as a rank's own is called."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(re.sub(rf"\b{whole}\b", part, str(error))) from None
 
 
 def _refuse_dtensors(name: str, *inputs: Tensor | None) -> None:
@@ -169,10 +176,7 @@ def agree_on_head(
 def _given(name: str, vocab_size: int | None) -> int:
     if vocab_size is None:
         return -1
-    whole = isinstance(vocab_size, int) and not isinstance(vocab_size, bool)
-    if not whole or not 1 <= vocab_size < 2**63:
-        raise ValueError(f"{name}: vocab_size = {vocab_size!r}; expected a number of at least 1")
-    return vocab_size
+    return whole_number(name, "vocab_size", vocab_size, 1)
 
 
 def weight_of_any_length(name: str, weight: Tensor | None, like: Tensor) -> Tensor | None:

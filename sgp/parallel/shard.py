@@ -23,7 +23,7 @@ from torch import Tensor, distributed
 
 from sgp.rows.by_torch import row_index
 from sgp.rows.problem import may_wait
-from sgp.rows.recipe import accumulation_dtype, cast
+from sgp.rows.recipe import accumulation_dtype, cast, shown
 
 Group = Any  # a ProcessGroup, a one-dimensional DeviceMesh, or None for all ranks
 
@@ -126,6 +126,7 @@ def process_group(name: str, group: Group) -> Any:
 
     Raises:
         RuntimeError: where torch.distributed is not initialised, or this rank is not in the group.
+        TypeError: for what is no group.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         raise RuntimeError(
@@ -139,6 +140,11 @@ def process_group(name: str, group: Group) -> Any:
         group = group.get_group()
     if group is distributed.GroupMember.NON_GROUP_MEMBER:
         raise RuntimeError(f"{name}: rank {distributed.get_rank()} is not in the group it passed")
+    if not isinstance(group, distributed.ProcessGroup):
+        raise TypeError(
+            f"{name}: group = {shown(group)}; expected a ProcessGroup "
+            "(torch.distributed.new_group), a one-dimensional DeviceMesh, or None for all ranks"
+        )
     return group
 
 

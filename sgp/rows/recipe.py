@@ -76,6 +76,21 @@ def is_int64(value: int) -> bool:
     return -(2**63) <= value < 2**63
 
 
+def whole_number(name: str, label: str, value: Any, least: int) -> int:
+    """A whole number, NumPy's too, of at least `least`, as an int.
+
+    Raises:
+        TypeError, ValueError: for anything else; with the value.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: {label} = {shown(value)}; expected a whole number")
+    if not is_int64(int(value)):
+        raise ValueError(f"{name}: {label} = {value} is no int64")
+    if value < least:
+        raise ValueError(f"{name}: {label} = {value}; expected at least {least}")
+    return int(value)
+
+
 def shown(value: object) -> str:
     """A value for an error message: of a tensor its shape and dtype, not its numbers."""
     if isinstance(value, Tensor):
