@@ -23,6 +23,7 @@ from sgp.head.autograd import (
 )
 from sgp.head.chunks import check_chunk_rows
 from sgp.head.problem import check_head, make_head_problem
+from sgp.labels import tokens_ahead
 from sgp.losses import check_argmax, cross_entropy, token_statistics
 from sgp.reference import TokenLogProbs
 from sgp.rows.autograd import apply, refuse_forward_mode
@@ -31,7 +32,7 @@ from sgp.rows.divisor import as_mean
 from sgp.rows.problem import Problem, check_flags, check_tensor
 from sgp.rows.recipe import Recipe, shown
 from sgp.rows.reduction import check_reduction, reduce_rows, sequence_z_loss, without_z_loss
-from sgp.selection import Selection, tokens_ahead
+from sgp.selection import Selection
 
 NAME = LINEAR_CROSS_ENTROPY
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sgp import dtensors
+from sgp.labels import tokens_ahead
 from sgp.reference import TokenLogProbs
 from sgp.rows import backend, operators
 from sgp.rows.autograd import RowLoss, ScalarLoss, apply, refuse_forward_mode
@@ -24,7 +25,7 @@ from sgp.rows.reduction import (
     sequence_z_loss,
     without_z_loss,
 )
-from sgp.selection import Selection, tokens_ahead
+from sgp.selection import Selection
 
 NAME = "sgp.cross_entropy"
 

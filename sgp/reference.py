@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sgp.labels import tokens_ahead
 from sgp.rows.problem import (
     Problem,
     check_flags,
@@ -33,7 +34,7 @@ from sgp.rows.problem import (
 )
 from sgp.rows.recipe import Recipe, accumulation_dtype
 from sgp.rows.reduction import check_reduction, check_whole_sequences
-from sgp.selection import Selection, tokens_ahead
+from sgp.selection import Selection
 
 
 class TokenLogProbs(NamedTuple):

@@ -25,9 +25,9 @@ from sgp.huggingface import UnsupportedModelError, probe
 from sgp.huggingface.loss import next_tokens
 from sgp.huggingface.patching import described, is_plain
 from sgp.huggingface.selective_head import Request, SelectiveHead, reveal
+from sgp.labels import IGNORE
 from sgp.log_probs import linear_token_log_probs
 from sgp.rows.reduction import check_denominator
-from sgp.selection import IGNORE
 
 try:
     from trl.trainer.utils import FusedCausalLMOutput

@@ -176,7 +176,7 @@ def test_kernels_import_only_torch_triton_and_each_other(path):
     assert outside(path, "torch", "triton", "sgp.kernels") == set()
 
 
-@pytest.mark.parametrize("module", ["selection", "rows/recipe"])
+@pytest.mark.parametrize("module", ["labels", "rows/recipe"])
 def test_the_bottom_imports_only_torch(module):
     assert outside(ROOT / "sgp" / f"{module}.py", "torch") == set()
 
@@ -190,7 +190,7 @@ def test_the_reference_does_not_import_what_it_judges():
             seen.add(module)
             pending += graph[module]
     rows = {f"sgp.rows.{name}" for name in ("problem", "recipe", "reduction")}
-    assert seen == {"sgp.reference", "sgp.selection", *rows}
+    assert seen == {"sgp.reference", "sgp.selection", "sgp.labels", *rows}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

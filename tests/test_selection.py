@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import sgp
-from sgp.selection import IGNORE, Selection
+from sgp.labels import IGNORE
+from sgp.selection import Selection
 
 SENTENCE = ["Square", "this", "number", ".", "2", ".", "The", "result", "is", "4", "."]
 WORDS = {word: i for i, word in enumerate(sorted(set(SENTENCE)))}

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # floor below it or beside it.
 FLOORS = (
     ("kernels", "caller", "interrupt", "tolerance", "dtensors"),
-    ("selection",),
+    ("labels", "selection"),
     ("rows",),
     ("head", "reference"),
     ("losses", "log_probs", "linear"),

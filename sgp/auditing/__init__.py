@@ -25,7 +25,8 @@ from sgp.auditing.report import AuditReport
 from sgp.auditing.trace import Trace, input_embeddings, trace
 from sgp.auditing.view import NAME, View, read, suffixes
 from sgp.context import SHARDED
-from sgp.selection import IGNORE, Selection
+from sgp.labels import IGNORE
+from sgp.selection import Selection
 
 __all__ = ["AuditReport", "Finding", "audit"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sgp.auditing.view import View
-from sgp.selection import IGNORE
+from sgp.labels import IGNORE
 
 ERRORS = (
     "labels-shifted-twice",

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgp.selection import IGNORE, Selection
+from sgp.labels import IGNORE
+from sgp.selection import Selection
 
 NAME = "sgp.audit"
 OUTPUT_MASKS = ("completion_mask", "assistant_masks", "assistant_mask")

@@ -18,7 +18,7 @@ from sgp.auditing import audit, ends_of, look, vocabulary_of
 from sgp.auditing.findings import OF_THE_GRADIENT, Finding
 from sgp.auditing.report import AuditReport
 from sgp.interrupt import Interrupted, StopRequest
-from sgp.selection import IGNORE
+from sgp.labels import IGNORE
 from sgp.train.errors import UserError
 
 COLUMNS = (

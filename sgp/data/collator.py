@@ -11,7 +11,8 @@ import torch
 
 from sgp.caller import warn
 from sgp.data.examples import NAME, Row, tokenize
-from sgp.selection import IGNORE, Selection
+from sgp.labels import IGNORE
+from sgp.selection import Selection
 
 
 @dataclass

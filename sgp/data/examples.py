@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sgp.caller import warn
-from sgp.selection import IGNORE
+from sgp.labels import IGNORE
 
 NAME = "sgp.Collator"
 MASKS = ("completion_mask", "assistant_masks")

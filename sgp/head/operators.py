@@ -16,11 +16,11 @@ from torch import Tensor
 from sgp.head import algorithm
 from sgp.head.algorithm import Gradients, Head, HeadCall
 from sgp.head.problem import is_autocast
+from sgp.labels import padded_rows
 from sgp.rows.by_torch import Upstream, new_outputs
 from sgp.rows.operations import ONE_DEVICE, RowOperations
 from sgp.rows.problem import check_targets
 from sgp.rows.watched import operator
-from sgp.selection import padded_rows
 
 RowsAndGradients = tuple[
     Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None,

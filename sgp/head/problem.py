@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from sgp.labels import tokens_ahead
 from sgp.rows.problem import (
     INTEGERS,
     Problem,
@@ -20,7 +21,7 @@ from sgp.rows.problem import (
     refuse_shift_of_selection,
 )
 from sgp.rows.recipe import Recipe, accumulation_dtype
-from sgp.selection import Selection, tokens_ahead
+from sgp.selection import Selection
 
 
 def make_head_problem(

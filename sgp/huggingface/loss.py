@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sgp.labels import IGNORE
 from sgp.losses import cross_entropy
 from sgp.rows.reduction import check_denominator
-from sgp.selection import IGNORE
 
 
 def next_tokens(labels: Tensor, ignore_index: int = IGNORE) -> Tensor:

@@ -13,9 +13,10 @@ from sgp.huggingface.callers import another_loss, warn_of_another_loss, warn_of_
 from sgp.huggingface.late_logits import LateLogits
 from sgp.huggingface.loss import causal_lm_loss, evaluated, next_tokens
 from sgp.huggingface.selective_head import HERE, Request, SelectiveHead, reveal
+from sgp.labels import IGNORE
 from sgp.linear import linear_cross_entropy
 from sgp.rows.watched import is_watched
-from sgp.selection import IGNORE, Selection
+from sgp.selection import Selection
 
 NAME = "sgp.huggingface.patch"
 OWN = {"selection", "cu_seqlens"}  # keys of `sgp.Collator` that no model knows

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from sgp.labels import has_float64
 from sgp.parallel.shard import Group, process_group
 from sgp.rows.problem import check_flags, check_tensor
 from sgp.rows.recipe import shown, whole_number
-from sgp.selection import Selection, has_float64
+from sgp.selection import Selection
 
 LAYOUTS = ("contiguous", "zigzag")
 EXPECTED = "expected Selections (of labels: sgp.Selection.from_labels) or counts"

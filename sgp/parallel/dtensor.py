@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from sgp.labels import IGNORE, tokens_ahead
 from sgp.parallel import losses
 from sgp.reference import TokenLogProbs
 from sgp.rows.problem import (
@@ -29,7 +30,7 @@ from sgp.rows.problem import (
 )
 from sgp.rows.recipe import Recipe, accumulation_dtype
 from sgp.rows.reduction import check_reduction
-from sgp.selection import IGNORE, Selection, tokens_ahead
+from sgp.selection import Selection
 
 Loss = Callable[..., Any]
 

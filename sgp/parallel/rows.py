@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sgp.labels import IGNORE
 from sgp.parallel.shard import Shard
 from sgp.rows.by_torch import (
     NOTHING,
@@ -39,7 +40,6 @@ from sgp.rows.by_torch import (
 )
 from sgp.rows.operations import implementation
 from sgp.rows.recipe import Recipe, accumulation_dtype
-from sgp.selection import IGNORE
 
 RECORD = 4  # numbers a kept row: maximum, sum, sum without the target, the target's nll
 WITH_STATISTICS = 2  # and entropy, is_top1

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sgp.labels import IGNORE, shifted, tokens_ahead
 from sgp.rows.recipe import Recipe, accumulation_dtype, cast, shown
-from sgp.selection import IGNORE, Selection, shifted, tokens_ahead
+from sgp.selection import Selection
 
 REDUCTIONS = ("none", "mean", "sum", "sequence_sum", "sequence_mean")
 INTEGERS = (torch.int64, torch.int32, torch.uint8, torch.int16, torch.int8)
