@@ -129,6 +129,8 @@ def forms(_, world):
     # A DTensor knows its vocabulary: parts that are equal are no mistake.
     twice = distribute_tensor((hidden @ head.T).repeat(1, 1, 2), mesh, [Shard(2)])
     found["equal parts"] = sgp.cross_entropy(twice, selection).full_tensor()
+    twice = distribute_tensor(head.repeat(2, 1), mesh, [Shard(0)])
+    found["equal parts of a head"] = sgp.linear_cross_entropy(whole, twice, selection).full_tensor()
     record(
         "log-probabilities of logits",
         lambda x, w: -sgp.token_log_probs(x @ w.T, selection).log_prob.sum() / selection.num_kept,
@@ -145,7 +147,8 @@ def forms(_, world):
 def test_forms(tmp_path):
     truth = expected()
     for found in run_ranks(forms, 2, tmp_path, 2):
-        torch.testing.assert_close(found.pop("equal parts"), truth[0] + torch.tensor(2.0).log())
+        for name in ("equal parts", "equal parts of a head"):
+            torch.testing.assert_close(found.pop(name), truth[0] + torch.tensor(2.0).log())
         for name, values in found.items():
             for value, exact in zip(values, truth, strict=True):
                 assert relative_error(value, exact) <= LIMIT, name
