@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import doctest
+import errno
 import json
 import os
 import pty
@@ -18,6 +19,8 @@ import pytest
 
 import sgp
 from sgp import cli, interrupt
+from sgp.auditing.report import AuditReport
+from sgp.huggingface import hub
 from sgp.train.model import save, split_model, tiny_llama
 from sgp.train.tokenizer import load_or_train, wrap
 
@@ -216,6 +219,73 @@ def test_unusable_input_is_one_line_and_code_2(tmp_path, model, capsys):
     assert f"--data {tmp_path}: " in refused(capsys, *words, "--data", tmp_path)
     assert f"--out {file}: {file} is a file" in refused(capsys, "--out", file)
     assert not out.exists(), "nothing is left behind"
+    (tmp_path / "half" / "loss.png").mkdir(parents=True)
+    (tmp_path / "model").write_text("")
+    half = tmp_path / "half"
+    assert f"{half / 'loss.png'} is a folder, where a file" in refused(capsys, "--out", half)
+    assert f"{tmp_path / 'model'} is a file, where a folder" in refused(capsys, "--out", tmp_path)
+
+
+def test_an_audits_unusable_folder_is_one_line_and_code_2(tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}) + "\n")
+
+    def said(out):
+        assert cli.main(["audit", str(data), "--out", str(out)]) == 2
+        found = capsys.readouterr()
+        assert not found.out, "said before the work"
+        assert found.err.count("\n") == 1
+        return found.err
+
+    assert f"sgp audit: --out {data}: {data} is a file, not a folder" in said(data)
+    assert f"--out {data / 'deeper'}: {data} is a file" in said(data / "deeper")
+    (tmp_path / "audit.png").mkdir()
+    assert f"{tmp_path / 'audit.png'} is a folder, where a file" in said(tmp_path)
+
+
+def test_what_the_system_refuses_is_one_line_and_code_2(tmp_path, monkeypatch, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}) + "\n")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(AuditReport, "to_html", full)
+    assert cli.main(["audit", str(data), "--out", str(tmp_path / "out")]) == 2
+    out = tmp_path / "out"
+    assert f"--out {out}: cannot write {out}: No space left" in capsys.readouterr().err
+    usual = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda self, *x, **y: (full if self == data else usual)(self, *x, **y)
+    )
+    assert cli.main(["audit", str(data)]) == 2
+    assert f"sgp audit: {data}: No space left on device" in capsys.readouterr().err
+
+
+def test_a_full_disk_at_the_end_of_a_training_is_one_line(
+    model, data, tmp_path, monkeypatch, capsys
+):
+    from sgp.train import run
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "weights")
+
+    monkeypatch.setattr(run, "save", full)
+    out = tmp_path / "out"
+    words = ["--out", out, "--model", model, "--data", data, "--steps", 1, "--max-length", 32]
+    assert cli.main(["train", *map(str, words)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"sgp train: --out {out}: cannot write weights: No space left on device"
+
+
+def test_a_hub_folder_that_is_a_file_is_one_line(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setattr(sys, "argv", ["hub", str(file)])
+    with pytest.raises(SystemExit) as caught:
+        hub.main()
+    assert caught.value.code == 2
+    assert f"folder {file}: cannot write {file}" in capsys.readouterr().err
 
 
 # -- Ctrl-C -----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -294,6 +295,43 @@ def test_a_prompt_that_is_not_a_prefix_is_said():
 
 MERGED = [{"prompt": "xx a", "completion": " b c"}]
 EMPTY = [{"input_ids": [1, 2], "labels": [-100, -100]}]
+
+
+IMAGE = Image.new("RGB", (2, 2))
+COLUMNS = {
+    "pixel_values": torch.zeros(3, 2, 2),
+    "nested pixel_values": [[[0.0, 1.0], [1.0, 0.5]]],
+    "image_grid_thw": np.array([1, 2, 2]),
+    "images": [IMAGE],
+    "image": IMAGE,
+    "image that is not decoded": {"bytes": b"", "path": "a.png"},
+    "audio": {"array": np.zeros(3), "sampling_rate": 8},
+    "token_weight": [0.5, 1.0, 1.0],
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_column_that_a_model_could_take_is_said_once(name):
+    plain, row = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {name: COLUMNS[name]}
+    collate = sgp.Collator()
+    with pytest.warns(UserWarning, match=r"left out: a batch has tokens") as seen:
+        batch = collate([plain, plain | row, plain | row])
+    (warning,) = seen
+    assert f"the columns [{name!r}] (in example 1) are" in str(warning.message)
+    assert name not in batch
+    collate([plain | row])  # warnings are errors here
+    with pytest.warns(UserWarning, match=r"\['mask_of_mine'\]"):
+        collate([plain | row | {"mask_of_mine": [1, 1, 0]}])
+
+
+def test_columns_that_no_model_takes_are_left_out_without_a_word():
+    row = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "special_tokens_mask": [0, 0, 1]}
+    kept = {
+        "id": 7, "score": 0.5, "count": np.int64(3), "seed": torch.tensor(1), "source": "a book",
+        "tags": ["a", "b"], "metadata": {"url": "b", "rank": 1, "ids": [1, 2]}, "none": None,
+        "empty": [], "chosen": [{"role": "user", "content": "a"}], "good": True,
+    }  # fmt: skip
+    assert set(sgp.Collator()([row | kept])) == set(sgp.Collator()([row]))
 
 
 @pytest.mark.parametrize("examples", [MERGED, EMPTY], ids=["a merge", "no loss"])

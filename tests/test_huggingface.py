@@ -84,15 +84,13 @@ def test_loss_and_gradients_are_those_of_the_stock_model(family, mode, batch):
     rows.handle.remove()
     with torch.no_grad():
         evaluated = model.eval()(**batch)
-        rows = Rows(model)
         late = model(**batch)
     model.train()
     assert late.loss.item() == pytest.approx(stock[0].loss.item(), rel=NEAR)
-    assert rows.count == 0, "no logits where nobody has looked at them"
+    assert late.logits._made is None, "no logits where nobody has looked at them"
     assert late.logits.shape == stock[0].logits.shape
     assert torch.equal(late.logits, stock[0].logits), "computed as without the patch"
     assert torch.equal(evaluated.logits, late.logits)
-    rows.handle.remove()
     handle.remove()
     again = step(model, batch)
     assert again[0].loss.item() == stock[0].loss.item()
@@ -977,6 +975,36 @@ def test_labels_of_another_length_are_refused_by_shape(mode):
 
 
 # -- logits that wait ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["rows", "fused"])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_forward_hook_on_the_head_sees_all_logits_of_an_evaluation(
+    mode, everywhere, model, batch
+):
+    with torch.no_grad():
+        stock = model.eval()(**batch)
+    patch(model, mode=mode)
+    seen, head = [], model.get_output_embeddings()
+
+    def look(module, _, logits):
+        if module is head:
+            seen.append(logits)
+
+    register = torch.nn.modules.module.register_module_forward_hook
+    hook = register(look) if everywhere else head.register_forward_hook(look)
+    try:
+        with torch.no_grad():
+            out = model(**batch)
+    finally:
+        hook.remove()
+    (logits,) = seen
+    assert type(logits) is torch.Tensor
+    assert torch.equal(logits, stock.logits)
+    assert torch.equal(out.logits, stock.logits)
+    assert out.loss.item() == pytest.approx(stock.loss.item(), rel=NEAR)
+    with torch.no_grad():
+        assert type(model(**batch).logits) is LateLogits, "once the hook is gone"
 
 
 def late_and_true(*, bias=True):

@@ -9,6 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 import sgp
 from sgp.huggingface import AuditCallback, AuditError, patch
+from sgp.huggingface.late_logits import LateLogits
 from tests.audited import Tokenizer, codes
 from tests.families import V, make
 
@@ -96,8 +97,13 @@ def test_a_trainer_with_a_loss_of_its_own_needs_logits(who, tmp_path, monkeypatc
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize("mode", ["rows", "fused"])
 @pytest.mark.parametrize("adapted", [False, True])
-def test_an_evaluation_makes_the_logits_that_are_used(mode, adapted, tmp_path):
+def test_an_evaluation_makes_the_logits_that_are_used(mode, adapted, tmp_path, monkeypatch):
     """Under bfloat16 accelerate casts them, and PEFT stands between: they wait all the same."""
+
+    waiting, made = [], []
+    whole, now = LateLogits.whole, LateLogits._now
+    monkeypatch.setattr(LateLogits, "whole", lambda late: waiting.append(late) or whole(late))
+    monkeypatch.setattr(LateLogits, "_now", lambda late: made.append(late) or now(late))
 
     def run(patched, **more):
         model = make("llama")
@@ -106,25 +112,23 @@ def test_an_evaluation_makes_the_logits_that_are_used(mode, adapted, tmp_path):
             model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM"))
         if patched:
             patch(model, mode=mode)
-        made, seen = [], []
-
-        def count(head, _, logits):
-            made.append(logits.numel() // head.out_features)
+        seen = []
 
         def metrics(found):
             seen.append(torch.from_numpy(found.predictions))
             return {}
 
-        model.get_output_embeddings().register_forward_hook(count)
         if not more:
             more = {"compute_metrics": metrics}
         loss = evaluate(model, tmp_path, **more)
-        return loss, seen, sum(made)
+        return loss, seen
 
-    loss, _, made = run(True, prediction_loss_only=True)
-    assert made == 0
-    stock, logits, _ = run(False)
-    found, used, _ = run(True)
+    loss, _ = run(True, prediction_loss_only=True)
+    assert len(waiting) == 4
+    assert not made
+    stock, logits = run(False)
+    found, used = run(True)
+    assert made
     assert loss == pytest.approx(stock, rel=1e-2)
     assert found == loss
     assert torch.equal(used[0], logits[0])

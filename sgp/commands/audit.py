@@ -20,11 +20,13 @@ from sgp.auditing.report import AuditReport
 from sgp.interrupt import Interrupted, StopRequest
 from sgp.labels import IGNORE
 from sgp.train.errors import UserError
+from sgp.train.output import check_folder, writing
 
 COLUMNS = (
     "input_ids", "labels", "attention_mask", "position_ids", "seq_idx",
     "completion_mask", "assistant_masks",
 )  # fmt: skip
+FILES = ("audit.png", "audit.html", "audit.json")
 SHOWN = 24  # tokens of a sample in the terminal
 
 
@@ -32,10 +34,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Audit the file; 1 if there are errors in it.
 
     Raises:
-        UserError: The file, the tokenizer or the model cannot be used.
+        UserError: The file, the tokenizer or the model cannot be used, or `--out` not written to.
         Interrupted: Ctrl-C; says what was written.
     """
     console = Console()
+    if arguments.out:
+        check_folder(arguments.out, files=FILES)
     try:
         report, codes, samples, failed = _audit(arguments, console)
     except KeyboardInterrupt:
@@ -131,7 +135,7 @@ def _write(
 ) -> None:
     """Write the three files; Ctrl-C waits until they are whole."""
     content = {"samples": samples, "findings": dict(codes), "report": report.to_dict()}
-    with StopRequest(Console(stderr=True).print) as stop:
+    with StopRequest(Console(stderr=True).print) as stop, writing(folder):
         stop.protect("writing; one moment")
         folder.mkdir(parents=True, exist_ok=True)
         report.plot(folder / "audit.png")
@@ -168,6 +172,8 @@ def _samples(path: Path, tokenizer: Any) -> Iterator[tuple[int, dict[str, Any]]]
                     yield number, _sample(json.loads(line), tokenizer)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{number}: no JSON: {error.msg}, column {error.colno}") from error
     except (ValueError, KeyError, TypeError) as error:

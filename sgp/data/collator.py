@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from sgp.caller import warn
-from sgp.data.examples import NAME, Row, tokenize
+from sgp.data.examples import COLUMNS, NAME, Row, tokenize
 from sgp.labels import IGNORE
 from sgp.selection import Selection
 
@@ -67,7 +68,8 @@ class Collator:
 
     Warns:
         where a sequence carries no loss, or has labels that are its next tokens already, once for
-        each batch.
+        each batch; where examples have columns that the batch will not have and a model might want
+        (images, arrays, lists of numbers; not names, texts or single numbers), once for each.
     """
 
     tokenizer: Any = None
@@ -78,6 +80,7 @@ class Collator:
     context_loss: bool = False
     assistant_only_loss: bool = False
     _dispatched: bool = field(default=False, init=False, repr=False, compare=False)
+    _said: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.context_loss and self.assistant_only_loss:
@@ -103,6 +106,7 @@ class Collator:
             "shifts labels, and the selection is shifted here: each token would be trained to "
             "predict the one after the next. Give labels[t] = input_ids[t]",
         )
+        self._warn_of_columns(examples)
         rows = [row for rows in found for row in rows]
         dispatched = self._dispatched or _dispatching()
         if self.packed and dispatched:
@@ -140,6 +144,22 @@ class Collator:
         numbers = [n for n, rows in enumerate(found) if all(map(is_so, rows))]
         if numbers:
             warn(f"{NAME}: examples {numbers} of {len(found)} {what}")
+
+    def _warn_of_columns(self, examples: Sequence[Mapping[str, Any]]) -> None:
+        """Name what is left out and could be a model's input."""
+        lost = {
+            name: number
+            for number, example in reversed(list(enumerate(examples)))
+            for name in sorted(set(example) - COLUMNS - self._said)
+            if _is_input(example[name])
+        }
+        if lost:
+            self._said |= set(lost)
+            warn(
+                f"{NAME}: the columns {sorted(lost)} (in example {min(lost.values())}) are left "
+                "out: a batch has tokens, labels and positions alone. If the model takes them, add "
+                "them to the batch; if not, remove_columns of the data ends this warning"
+            )
 
     def _pad(self, rows: list[Row]) -> dict[str, Any]:
         T = self._rounded(max(len(row.input_ids) for row in rows))
@@ -190,6 +210,25 @@ class Collator:
 
 def _filled(row: list[int], length: int, value: int) -> list[int]:
     return row + [value] * (length - len(row))
+
+
+def _is_input(value: Any) -> bool:
+    """Whether a model could take it: a tensor, an array, an image or sound; a list of numbers."""
+    # Asked of the class: an image of PIL would be read for its answer.
+    if hasattr(type(value), "__array_interface__") or isinstance(value, torch.Tensor):
+        return getattr(value, "ndim", 1) != 0  # NumPy's numbers have an interface too
+    if isinstance(value, Mapping):  # a sound or an image, as `datasets` has them
+        inside = [x for x in value.values() if not _is_list(x)]
+        return any(isinstance(x, bytes) or _is_input(x) for x in inside)
+    return _is_list(value) and any(_is_number(x) or _is_input(x) for x in value)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real)
 
 
 def _is_empty(row: Row) -> bool:

@@ -17,6 +17,12 @@ from sgp.labels import IGNORE
 NAME = "sgp.Collator"
 MASKS = ("completion_mask", "assistant_masks")
 KINDS = "input_ids (with labels or masks), prompt and completion, messages, or text"
+COLUMNS = {
+    "input_ids", "labels", *MASKS, "attention_mask", "position_ids", "seq_idx", "seq_lengths",
+    "token_type_ids", "special_tokens_mask", "prompt", "completion", "messages", "text", "tools",
+    "chat_template_kwargs",
+}  # fmt: skip
+"""What is read of an example, or has nothing that a batch needs."""
 
 REMOVED = "(Trainer removes the columns that a model does not take: remove_unused_columns=False.)"
 NULLABLE = ("default", "const")

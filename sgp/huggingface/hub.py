@@ -115,7 +115,12 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path)
-    folder = write(parser.parse_args().folder)
+    folder = parser.parse_args().folder
+    try:
+        write(folder)
+    except OSError as error:
+        where, why = error.filename or folder, error.strerror or error
+        parser.error(f"folder {folder}: cannot write {where}: {why}; name another folder")
     for path in sorted(folder.glob("build/*")):
         sys.stdout.write(f"{path}: {len(list(path.rglob('*.py')))} modules\n")
     return 0

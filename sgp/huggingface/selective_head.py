@@ -5,7 +5,8 @@ head returns instead of logits is a stand-in, which the model scales and caps an
 which `reveal` gives the results back. They hang on each other by gradients of zero, so that whoever
 waits for the gradient of the head's output (FSDP) sees it, before the results' own.
 
-Asked for nothing but logits that may never be read, it returns `LateLogits`.
+Asked for nothing but logits that may never be read, it returns `LateLogits`, unless a forward hook
+is going to read them.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def _forward(self: nn.Linear, hidden: Tensor) -> Tensor:
     if selective is None or request is None:
         return nn.functional.linear(hidden, self.weight, self.bias)
     if request.compute is None:
-        if type(hidden) is not Tensor or hidden.is_meta:
+        if type(hidden) is not Tensor or hidden.is_meta or _is_watched(self):
             return nn.functional.linear(hidden, self.weight, self.bias)
         return LateLogits.of(hidden, self.weight, self.bias)
     if is_dtensor(self.weight):  # FSDP2's is whole here
@@ -123,6 +124,12 @@ def _forward(self: nn.Linear, hidden: Tensor) -> Tensor:
     )
     zeros = [_zero(x).sum() for x in request.results if x.is_floating_point()]
     return torch.stack(zeros).sum().to(hidden.dtype).view(1, 1, 1)
+
+
+def _is_watched(head: nn.Module) -> bool:
+    """Whether a forward hook of somebody's, of the head or of all modules, will see its output."""
+    every = nn.modules.module._global_forward_hooks  # noqa: SLF001  (no public name)
+    return bool(head._forward_hooks or every)  # noqa: SLF001
 
 
 def reveal(stand_in: Tensor, request: Request) -> tuple[Tensor, ...]:

@@ -1,7 +1,6 @@
 """`sgp train` from its options to its files."""
 
 import importlib.util
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from sgp.train.errors import UserError
 from sgp.train.loop import Curves, Learner, make_learners, train
 from sgp.train.model import check_head, save, split_model
 from sgp.train.options import Options
+from sgp.train.output import check_folder, writing
 from sgp.train.picture import draw
 from sgp.train.prepare import Setup, prepare
 from sgp.train.threads import FreeCores, at_most
@@ -87,7 +87,7 @@ def _run(options: Options, disk: _Disk) -> bool:
     console = Console(highlight=False, markup=False, emoji=False)
     errors = Console(highlight=False, markup=False, emoji=False, stderr=True)
     _require_packages()
-    _check_folder(options.out)
+    check_folder(options.out, files=("loss.png", "summary.json"), folders=("model",))
     setup = prepare(options, lambda text: console.print(text, soft_wrap=True))
     usual, free = torch.get_num_threads(), cores.count()
     with at_most(free) as threads:
@@ -98,14 +98,16 @@ def _run(options: Options, disk: _Disk) -> bool:
                 soft_wrap=True,
             )
         job = _start(setup, options, console)
-        _make_folder(options.out)
+        with writing(options.out):
+            options.out.mkdir(parents=True, exist_ok=True)
         before = _evaluate(job)
         with StopRequest(errors.print) as stop:
             curves = _train(job, options, stop, errors)
             if not len(curves):
                 return True
             stop.protect()
-            save(job.learners["sgp"].parts, setup.tokenizer, options.out / "model")
+            with writing(options.out):
+                save(job.learners["sgp"].parts, setup.tokenizer, options.out / "model")
             saved = f"after {len(curves)} of {options.steps} steps; saved in {options.out}: model/"
             disk.words = f"{saved} alone"
             stop.release()
@@ -116,7 +118,8 @@ def _run(options: Options, disk: _Disk) -> bool:
             stop.protect()
             whole = len(curves) == options.steps and after
             result = _Result(curves, before, after, "complete" if whole else "interrupted")
-            _write(job, options, result, seconds=time.perf_counter() - begin)
+            with writing(options.out):
+                _write(job, options, result, seconds=time.perf_counter() - begin)
             disk.words = f"{saved}, loss.png, summary.json"
             stop.protect(None)
             _print(job, options, result, console, seconds=time.perf_counter() - begin)
@@ -254,21 +257,3 @@ def _require_packages() -> None:
         raise UserError(
             f"needs {' and '.join(missing)}; install them with: pip install 'sgp-kernels[train]'"
         )
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be made: {error.strerror}") from error
-
-
-def _check_folder(out: Path) -> None:
-    """Refuse an output folder that cannot be made or written: better now than after training."""
-    nearest = out.absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        raise UserError(f"--out {out}: {nearest} is a file, not a folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"--out {out}: no permission to write in {nearest}")
