@@ -1,19 +1,20 @@
 """`sgp verify` and `sgp doctor`: what they print, and that verify can fail."""
 
 import json
+import math
 import os
 
 import pytest
 import torch
 
 from sgp import losses
-from sgp.commands import doctor, verify
+from sgp.commands import doctor, verify, verify_cases
 from sgp.interrupt import Interrupted
 from sgp.rows import backend
 
 
 def test_verify_passes_here_and_records_every_case(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(verify, "QUICK", (7, 8_193))  # one vocabulary for each form
+    monkeypatch.setattr(verify_cases, "QUICK", (7, 8_193))  # one vocabulary for each form
     output = tmp_path / "verify.json"
     assert verify.run(quick=True, output=output) == 0
     shown = capsys.readouterr().out
@@ -21,13 +22,15 @@ def test_verify_passes_here_and_records_every_case(tmp_path, capsys, monkeypatch
     record = json.loads(output.read_text())
     assert record["machine"]
     seen = {(c["path"], c["dtype"], c["V"], c["options"]) for c in record["cases"]}
-    assert len(seen) == len(verify.PATHS) * len(verify.DTYPES) * 2 * len(verify.OPTIONS)
+    assert len(seen) == len(verify_cases.PATHS) * len(verify_cases.DTYPES) * 2 * len(
+        verify_cases.OPTIONS
+    )
     assert all(case["passed"] for case in record["cases"])
 
 
 @pytest.mark.parametrize("fault", ["gradient 1 % off", "loss 0.05 % off", "entropy 0.01 % off"])
 def test_verify_fails_when_a_kernel_is_wrong(fault, capsys, monkeypatch):
-    monkeypatch.setattr(verify, "QUICK", (7,))
+    monkeypatch.setattr(verify_cases, "QUICK", (7,))
     right = losses.cross_entropy
 
     def slightly_off(logits, target, **options):
@@ -40,20 +43,20 @@ def test_verify_fails_when_a_kernel_is_wrong(fault, capsys, monkeypatch):
             return result + 0.01 * (result - result.detach())
         return 1.0005 * result if fault.startswith("loss") else result
 
-    monkeypatch.setattr(verify, "cross_entropy", slightly_off)
+    monkeypatch.setattr(verify_cases, "cross_entropy", slightly_off)
     assert verify.run(quick=True) == 1
     assert "FAILED" in capsys.readouterr().out
 
 
 def check(path, V=7):
-    case = verify.Case(path, torch.float32, V, 0.25, "plain")
-    return verify.check(case, torch.device("cpu"))
+    case = verify_cases.Case(path, torch.float32, V, 0.25, "plain")
+    return verify_cases.check(case, torch.device("cpu"))
 
 
 def test_a_loss_off_by_ten_parts_in_a_million_fails(monkeypatch):
     path = "loss and gradient in one launch"
     assert check(path).passed
-    right = verify.cross_entropy
+    right = verify_cases.cross_entropy
 
     def off(*arguments, **options):
         result = right(*arguments, **options)
@@ -61,14 +64,14 @@ def test_a_loss_off_by_ten_parts_in_a_million_fails(monkeypatch):
             return result
         return result + 1e-5 * result.detach()
 
-    monkeypatch.setattr(verify, "cross_entropy", off)
+    monkeypatch.setattr(verify_cases, "cross_entropy", off)
     outcome = check(path)
     assert not outcome.passed
     assert outcome.loss == pytest.approx(1e-5, rel=0.1)
 
 
 def test_a_gradient_of_an_ignored_row_fails_however_small(monkeypatch):
-    right = verify.cross_entropy
+    right = verify_cases.cross_entropy
 
     def off(logits, target, **options):
         result = right(logits, target, **options)
@@ -77,12 +80,12 @@ def test_a_gradient_of_an_ignored_row_fails_however_small(monkeypatch):
         ignored = logits[target == -100].sum()
         return result + 1e-12 * (ignored - ignored.detach())
 
-    monkeypatch.setattr(verify, "cross_entropy", off)
+    monkeypatch.setattr(verify_cases, "cross_entropy", off)
     assert not check("loss and gradient in one launch").passed
 
 
 def test_a_top1_that_is_wrong_fails(monkeypatch):
-    right = verify.cross_entropy
+    right = verify_cases.cross_entropy
 
     def off(*arguments, **options):
         result = right(*arguments, **options)
@@ -90,19 +93,19 @@ def test_a_top1_that_is_wrong_fails(monkeypatch):
             return result[0], result[1]._replace(is_top1=~result[1].is_top1)
         return result
 
-    monkeypatch.setattr(verify, "cross_entropy", off)
+    monkeypatch.setattr(verify_cases, "cross_entropy", off)
     assert not check("loss and gradient in one launch").passed
 
 
 def test_a_weights_gradient_that_is_wrong_fails(monkeypatch):
     assert check("linear head").passed
-    right = verify.linear_cross_entropy
+    right = verify_cases.linear_cross_entropy
 
     def off(hidden, head, *arguments, **options):
         more = head + 1e-4 * (head - head.detach())
         return right(hidden, more, *arguments, **options)
 
-    monkeypatch.setattr(verify, "linear_cross_entropy", off)
+    monkeypatch.setattr(verify_cases, "linear_cross_entropy", off)
     assert not check("linear head").passed
 
 
@@ -115,7 +118,7 @@ def test_verify_says_where_it_cannot_run(capsys, monkeypatch, tmp_path):
 
 
 def test_verify_leaves_the_environment_as_it_was(monkeypatch):
-    monkeypatch.setattr(verify, "QUICK", (7,))
+    monkeypatch.setattr(verify_cases, "QUICK", (7,))
     for before in (None, "torch"):
         if before is None:
             monkeypatch.delenv("SGP_BACKEND", raising=False)
@@ -165,7 +168,7 @@ def test_doctor_knows_that_no_kernel_takes_float64_and_no_row_form_is_made_up(ca
 
 def test_verify_survives_a_case_that_raises_and_one_that_is_nan(tmp_path, capsys, monkeypatch):
     """The others are run, and each is in the file before the next begins."""
-    monkeypatch.setattr(verify, "QUICK", (7,))
+    monkeypatch.setattr(verify_cases, "QUICK", (7,))
     output = tmp_path / "verify.json"
     seen = []
 
@@ -177,12 +180,12 @@ def test_verify_survives_a_case_that_raises_and_one_that_is_nan(tmp_path, capsys
             raise RuntimeError("PassManager::run failed\nand a second line")
         good = len(seen) != 3
         gradient = 1e-7 if good else float("nan")
-        return verify.Outcome(case, 0.0, 0.0, gradient, 1e-7, 1e-6, passed=good)
+        return verify_cases.Outcome(case, 0.0, 0.0, gradient, 1e-7, 1e-6, passed=good)
 
-    monkeypatch.setattr(verify, "check", checked)
+    monkeypatch.setattr(verify_cases, "check", checked)
     assert verify.run(quick=True, output=output) == 1
     cases = json.loads(output.read_text())["cases"]
-    assert len(cases) == len(seen) == len(list(verify.cases(quick=True)))
+    assert len(cases) == len(seen) == len(list(verify_cases.cases(quick=True)))
     assert [c["passed"] for c in cases].count(False) == 2
     assert cases[1]["raised"] == "RuntimeError: PassManager::run failed"
     assert cases[1]["gradient"] is None
@@ -193,13 +196,13 @@ def test_verify_survives_a_case_that_raises_and_one_that_is_nan(tmp_path, capsys
 
 
 def test_verify_ends_where_the_gpu_answers_nothing_more(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(verify, "QUICK", (7,))
+    monkeypatch.setattr(verify_cases, "QUICK", (7,))
     monkeypatch.setattr(verify, "answers", lambda _: False)
 
     def broken(*_):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(verify, "check", broken)
+    monkeypatch.setattr(verify_cases, "check", broken)
     output = tmp_path / "verify.json"
     assert verify.run(quick=True, output=output) == 1
     assert len(json.loads(output.read_text())["cases"]) == 1
@@ -207,7 +210,7 @@ def test_verify_ends_where_the_gpu_answers_nothing_more(tmp_path, capsys, monkey
 
 
 def passes(case, _):
-    return verify.Outcome(case, 0.0, 0.0, 1e-7, 1e-7, 1e-6, passed=True)
+    return verify_cases.Outcome(case, 0.0, 0.0, 1e-7, 1e-7, 1e-6, passed=True)
 
 
 def test_verify_says_each_group_before_the_next_begins(capsys, monkeypatch):
@@ -221,10 +224,10 @@ def test_verify_says_each_group_before_the_next_begins(capsys, monkeypatch):
             seen.append(capsys.readouterr().out)
         return passes(case, device)._replace(passed=case.V != 32_000 or case.kept != 1)
 
-    monkeypatch.setattr(verify, "check", checked)
+    monkeypatch.setattr(verify_cases, "check", checked)
     assert verify.run(quick=True) == 1
     seen.append(capsys.readouterr().out)
-    assert f"sgp verify: {len(list(verify.cases(quick=True)))} cases; " in seen[0]
+    assert f"sgp verify: {len(list(verify_cases.cases(quick=True)))} cases; " in seen[0]
     for (V, dtype), text in zip(groups, seen[1:], strict=True):
         name = f"V = {V:,}, ".replace(",", " ", V > 999) + str(dtype).removeprefix("torch.")
         lines = [line for line in text.splitlines() if line.startswith(f"{name}: ")]
@@ -236,9 +239,9 @@ def test_verify_says_each_group_before_the_next_begins(capsys, monkeypatch):
 
 def test_results_are_json_that_every_reader_reads():
     """An error is infinite where a NaN or an infinity stands in the wrong place."""
-    case = verify.Case("upstream factor 3", torch.float32, 7, 0.25, "plain")
+    case = verify_cases.Case("upstream factor 3", torch.float32, 7, 0.25, "plain")
     inf, nan = float("inf"), float("nan")
-    row = verify.as_record(verify.Outcome(case, inf, 0.0, nan, 0.0, 1e-6, passed=False))
+    row = verify.as_record(verify_cases.Outcome(case, inf, 0.0, nan, 0.0, 1e-6, passed=False))
     assert json.loads(json.dumps(row, allow_nan=False)) == row
     assert (row["loss"], row["plain_loss"], row["gradient"]) == (None, 0.0, None)
 
@@ -254,9 +257,9 @@ def test_who_interrupts_verify_is_told_what_stands(saved, tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return passes(case, device)._replace(passed=number != 2)
 
-    monkeypatch.setattr(verify, "check", checked)
+    monkeypatch.setattr(verify_cases, "check", checked)
     monkeypatch.delenv("SGP_BACKEND", raising=False)
-    total = len(list(verify.cases(quick=True)))
+    total = len(list(verify_cases.cases(quick=True)))
     stands = f"their results are in {output}" if saved else "nothing was written (--output FILE"
     with pytest.raises(Interrupted) as caught:
         verify.run(quick=True, output=output if saved else None)
@@ -270,7 +273,7 @@ def test_verify_needs_no_installed_package_and_asks_for_its_file_first(
     tmp_path, capsys, monkeypatch
 ):
     """From a checkout on PYTHONPATH there is no distribution to ask for a version."""
-    one = verify.Case("upstream factor 3", torch.float32, 7, 0.25, "plain")
+    one = verify_cases.Case("upstream factor 3", torch.float32, 7, 0.25, "plain")
     monkeypatch.setattr(verify, "cases", lambda **_: [one])
     version = verify.importlib.metadata.version
 
@@ -283,6 +286,6 @@ def test_verify_needs_no_installed_package_and_asks_for_its_file_first(
     output = tmp_path / "verify.json"
     assert verify.run(quick=True, output=output) == 0
     assert json.loads(output.read_text())["versions"]["sgp-kernels"] is None
-    monkeypatch.setattr(verify, "check", None)  # to call it fails
+    monkeypatch.setattr(verify_cases, "check", None)  # to call it fails
     assert verify.run(quick=True, output=tmp_path) == 2
     assert "Is a directory" in capsys.readouterr().out

@@ -28,7 +28,7 @@ from bench.against.least import Least
 from bench.against.rivals import Rival
 from bench.gpu import lines
 from sgp import tolerance
-from sgp.commands import verify
+from sgp.commands import verify, verify_cases
 from sgp.kernels import launch, table
 from sgp.kernels.table import Line
 
@@ -226,7 +226,7 @@ def smoke(phase: Phase) -> None:
         ("linear head, a factor for each row", f16, V, "plain"),
         ("log-probabilities of a linear head", bf16, V, "all"),
     ):
-        _verify_one(phase, verify.Case(path, dtype, columns, 0.25, options))
+        _verify_one(phase, verify_cases.Case(path, dtype, columns, 0.25, options))
     phase.attempt("no rows", lambda: _no_rows(phase.device, V))
     phase.attempt("a target outside is NaN", lambda: _outside(phase, V))
     phase.attempt("same bits again", lambda: _same_bits(phase, V))
@@ -236,8 +236,8 @@ def smoke(phase: Phase) -> None:
         phase.attempt("offsets above 2^31", lambda: _far(phase.device))
 
 
-def _verify_one(phase: Phase, case: verify.Case) -> None:
-    outcome = verify.attempt(case, phase.device)
+def _verify_one(phase: Phase, case: verify_cases.Case) -> None:
+    outcome = verify_cases.attempt(case, phase.device)
     found = verify.as_record(outcome)
     del found["path"], found["passed"]
     if status := found.pop("raised"):
@@ -669,7 +669,7 @@ class _Step:
 
 def verified(phase: Phase) -> None:
     """As many cases of `sgp verify` as fit, in an order that mixes them, over processes."""
-    todo = list(verify.cases(quick=phase.dry))
+    todo = list(verify_cases.cases(quick=phase.dry))
     random.Random(0).shuffle(todo)  # noqa: S311  (an order)
     if phase.dry:
         os.environ["SGP_BACKEND"] = "triton"  # of this process
@@ -691,9 +691,9 @@ def verified(phase: Phase) -> None:
     phase.record("cases", ok=not failed, done=done, failed=failed, of=len(todo))
 
 
-def _verify_there(case: verify.Case) -> dict[str, Any]:
+def _verify_there(case: verify_cases.Case) -> dict[str, Any]:
     os.environ["SGP_BACKEND"] = "triton"
-    return verify.as_record(verify.attempt(case, torch.device("cuda")))
+    return verify.as_record(verify_cases.attempt(case, torch.device("cuda")))
 
 
 class Plan(NamedTuple):
