@@ -300,7 +300,7 @@ def check_inplace(name: str, input: Tensor) -> None:  # noqa: A002
         )
     reach = 0  # how far the dimensions of smaller stride go
     for stride, size in sorted(zip(input.stride(), input.shape, strict=True)):
-        if size > 1 and stride <= reach:
+        if size > 1 and stride <= reach and input.numel():
             raise ValueError(
                 f"{name}: inplace=True needs one place for each gradient, but input "
                 f"{tuple(input.shape)} with strides {input.stride()} overlaps itself"

@@ -681,6 +681,15 @@ def test_in_place_refusals_say_why(logits, target):
         sgp.cross_entropy(logits.t().t(), target, inplace=True)  # a view of a leaf is its memory
 
 
+def test_in_place_of_no_rows_overlaps_nothing(backend):
+    """PyTorch gives the result of an operation on nothing strides of 0."""
+    leaf = torch.randn(2, 0, 1, requires_grad=True)
+    logits = (leaf * 1).movedim(-1, 1)
+    assert 0 in logits.stride(), "the strides that this test is about"
+    sgp.cross_entropy(logits, torch.zeros(2, 0, dtype=torch.int64), inplace=True).backward()
+    assert leaf.grad.shape == leaf.shape
+
+
 def test_in_place_two_losses_of_the_same_logits_are_noticed(backend, logits, target):
     """The second loss reads the gradient of the first: wrong, and autograd says so."""
     hidden = logits * 1

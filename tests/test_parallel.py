@@ -189,6 +189,43 @@ def test_smoothing_beside_a_nearly_certain_target_of_another_rank(backend, tmp_p
     torch.testing.assert_close(torch.cat(parts, 1), leaf.grad.float(), rtol=2e-6, atol=1e-9)
 
 
+def capped(backend, module, x, y):
+    """Gradient of the statistics' sum under softcap and a low temperature, whose scores are large.
+
+    Two ways to tanh are then 1e-4 apart in the exponent.
+    """
+    os.environ["SGP_BACKEND"] = backend
+    leaf = x.clone().requires_grad_()
+    found = module.token_log_probs(leaf, y, softcap=30.0, temperature=0.01)
+    (found.log_prob + 2 * found.entropy + 3 * found.lse).sum().backward()
+    return leaf.grad
+
+
+def capped_rows():
+    """Rows (16, 6) in which one class is nearly certain, in every place of both ranks' halves."""
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+    certain = torch.arange(16) % 6
+    x[torch.arange(16), certain] = torch.linspace(6.0, 40.0, 16)
+    return x, torch.where(torch.arange(16) < 6, certain, 5 - certain)  # the target, and another
+
+
+def capped_half(rank, backend):
+    """One of two ranks' part of it."""
+    x, y = capped_rows()
+    return capped(backend, sgp.parallel, x.split(3, 1)[rank], y)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_nearly_certain_class_of_large_scores(backend, tmp_path):
+    """Its probability is 1 to a rounding, as alone: who has its score recomputes it alike."""
+    parts = run_ranks(capped_half, 2, tmp_path, backend)
+    x, y = capped_rows()
+    truth = capped("torch", sgp.reference, x.double(), y)
+    plain = capped("torch", sgp.reference, x, y)
+    error = relative_error(torch.cat(parts, 1), truth)
+    assert error <= bound(relative_error(plain, truth), torch.float32)
+
+
 def one_class(rank, backend):
     """The gradient of a vocabulary of one class, which the first rank has."""
     os.environ["SGP_BACKEND"] = backend

@@ -161,20 +161,27 @@ class ShardRows:
         top, inv_d, so_d, log_d, b, c, c_mean, of_lse = (
             self._kept(x) for x in (top, inv_d, so_d, log_d, b, c, c_mean, of_lse)
         )
-        # The target's column; where another rank has it the stand-in's, an ordinary one.
+        # The target's column; where another rank has it the stand-in's, an ordinary one. A score is
+        # made here by another tanh than the kernels', so that a p near 1 is not made of one: the
+        # target's is 1 - s_o / d, and the stand-in's column is right already, unless the kernel
+        # took it for a target that has most of the mass.
         z = score_(x_y.clone(), recipe) - top
-        p_y = z.exp() * inv_d
+        near, is_mine = so_d < 0.5, self._kept(t.is_mine)
+        certain = near & is_mine
+        p_y = torch.where(certain, 1 - so_d, z.exp() * inv_d)
         g = of_lse * p_y - b * so_d
         ordinary = (b + (c_mean + of_lse)) * p_y
         if recipe.label_smoothing:
             spread_y = c / V if own is None else c / V * own[at]
             g = g + smoothing_of_target(c_mean, spread_y, p_y, so_d)
             ordinary = ordinary - spread_y
-        g = torch.where(self._kept(t.is_mine), g, ordinary)
+        g = torch.where(is_mine, g, ordinary)
         if upstream.entropy is not None and upstream.entropy_value is not None:
             h, H = self._kept(upstream.entropy), self._kept(upstream.entropy_value)
-            g = g - torch.where(p_y == 0, 0.0, h * p_y * (z - log_d + H))
-        dlogits[place] = multiply_by_slope_(g, x_y, recipe).to(dlogits.dtype)
+            log_p = torch.where(certain, (-so_d).log1p(), z - log_d)
+            g = g - torch.where(p_y == 0, 0.0, h * p_y * (log_p + H))
+        g = multiply_by_slope_(g, x_y, recipe).to(dlogits.dtype)
+        dlogits[place] = torch.where(near | is_mine, g, dlogits[place])
 
     def _numbers(self, target: Tensor) -> Tensor:
         """The kept rows' numbers (M,)."""
