@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,12 @@ from sgp.rows.autograd import apply, refuse_forward_mode
 from sgp.rows.by_torch import Wanted
 from sgp.rows.divisor import as_mean
 from sgp.rows.problem import Problem, check_flags, check_tensor
-from sgp.rows.recipe import Recipe, shown
+from sgp.rows.recipe import LossOptions, Recipe, shown
 from sgp.rows.reduction import check_reduction, reduce_rows, sequence_z_loss, without_z_loss
 from sgp.selection import Selection
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing's from Python 3.11 on
 
 NAME = LINEAR_CROSS_ENTROPY
 
@@ -45,19 +48,11 @@ def linear_cross_entropy(
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    ignore_index: int | None = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    token_weight: Tensor | None = None,
-    denominator: float | Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    lse_square_scale: float = 0.0,
-    shift: bool | int = False,
     chunk_rows: int | None = None,
     return_stats: Literal[False] = False,
     return_argmax: Literal[False] = False,
     options: object = None,
+    **loss: Unpack[LossOptions],
 ) -> Tensor: ...
 
 
@@ -69,19 +64,11 @@ def linear_cross_entropy(
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    ignore_index: int | None = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    token_weight: Tensor | None = None,
-    denominator: float | Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    lse_square_scale: float = 0.0,
-    shift: bool | int = False,
     chunk_rows: int | None = None,
     return_stats: Literal[True],
     return_argmax: bool = False,
     options: object = None,
+    **loss: Unpack[LossOptions],
 ) -> tuple[Tensor, TokenLogProbs]: ...
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from sgp.rows.autograd import RowLoss, ScalarLoss, apply, refuse_forward_mode
 from sgp.rows.by_torch import Wanted
 from sgp.rows.divisor import as_mean
 from sgp.rows.problem import Problem, check_flags, check_mean_weights, check_tensor, make_problem
-from sgp.rows.recipe import Recipe, probability_rows, score
+from sgp.rows.recipe import LossOptions, Recipe, probability_rows, score
 from sgp.rows.reduction import (
     check_reduction,
     per_sequence,
@@ -27,6 +27,9 @@ from sgp.rows.reduction import (
 )
 from sgp.selection import Selection
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing's from Python 3.11 on
+
 NAME = "sgp.cross_entropy"
 
 
@@ -36,18 +39,10 @@ def cross_entropy(
     target: Tensor | Selection,
     weight: Tensor | None = None,
     *,
-    ignore_index: int | None = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    token_weight: Tensor | None = None,
-    denominator: float | Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    lse_square_scale: float = 0.0,
-    shift: bool | int = False,
     inplace: bool = False,
     return_stats: Literal[False] = False,
     return_argmax: Literal[False] = False,
+    **options: Unpack[LossOptions],
 ) -> Tensor: ...
 
 
@@ -57,18 +52,10 @@ def cross_entropy(
     target: Tensor | Selection,
     weight: Tensor | None = None,
     *,
-    ignore_index: int | None = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    token_weight: Tensor | None = None,
-    denominator: float | Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    lse_square_scale: float = 0.0,
-    shift: bool | int = False,
     inplace: bool = False,
     return_stats: Literal[True],
     return_argmax: bool = False,
+    **options: Unpack[LossOptions],
 ) -> tuple[Tensor, TokenLogProbs]: ...
 
 

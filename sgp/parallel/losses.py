@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -30,9 +30,12 @@ from sgp.rows.autograd import apply
 from sgp.rows.by_torch import Wanted
 from sgp.rows.divisor import as_mean
 from sgp.rows.problem import check_flags
-from sgp.rows.recipe import Recipe
+from sgp.rows.recipe import LossOptions, Recipe
 from sgp.rows.reduction import check_reduction, reduce_rows, sequence_z_loss, without_z_loss
 from sgp.selection import Selection
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing's from Python 3.11 on
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -57,18 +60,10 @@ def cross_entropy(
     *,
     group: Group = None,
     vocab_size: int | None = None,
-    ignore_index: int | None = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    token_weight: Tensor | None = None,
-    denominator: float | Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    lse_square_scale: float = 0.0,
-    shift: bool | int = False,
     inplace: bool = False,
     return_stats: Literal[False] = False,
     return_argmax: Literal[False] = False,
+    **options: Unpack[LossOptions],
 ) -> Tensor: ...
 
 
@@ -80,18 +75,10 @@ def cross_entropy(
     *,
     group: Group = None,
     vocab_size: int | None = None,
-    ignore_index: int | None = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    token_weight: Tensor | None = None,
-    denominator: float | Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    lse_square_scale: float = 0.0,
-    shift: bool | int = False,
     inplace: bool = False,
     return_stats: Literal[True],
     return_argmax: bool = False,
+    **options: Unpack[LossOptions],
 ) -> tuple[Tensor, TokenLogProbs]: ...
 
 
@@ -205,19 +192,11 @@ def linear_cross_entropy(
     sum_input_grad: bool = True,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    ignore_index: int | None = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    token_weight: Tensor | None = None,
-    denominator: float | Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    lse_square_scale: float = 0.0,
-    shift: bool | int = False,
     chunk_rows: int | None = None,
     return_stats: Literal[False] = False,
     return_argmax: Literal[False] = False,
     options: object = None,
+    **loss: Unpack[LossOptions],
 ) -> Tensor: ...
 
 
@@ -232,19 +211,11 @@ def linear_cross_entropy(
     sum_input_grad: bool = True,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    ignore_index: int | None = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    token_weight: Tensor | None = None,
-    denominator: float | Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    lse_square_scale: float = 0.0,
-    shift: bool | int = False,
     chunk_rows: int | None = None,
     return_stats: Literal[True],
     return_argmax: bool = False,
     options: object = None,
+    **loss: Unpack[LossOptions],
 ) -> tuple[Tensor, TokenLogProbs]: ...
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import sys
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -69,6 +69,20 @@ class Recipe(NamedTuple):
             if isinstance(value, numbers.Integral) and not -LARGEST <= value <= LARGEST:
                 raise ValueError(f"{name}: {label} is too large for a float")
         return Recipe(int(first), *(None if x is None else float(x) for x in others))  # type: ignore[arg-type]
+
+
+class LossOptions(TypedDict, total=False):
+    """The keywords that every form of the loss takes, for the types of its two results."""
+
+    ignore_index: int | None
+    reduction: str
+    label_smoothing: float
+    token_weight: Tensor | None
+    denominator: float | Tensor | None
+    softcap: float | None
+    logit_scale: float
+    lse_square_scale: float
+    shift: bool | int
 
 
 def is_int64(value: int) -> bool:
