@@ -65,10 +65,10 @@ class HeadOptions(NamedTuple):
             return operators.head_backward
         return partial(operators.backward, self.operations)
 
-    def call(self, needs: Needs, *, wide: bool = False, **wanted: bool) -> HeadCall:
-        """One pass that computes these gradients, and outputs that are `wanted` besides."""
-        outputs = self.wanted._replace(**wanted) if wanted else self.wanted
-        return HeadCall(self.recipe, self.compute_dtype, self.chunk_rows, needs, outputs, wide)
+    def call(self, needs: Needs, *, saved: bool = False, wide: bool = False) -> HeadCall:
+        """One pass that computes these gradients, and what a backward needs where asked."""
+        wanted = Wanted(False, True, *self.wanted[2:]) if saved else self.wanted
+        return HeadCall(self.recipe, self.compute_dtype, self.chunk_rows, needs, wanted, wide)
 
     def named(self, single: str) -> str:
         """The function that was called, for messages; `single` on one device."""

@@ -95,20 +95,20 @@ class Operator:
         # Tensors come first. Anyone of them may be watched: autograd batches upstream gradients
         # alone, and labels may be gathered asynchronously.
         self.tensors = sum(kind in (Tensor, Tensor | None) for kind in self.types)
-        self.more = [
-            i
-            for i, kind in enumerate(self.types)
-            if _is_record(kind) and all(part == Tensor | None for part in _fields(kind).values())
-        ]
+        records = [i for i, kind in enumerate(self.types) if _is_record(kind)]
+        self.record = next(
+            (i for i in records if Tensor | None in _fields(self.types[i]).values()), None
+        )
         self.written = [list(parameters).index(argument) for argument in mutates_args]
 
     def __call__(self, *arguments: Any) -> Any:
         """What the body returns, and None or an empty tensor for what was not asked for."""
         if torch.compiler.is_compiling():  # the schema says what is written to
             return self.op(*flat(arguments))
-        watched = is_watched(*arguments[: self.tensors])
-        for i in self.more:
-            watched = watched or is_watched(*arguments[i])
+        tensors = arguments[: self.tensors]
+        watched = is_watched(
+            *(tensors if self.record is None else tensors + arguments[self.record])
+        )
         out = self.op(*flat(arguments)) if watched else self.body(*arguments)
         for place in self.written:  # or autograd would not notice a second backward
             torch.autograd.graph.increment_version(arguments[place])
