@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sgp import dtensors
-from sgp.head.algorithm import Needs
+from sgp.head.algorithm import LinearHead, Needs
 from sgp.head.autograd import (
     LINEAR_CROSS_ENTROPY,
     HeadOptions,
     HeadRowLoss,
     HeadScalarLoss,
-    LinearHead,
     head_options,
     linear_head,
 )
@@ -193,7 +192,7 @@ def linear_cross_entropy(
         problem, scale = as_mean(NAME, problem, denominator)
     head = linear_head(linear_weight, linear_bias, target, problem)
     wanted = Wanted(stats=return_stats, argmax=return_argmax)
-    chosen = head_options(problem, head, chunk_rows, wanted)
+    chosen = head_options(problem.recipe, head, chunk_rows, wanted)
     return head_loss(problem, head, scale, chosen, reduction)
 
 
@@ -230,10 +229,7 @@ def _scalar_loss(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(loss (), the statistics), the gradients computed with them."""
     p = problem
-    out: tuple[Tensor, ...] = apply(
-        HeadScalarLoss, p.input, head.weight, head.bias, p.target, head.rows, head.num_kept,
-        p.weight, p.token_weight, scale, options,
-    )  # fmt: skip
+    out: tuple[Tensor, ...] = apply(HeadScalarLoss, *head, p.weight, p.token_weight, scale, options)
     return out[0], out[1:6]
 
 
@@ -244,16 +240,11 @@ def _row_losses(
     p, o = problem, options
     out: tuple[Tensor, ...]
     if any(o.needs):
-        out = apply(
-            HeadRowLoss, p.input, head.weight, head.bias, p.target, head.rows, head.num_kept,
-            p.weight, p.token_weight, o,
-        )  # fmt: skip
+        out = apply(HeadRowLoss, *head, p.weight, p.token_weight, o)
         return out[0], out[1:6]
-    bias = None if head.bias is None else head.bias.detach()
     loss, _, *stats, _, _, _ = o.forward(
-        p.input.detach(), head.weight.detach(), bias, p.target, head.rows, head.num_kept, p.weight,
-        p.token_weight, None, o.call(Needs()),
-    )  # fmt: skip
+        head.detached(), p.weight, p.token_weight, None, o.call(Needs())
+    )
     return loss, tuple(stats)
 
 

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from sgp import dtensors
-from sgp.head.algorithm import Needs
+from sgp.head.algorithm import LinearHead, Needs
 from sgp.head.autograd import (
     LINEAR_LOG_PROBS,
     HeadOptions,
     HeadStatistics,
-    LinearHead,
     head_options,
     linear_head,
 )
@@ -150,22 +149,17 @@ def linear_token_log_probs(
     refuse_forward_mode(name, input, linear_weight, linear_bias)
     head = linear_head(linear_weight, linear_bias, target, problem)
     wanted = Wanted(stats=True, argmax=return_argmax)
-    chosen = head_options(problem, head, chunk_rows, wanted)
+    chosen = head_options(problem.recipe, head, chunk_rows, wanted)
     return head_statistics(problem, head, chosen)
 
 
 def head_statistics(problem: Problem, head: LinearHead, options: HeadOptions) -> TokenLogProbs:
     """The statistics of what has been checked."""
-    p, o = problem, options
-    shared = (p.target, head.rows, head.num_kept)
+    o = options
     out: tuple[Tensor, ...]
     if any(o.needs):
-        out = apply(HeadStatistics, p.input, head.weight, head.bias, *shared, o)
+        out = apply(HeadStatistics, *head, o)
     else:
-        bias = None if head.bias is None else head.bias.detach()
-        _, _, *stats, _, _, _ = o.forward(
-            p.input.detach(), head.weight.detach(), bias, *shared, None, None, None,
-            o.call(Needs()),
-        )  # fmt: skip
+        _, _, *stats, _, _, _ = o.forward(head.detached(), None, None, None, o.call(Needs()))
         out = tuple(stats)
-    return token_statistics(p, out, o.wanted.argmax)
+    return token_statistics(problem, out, o.wanted.argmax)

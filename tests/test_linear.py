@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import sgp
 from sgp.head import chunks, products
 from sgp.head import operators as head_operators
-from sgp.head.algorithm import HeadCall, Needs
+from sgp.head.algorithm import HeadCall, LinearHead, Needs
 from sgp.rows import by_torch, problem
 from sgp.rows.by_torch import Upstream, Wanted
 from sgp.rows.recipe import Recipe
@@ -1203,41 +1203,42 @@ def operator_samples():
     forward, backward = head_operators.head_forward, head_operators.head_backward
     kept_rows, y = head_operators.kept_rows, torch.tensor([3, IGNORE, 10, 0, IGNORE, 3])
     x, w, b = torch.randn(N, D), torch.randn(V, D), torch.randn(V)
-    some, row = (y, *kept_rows(y, IGNORE)), torch.rand(N)
-    off, on = Recipe(IGNORE), Recipe(IGNORE, 0.1, 5.0, 2.0, 0.1, 0.7)
-    plain = HeadCall(off, torch.float32, 2, Needs())
-    no3 = [None] * 3
-    statistics = plain._replace(wanted=Wanted(saved=True, stats=True))
-    _, saved, _, entropy, *_ = forward(x, w, None, *some, *no3, statistics)
-    batch, everything = x.view(2, 3, D), (torch.rand(V), row, torch.tensor(0.5))
-    # fmt: off
+    row, upstream = torch.rand(N), Upstream()
+    plain = LinearHead(x, w, None, y, *kept_rows(y, IGNORE))
+    biased = plain._replace(input=x.view(2, 3, D), bias=b)
+    half = plain._replace(input=x.half(), weight=w.half(), bias=b.half())
+    brain = plain._replace(
+        input=x.bfloat16().t().contiguous().t(), weight=w.bfloat16(), bias=b.bfloat16()
+    )
+    off = HeadCall(Recipe(IGNORE), torch.float32, 2, Needs())
+    on = off._replace(recipe=Recipe(IGNORE, 0.1, 5.0, 2.0, 0.1, 0.7), needs=Needs(*ALL))
+    mixed = plain._replace(weight=w.bfloat16(), bias=b)
+    none, everything = (None, None, None), (torch.rand(V), row, torch.tensor(0.5))
+    statistics = off._replace(wanted=Wanted(saved=True, stats=True))
+    _, saved, _, entropy, *_ = forward(plain, *none, statistics)
+    outputs = Wanted(saved=True, stats=True, argmax=True)
+    wide = off._replace(compute_dtype=torch.float16, needs=Needs(*ALL), wide=True)
+    autocast = off._replace(compute_dtype=torch.bfloat16, needs=Needs(*ALL))
     return {
         "kept_rows": (kept_rows, (y, IGNORE)),
         "kept_rows, none": (kept_rows, (torch.full((3,), 2), 2)),
-        "head_forward, all": (
-            forward, (batch, w, b, *some, *everything, plain._replace(
-                recipe=on, needs=Needs(*ALL),
-                wanted=Wanted(saved=True, stats=True, argmax=True)))),
-        "head_forward, loss only": (
-            forward, (x, w, None, *some, *no3, plain)),
-        "head_forward, wide": (
-            forward, (*cast((x, w, b), torch.float16), *some, *everything, plain._replace(
-                compute_dtype=torch.float16, needs=Needs(*ALL), wide=True))),
-        "head_forward, autocast": (
-            forward, (x, w.bfloat16(), b, *some, *no3, plain._replace(
-                compute_dtype=torch.bfloat16, needs=Needs(*ALL)))),
+        "head_forward, all": (forward, (biased, *everything, on._replace(wanted=outputs))),
+        "head_forward, loss only": (forward, (plain, *none, off)),
+        "head_forward, wide": (forward, (half, *everything, wide)),
+        "head_forward, autocast": (forward, (mixed, *none, autocast)),
         "head_backward, all": (
-            backward, (batch, w, b, *some, saved, everything[0], row, Upstream(row, row, entropy),
-                       plain._replace(recipe=on, needs=Needs(*ALL)))),
+            backward,
+            (biased, saved, everything[0], row, Upstream(row, row, entropy), on),
+        ),
         "head_backward, nothing but input": (
-            backward, (x, w, None, *some, saved, None, None, Upstream(),
-                       plain._replace(needs=Needs(*INPUT)))),
+            backward,
+            (plain, saved, None, None, upstream, off._replace(needs=Needs(*INPUT))),
+        ),
         "head_backward, strided, bf16": (
-            backward, (x.bfloat16().t().contiguous().t(), w.bfloat16(), b.bfloat16(), *some, saved,
-                       None, row, Upstream(), plain._replace(
-                           compute_dtype=torch.bfloat16, needs=Needs(*HEAD)))),
+            backward,
+            (brain, saved, None, row, upstream, autocast._replace(needs=Needs(*HEAD))),
+        ),
     }
-    # fmt: on
 
 
 @pytest.mark.parametrize("sample", list(operator_samples()))

@@ -53,14 +53,30 @@ class HeadCall(NamedTuple):
         return self.compute_dtype == torch.float16
 
 
-class Head(NamedTuple):
-    """Hidden states, the linear map to logits, and which rows are kept."""
+class LinearHead(NamedTuple):
+    """Hidden states, the linear map to logits, and which rows it is applied to."""
 
-    input: Tensor  # (..., D), any strides
+    input: Tensor  # (..., D), any strides; leading dimensions flatten to N
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
     target: Tensor  # (N,) int64
-    rows: Tensor  # (M,) int64: the kept rows
+    rows: Tensor  # (N,) int64: the kept rows, padded
+    num_kept: Tensor  # () int64 on the CPU: how many they are
+
+    def detached(self) -> LinearHead:
+        """Without a graph behind it."""
+        bias = None if self.bias is None else self.bias.detach()
+        return self._replace(input=self.input.detach(), weight=self.weight.detach(), bias=bias)
+
+
+class Head(NamedTuple):
+    """A linear head of which only the kept rows are left, and what is done with them."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor
+    rows: Tensor  # (M,)
     class_weight: Tensor | None  # (V,)
     operations: RowOperations  # on rows of logits; target and class_weight are of all that it joins
     call: HeadCall
@@ -80,30 +96,22 @@ class Gradients(NamedTuple):
 
 
 def gradient_dtypes(
-    input: Tensor,  # noqa: A002
-    weight: Tensor,
-    bias: Tensor | None,
-    call: HeadCall,
+    head: Head | LinearHead, call: HeadCall
 ) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
     """Those of what the gradients belong to, or float32."""
     if call.wide:
         return (torch.float32,) * 3
-    return input.dtype, weight.dtype, input.dtype if bias is None else bias.dtype
+    of_input, bias = head.input.dtype, head.bias
+    return of_input, head.weight.dtype, of_input if bias is None else bias.dtype
 
 
-def new_gradients(
-    input: Tensor,  # noqa: A002
-    weight: Tensor,
-    bias: Tensor | None,
-    call: HeadCall,
-) -> Gradients:
+def new_gradients(head: LinearHead, call: HeadCall) -> Gradients:
     """Uninitialised gradients, for tracing."""
-    needs = call.needs
-    of_input, of_weight, of_bias = gradient_dtypes(input, weight, bias, call)
+    needs, (of_input, of_weight, of_bias) = call.needs, gradient_dtypes(head, call)
     return Gradients(
-        _new(input, needs.input, of_input, input),
-        _new(weight, needs.weight, of_weight, input),
-        _new(bias, needs.bias, of_bias, input),
+        _new(head.input, needs.input, of_input, head.input),
+        _new(head.weight, needs.weight, of_weight, head.input),
+        _new(head.bias, needs.bias, of_bias, head.input),
     )
 
 
@@ -342,7 +350,7 @@ class _Sums:
     def __init__(self, head: Head, factors: _Factors | None) -> None:
         self.factors, self.operations = factors, head.operations
         call, needs = head.call, head.call.needs
-        self.dtypes = gradient_dtypes(head.input, head.weight, head.bias, call)
+        self.dtypes = gradient_dtypes(head, call)
         exact = accumulation_dtype(call.compute_dtype)
         parts = len(head.parts)
         # One chunk may write bf16 at once, where that is what the matmul makes.

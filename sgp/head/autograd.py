@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sgp.head import operators
-from sgp.head.algorithm import HeadCall, Needs
+from sgp.head.algorithm import HeadCall, LinearHead, Needs
 from sgp.head.chunks import MOST_ROWS, default_chunk_rows
 from sgp.head.problem import compute_dtype
 from sgp.rows.autograd import (
@@ -85,27 +85,20 @@ class HeadOptions(NamedTuple):
         return self.compute_dtype == torch.float16
 
 
-class LinearHead(NamedTuple):
-    """The linear map and which rows it is applied to."""
-
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    rows: Tensor  # (N,) int64: the kept rows, padded
-    num_kept: Tensor  # () int64 on the CPU
-
-
 def linear_head(
     weight: Tensor, bias: Tensor | None, target: Tensor | Selection, problem: Problem
 ) -> LinearHead:
     """The head of a problem; labels on a GPU are counted, which waits for it."""
+    p = problem
     if isinstance(target, Selection):
-        return LinearHead(weight, bias, target.padded_rows, target.count)
-    rows, count = operators.kept_rows(problem.target, problem.recipe.ignore_index)
-    return LinearHead(weight, bias, rows, count)
+        kept = (target.padded_rows, target.count)
+    else:
+        kept = operators.kept_rows(p.target, p.recipe.ignore_index)
+    return LinearHead(p.input, weight, bias, p.target, *kept)
 
 
 def head_options(
-    problem: Problem,
+    recipe: Recipe,
     head: LinearHead,
     chunk_rows: int | None,
     wanted: Wanted,
@@ -116,13 +109,12 @@ def head_options(
     def needed(x: Tensor | None) -> bool:
         return x is not None and x.requires_grad and torch.is_grad_enabled()
 
-    x = problem.input
-    rows = chunk_rows or default_chunk_rows(head.weight.shape[0], x.device.type)
+    rows = chunk_rows or default_chunk_rows(head.weight.shape[0], head.input.device.type)
     return HeadOptions(
-        recipe=problem.recipe,
-        compute_dtype=compute_dtype(x),
+        recipe=recipe,
+        compute_dtype=compute_dtype(head.input),
         chunk_rows=min(rows, MOST_ROWS),
-        needs=Needs(needed(x), needed(head.weight), needed(head.bias)),
+        needs=Needs(*map(needed, head[:3])),
         wanted=wanted,
         operations=operations,
     )
@@ -150,23 +142,11 @@ class HeadScalarLoss(torch.autograd.Function):
     """(loss (), 5 statistics (N,), 3 gradients) of the sum over rows, times `scale`."""
 
     @staticmethod
-    def forward(
-        input: Tensor,  # noqa: A002
-        linear_weight: Tensor,
-        linear_bias: Tensor | None,
-        target: Tensor,
-        rows: Tensor,
-        count: Tensor,
-        weight: Tensor | None,
-        row_weight: Tensor | None,
-        scale: Tensor | None,
-        options: HeadOptions,
-    ) -> tuple[Tensor, ...]:
-        o = options
-        loss, _, *rest = o.forward(
-            input, linear_weight, linear_bias, target, rows, count, weight, row_weight, scale,
-            o.call(o.needs, wide=o.is_wide),
-        )  # fmt: skip
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        o: HeadOptions
+        *head, weight, row_weight, scale, o = arguments
+        call = o.call(o.needs, wide=o.is_wide)
+        loss, _, *rest = o.forward(LinearHead(*head), weight, row_weight, scale, call)
         total = loss.sum()
         return total if scale is None else total * scale, *rest
 
@@ -216,23 +196,13 @@ class HeadRowLoss(Transformed):
     """
 
     @staticmethod
-    def forward(
-        input: Tensor,  # noqa: A002
-        linear_weight: Tensor,
-        linear_bias: Tensor | None,
-        target: Tensor,
-        rows: Tensor,
-        count: Tensor,
-        weight: Tensor | None,
-        row_weight: Tensor | None,
-        options: HeadOptions,
-    ) -> tuple[Tensor, ...]:
-        o = options
-        scaled = o.is_scaled
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        o: HeadOptions
+        *head, weight, row_weight, o = arguments
+        call = o.call(Needs(input=o.is_scaled), wide=o.is_wide, saved=not o.is_scaled)
         loss, saved, *stats, d_input, _, _ = o.forward(
-            input, linear_weight, linear_bias, target, rows, count, weight, row_weight, None,
-            o.call(Needs(input=scaled), wide=o.is_wide, saved=not scaled),
-        )  # fmt: skip
+            LinearHead(*head), weight, row_weight, None, call
+        )
         return loss, *stats, saved, d_input
 
     @staticmethod
@@ -264,7 +234,9 @@ class HeadRowLoss(Transformed):
             else:
                 r = loss_upstream(of_loss, row_weight, saved)
                 upstream = Upstream(contiguous(of_lse))
-                gradients = o.backward(*tensors, saved, weight, r, upstream, o.call(o.needs))
+                gradients = o.backward(
+                    LinearHead(*tensors), saved, weight, r, upstream, o.call(o.needs)
+                )
         origin = d_input if o.is_scaled else saved
         given = _give(o.named(LINEAR_CROSS_ENTROPY), gradients, o.needs, origin, of_loss, of_lse)
         return *given, *(None,) * 6
@@ -274,20 +246,11 @@ class HeadStatistics(Transformed):
     """(5 statistics, saved) of every row; the first three statistics are differentiable."""
 
     @staticmethod
-    def forward(
-        input: Tensor,  # noqa: A002
-        linear_weight: Tensor,
-        linear_bias: Tensor | None,
-        target: Tensor,
-        rows: Tensor,
-        count: Tensor,
-        options: HeadOptions,
-    ) -> tuple[Tensor, ...]:
-        o = options
-        _, saved, *stats, _, _, _ = o.forward(
-            input, linear_weight, linear_bias, target, rows, count, None, None, None,
-            o.call(Needs(), saved=True),
-        )  # fmt: skip
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        o: HeadOptions
+        *head, o = arguments
+        call = o.call(Needs(), saved=True)
+        _, saved, *stats, _, _, _ = o.forward(LinearHead(*head), None, None, None, call)
         return *stats, saved
 
     @staticmethod
@@ -307,8 +270,7 @@ class HeadStatistics(Transformed):
         *tensors, saved, entropy = ctx.saved_tensors
         o: HeadOptions = ctx.options
         with torch.no_grad():
-            gradients = o.backward(
-                *tensors, saved, None, *row_upstream(upstream, saved, entropy), o.call(o.needs)
-            )
+            r, rest = row_upstream(upstream, saved, entropy)
+            gradients = o.backward(LinearHead(*tensors), saved, None, r, rest, o.call(o.needs))
         given = _give(o.named(LINEAR_LOG_PROBS), gradients, o.needs, saved, *upstream)
         return *given, *(None,) * 4

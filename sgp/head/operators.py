@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sgp.head import algorithm
-from sgp.head.algorithm import Gradients, Head, HeadCall
+from sgp.head.algorithm import Gradients, Head, HeadCall, LinearHead
 from sgp.head.problem import is_autocast
 from sgp.labels import padded_rows
 from sgp.rows.by_torch import Upstream, new_outputs
@@ -49,12 +49,7 @@ def _(target: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 def forward(
     operations: RowOperations,
-    input: Tensor,  # noqa: A002
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    rows: Tensor,
-    count: Tensor,
+    head: LinearHead,
     weight: Tensor | None,
     row_weight: Tensor | None,
     scale: Tensor | None,
@@ -62,27 +57,19 @@ def forward(
 ) -> RowsAndGradients:
     """`head_forward` by these row operations, and no operator: where others hold columns too.
 
-    All of them must call it alike; `linear_weight` and `linear_bias` are one's own, `target` and
+    All of them must call it alike; the head's weight and bias are one's own, its target and
     `weight` are of the whole vocabulary.
     """
-    V = operations.vocabulary(linear_weight.shape[0])
-    check_targets(operations.name, target, V, call.recipe.ignore_index)
-    whole = Head(
-        input, linear_weight, linear_bias, target, rows[: int(count)], weight, operations, call
-    )
-    with _without_autocast(input):
-        out, gradients = algorithm.forward(whole, row_weight, scale)
+    V = operations.vocabulary(head.weight.shape[0])
+    check_targets(operations.name, head.target, V, call.recipe.ignore_index)
+    with _without_autocast(head.input):
+        out, gradients = algorithm.forward(_kept(head, weight, operations, call), row_weight, scale)
     return *out[:-1], *gradients
 
 
 def backward(
     operations: RowOperations,
-    input: Tensor,  # noqa: A002
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    rows: Tensor,
-    count: Tensor,
+    head: LinearHead,
     saved: Tensor,
     weight: Tensor | None,
     row_weight: Tensor | None,
@@ -90,11 +77,18 @@ def backward(
     call: HeadCall,
 ) -> Gradients:
     """`head_backward` by these row operations, as `forward`."""
-    whole = Head(
-        input, linear_weight, linear_bias, target, rows[: int(count)], weight, operations, call
-    )
-    with _without_autocast(input):
-        return algorithm.backward(whole, saved, row_weight, upstream)
+    with _without_autocast(head.input):
+        return algorithm.backward(
+            _kept(head, weight, operations, call), saved, row_weight, upstream
+        )
+
+
+def _kept(
+    head: LinearHead, weight: Tensor | None, operations: RowOperations, call: HeadCall
+) -> Head:
+    """The head without the padding of its rows, whose number is read here."""
+    rows = head.rows[: int(head.num_kept)]
+    return Head(*head[:4], rows, weight, operations, call)
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
@@ -106,59 +100,33 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 @operator(tags=TAGS)
 def head_forward(
-    input: Tensor,  # noqa: A002
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    rows: Tensor,
-    count: Tensor,
+    head: LinearHead,
     weight: Tensor | None,
     row_weight: Tensor | None,
     scale: Tensor | None,
     call: HeadCall,
 ) -> RowsAndGradients:
-    """Loss, saved and reported statistics of every row; the gradients of the head.
+    """Loss, saved and reported statistics of every row, and the gradients of their weighted sum.
 
     Args:
-        input: (..., D), any strides; leading dimensions flatten to N.
-        linear_weight: (V, D).
-        linear_bias: (V,) or None.
-        target: (N,) int64.
-        rows: (N,) the kept rows, padded.
-        count: () on the CPU: how many they are.
-        weight: (V,) class weights in the accumulation dtype.
-        row_weight: (N,) weights in the accumulation dtype; they multiply loss and gradients.
-        scale: () in the accumulation dtype; multiplies the gradients only.
+        head: what is multiplied with what.
+        weight, row_weight, scale: as in row_forward.
         call: everything else; gradients that it does not need are None, and empty from the
             operator, as are outputs that it does not want.
     """
-    return forward(
-        ONE_DEVICE, input, linear_weight, linear_bias, target, rows, count, weight, row_weight,
-        scale, call,
-    )  # fmt: skip
+    return forward(ONE_DEVICE, head, weight, row_weight, scale, call)
 
 
 @head_forward.register_fake
-def _(
-    input: Tensor,  # noqa: A002
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    *others: Any,
-) -> RowsAndGradients:
+def _(head: LinearHead, *others: Any) -> RowsAndGradients:
     call: HeadCall = others[-1]
-    out = new_outputs(input, target.numel(), call.wanted)
-    return *out[:-1], *algorithm.new_gradients(input, linear_weight, linear_bias, call)
+    out = new_outputs(head.input, head.target.numel(), call.wanted)
+    return *out[:-1], *algorithm.new_gradients(head, call)
 
 
 @operator(tags=TAGS)
 def head_backward(
-    input: Tensor,  # noqa: A002
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    rows: Tensor,
-    count: Tensor,
+    head: LinearHead,
     saved: Tensor,
     weight: Tensor | None,
     row_weight: Tensor | None,
@@ -169,17 +137,9 @@ def head_backward(
 
     Arguments as in head_forward and row_backward.
     """
-    return backward(
-        ONE_DEVICE, input, linear_weight, linear_bias, target, rows, count, saved, weight,
-        row_weight, upstream, call,
-    )  # fmt: skip
+    return backward(ONE_DEVICE, head, saved, weight, row_weight, upstream, call)
 
 
 @head_backward.register_fake
-def _(
-    input: Tensor,  # noqa: A002
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    *others: Any,
-) -> Gradients:
-    return algorithm.new_gradients(input, linear_weight, linear_bias, others[-1])
+def _(head: LinearHead, *others: Any) -> Gradients:
+    return algorithm.new_gradients(head, others[-1])

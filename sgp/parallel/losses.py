@@ -302,7 +302,7 @@ def linear_cross_entropy(
     check_weight_length(name, weight, shard)
     wanted = Wanted(stats=return_stats, argmax=return_argmax)
     rows = chunk_rows or default_chunk_rows(max(shard.sizes), input.device.type)  # on every rank
-    chosen = head_options(problem, head, rows, wanted, ShardRows(shard))
+    chosen = head_options(problem.recipe, head, rows, wanted, ShardRows(shard))
     result = head_loss(problem, head, scale, chosen, reduction)
     if isinstance(result, Tensor):
         return shard.checked(result)
@@ -404,5 +404,5 @@ def linear_token_log_probs(
     )
     wanted = Wanted(stats=True, argmax=return_argmax)
     rows = chunk_rows or default_chunk_rows(max(shard.sizes), input.device.type)  # on every rank
-    chosen = head_options(problem, head, rows, wanted, ShardRows(shard))
+    chosen = head_options(problem.recipe, head, rows, wanted, ShardRows(shard))
     return head_statistics(problem, head, chosen)

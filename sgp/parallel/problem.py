@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sgp.dtensors import is_dtensor
-from sgp.head.autograd import LinearHead, linear_head
+from sgp.head.algorithm import LinearHead
+from sgp.head.autograd import linear_head
 from sgp.head.chunks import check_chunk_rows
 from sgp.head.operators import kept_rows
 from sgp.head.problem import check_head, compute_dtype, make_head_problem

@@ -94,11 +94,8 @@ class Operator:
         self.op = getattr(getattr(torch.ops, NAMESPACE), name).default
         # Tensors come first. Anyone of them may be watched: autograd batches upstream gradients
         # alone, and labels may be gathered asynchronously.
-        self.tensors = sum(kind in (Tensor, Tensor | None) for kind in self.types)
-        records = [i for i, kind in enumerate(self.types) if _is_record(kind)]
-        self.record = next(
-            (i for i in records if Tensor | None in _fields(self.types[i]).values()), None
-        )
+        self.tensors = sum(_is_of_tensors(kind) for kind in self.types)
+        self.nested = any(_is_record(kind) for kind in self.types[: self.tensors])
         self.written = [list(parameters).index(argument) for argument in mutates_args]
 
     def __call__(self, *arguments: Any) -> Any:
@@ -106,9 +103,7 @@ class Operator:
         if torch.compiler.is_compiling():  # the schema says what is written to
             return self.op(*flat(arguments))
         tensors = arguments[: self.tensors]
-        watched = is_watched(
-            *(tensors if self.record is None else tensors + arguments[self.record])
-        )
+        watched = is_watched(*(flat(tensors) if self.nested else tensors))
         out = self.op(*flat(arguments)) if watched else self.body(*arguments)
         for place in self.written:  # or autograd would not notice a second backward
             torch.autograd.graph.increment_version(arguments[place])
@@ -166,6 +161,12 @@ def flat(values: Iterable[Any]) -> list[Any]:
 
 def _is_record(kind: Any) -> bool:
     return hasattr(kind, "_fields")
+
+
+def _is_of_tensors(kind: Any) -> bool:
+    """Whether a parameter is a tensor, one that may be None, or a NamedTuple of these."""
+    kinds = _fields(kind).values() if _is_record(kind) else [kind]
+    return all(part in (Tensor, Tensor | None) for part in kinds)
 
 
 def _fields(kind: Any) -> dict[str, Any]:
