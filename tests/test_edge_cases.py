@@ -187,6 +187,12 @@ def test_row_02_logits_far_from_zero(offset, device):
         assert relative_error(getattr(stats, field), getattr(truth, field)) < 1e-6, field
 
 
+def test_row_02_scores_far_apart_under_a_negative_scale(device):
+    """The largest score is the smallest logit's; exponents from another would overflow."""
+    logits = torch.linspace(-150, 150, 131, device=device).repeat(2, 1)
+    check_cross_entropy(logits, torch.tensor([0, 65], device=device), logit_scale=-1.0)
+
+
 def test_row_02_block_far_below_the_next(device, monkeypatch):
     """The running maximum starts at -inf, passes through -1e4 and ends at 0, block by block."""
     V = 40_000
