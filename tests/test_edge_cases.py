@@ -189,7 +189,7 @@ def test_row_02_logits_far_from_zero(offset, device):
 
 def test_row_02_scores_far_apart_under_a_negative_scale(device):
     """The largest score is the smallest logit's; exponents from another would overflow."""
-    logits = torch.linspace(-150, 150, 131, device=device).repeat(2, 1)
+    logits = torch.linspace(-150, 20, 131, device=device).repeat(2, 1)
     check_cross_entropy(logits, torch.tensor([0, 65], device=device), logit_scale=-1.0)
 
 
