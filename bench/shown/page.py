@@ -179,7 +179,28 @@ def train(up: str) -> str:
     return "\n".join([*lines, "", source, "", picture])
 
 
+def gallery(up: str) -> str:
+    """The pictures of the commands, the newest of each."""
+    train, recall = newest("train-2-cores")[0].stem, newest("recall")[0].stem
+    compared = files.newest()[-1][0].stem
+    shown = (
+        ("Both losses of a training run", train,
+         "`sgp train` trains the same model with PyTorch's loss and with ours."),
+        ("Time and memory of the head", f"{compared}-linear",
+         "`python -m bench compare`: against kept fraction, vocabulary and number of tokens."),
+        ("Time and memory from logits", f"{compared}-logits", "From the same command."),
+        ("Roofline", f"{compared}-roofline",
+         "How near each comes to the bounds of memory and arithmetic on the same machine."),
+        ("What a detached context does not learn", recall,
+         "`python -m bench recall`: accuracy on a task that needs reading."),
+    )  # fmt: skip
+    return "\n\n".join(
+        f"## {title}\n\n{text}\n\n![{title}]({up}bench/results/{stem}.png)"
+        for title, stem, text in shown
+    )
+
+
 BLOCKS: dict[str, Callable[[str], str]] = {
     "recall": recall, "context": context, "sft": sft, "gpu": gpu, "traffic": traffic,
-    "loops": loops, "train": train,
+    "loops": loops, "train": train, "gallery": gallery,
 }  # fmt: skip
