@@ -239,12 +239,11 @@ def test_no_time_or_size_without_a_source():
 
 def test_resident_rows_are_the_launch_table():
     prose = " ".join((ROOT / "docs" / "explain" / "cost.md").read_text().split())
-    longest = max(line.columns for line in launch_table.CLUSTERS)
-    assert f"rows of up to {gpu_tables.spaced(launch_table.ONE_BLOCK[-1].columns)} columns" in prose
-    assert (
-        f"from {gpu_tables.spaced(launch_table.CLUSTERS_FROM)} to {gpu_tables.spaced(longest)} columns"
-        in prose
-    )
+    block = gpu_tables.spaced(launch_table.ONE_BLOCK[-1].columns)
+    first = gpu_tables.spaced(launch_table.CLUSTERS_FROM)
+    last = gpu_tables.spaced(max(line.columns for line in launch_table.CLUSTERS))
+    assert f"rows of up to {block} columns" in prose
+    assert f"from {first} to {last} columns" in prose
 
 
 def test_what_is_counted_is_right_and_of_these_sources():
