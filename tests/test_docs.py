@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from bench import __main__ as bench_main
 from bench.gpu import tables as gpu_tables
@@ -71,6 +72,16 @@ def run_block(path, block, names):
 # -- code ------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def one_thread():
+    """Models this small only wait for each other's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("path", [p for p in PAGES if blocks_of(p)], ids=name_of)
 def test_blocks_run(path, tmp_path, monkeypatch):
     """In order, in one namespace for each page, in an empty folder."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from bench import files, tables
@@ -17,10 +17,12 @@ COLUMNS = ("sgp", "PyTorch", "torch.compile", "Liger", "CCE")
 def status(up: str) -> str:
     """Where it was tested, measured and compiled."""
     cards = gpu_tables.newest()
-    measured = " and ".join(
-        f"one {head['machine']['name']} on {head['date']} at commit "
-        f"[{head['commit']}]({up}bench/results/{path.name})"
-        for path, head, _ in cards
+    same: dict[tuple[str, str], list[str]] = {}  # cards that were measured on one day, one commit
+    for path, head, _ in cards:
+        card = f"one [{head['machine']['name']}]({up}bench/results/{path.name})"
+        same.setdefault((head["date"], head["commit"]), []).append(card)
+    measured = "; ".join(
+        f"{' and '.join(names)}, {date}, commit {commit}" for (date, commit), names in same.items()
     )
     only = all("later commits were not measured" in head.get("note", "") for _, head, _ in cards)
     later = " The kernels of later commits have not been on a GPU yet." if only else ""
@@ -78,59 +80,84 @@ def worth(up: str) -> str:
 
 def slower(up: str) -> str:
     """Where others were faster or smaller, from the same files."""
-    _, _, records = gpu_tables.newest()[0]
-    lines = []
-    ours, theirs = (_best(records, "head", "both_ms", name, V=128_256, kept=1.0)
-                    for name in ("sgp", "torch.compile"))  # fmt: skip
-    if ours > theirs:
-        lines.append(
+    records = gpu_tables.newest()[0][2]
+    lines = [*_head(records), *_logits(records), *_log_probs(records, up), *_host(up)]
+    return "\n".join(f"* {line}" for line in lines)
+
+
+def _head(records: list[Record]) -> Iterator[str]:
+    def ms(name: str) -> float:
+        return _best(records, "head", "both_ms", name, V=128_256, kept=1.0)
+
+    ours, theirs = ms("sgp"), ms("torch.compile")
+    if theirs < ours:
+        yield (
             f"With every token kept, `torch.compile` of the plain head takes {tables.ms(theirs)} "
             f"ms and ours {tables.ms(ours)} ms."
         )
-    sizes = {name: _best(records, "head", "memory_bytes", name, V=128_256, kept=0.25)
-             for name in ("sgp", "Liger", "cut-cross-entropy")}  # fmt: skip
-    if min(sizes, key=lambda name: sizes[name]) != "sgp":
-        lines.append("Liger and cut-cross-entropy (CCE) need less memory for the head.")
+    ours, theirs = ms("sgp, reduction none"), ms("PyTorch, all rows")
+    if theirs < ours < float("inf"):
+        yield (
+            f'With `reduction="none"` and every token kept, our head takes {tables.ms(ours)} ms. '
+            f"Plain PyTorch takes {tables.ms(theirs)} ms, with a mean."
+        )
+    names = ("sgp", "Liger", "cut-cross-entropy")
+    sizes = [_best(records, "head", "memory_bytes", x, V=128_256, kept=0.25) for x in names]
+    if max(sizes[1:]) < sizes[0]:
+        yield "Liger and cut-cross-entropy (CCE) need less memory for the head."
+
+
+def _logits(records: list[Record]) -> Iterator[str]:
     for V in (32_000, 151_936):
-        times = {
-            name: _best(records, "calls", "both_ms", name, V=V, kept=1.0)
-            for name in ("sgp", "Liger", "quack", "torch.compile")
-        }
+        names = ("sgp", "Liger", "quack", "torch.compile")
+        times = {x: _best(records, "calls", "both_ms", x, V=V, kept=1.0) for x in names}
         ahead = sorted((t, name) for name, t in times.items() if t < times["sgp"])
         if ahead:
             listed = ", ".join(f"{name} {tables.ms(t)} ms" for t, name in ahead)
-            lines.append(
-                f"From logits with V = {gpu_tables.spaced(V)} and every token kept, a call takes "
+            yield (
+                f"From logits with V = {gpu_tables.spaced(V)} and every token kept, our call takes "
                 f"{tables.ms(times['sgp'])} ms. Faster are {listed}."
             )
+
+
+def _log_probs(records: list[Record], up: str) -> Iterator[str]:
+    ours, theirs = (_best(records, "logprobs", "both_ms", name, form="log-probs", V=32_000)
+                    for name in ("sgp", "torch.compile"))  # fmt: skip
+    if theirs < ours:
+        yield (
+            f"Log-probabilities from logits with V = 32 000 take {tables.ms(ours)} ms, and "
+            f"{tables.ms(theirs)} ms with `torch.compile`."
+        )
     for _, card, found in gpu_tables.newest():
         size = {"form": "linear log-probs", "kept": 1.0}
         ours, theirs = (_best(found, "logprobs", "both_ms", name, **size)
                         for name in ("sgp", "PyTorch, all rows"))  # fmt: skip
-        if theirs < ours:
-            lines.append(
+        if theirs < ours < float("inf"):
+            yield (
                 "Log-probabilities through the head, with gradients and every token kept, take "
-                f"{tables.ms(ours)} ms on an {card['machine']['name']} and {tables.ms(theirs)} ms "
-                "in plain PyTorch, which needs more memory."
+                f"{tables.ms(ours)} ms on an {card['machine']['name']}. Plain PyTorch takes "
+                f"{tables.ms(theirs)} ms, and more memory."
             )
     for path, content in files.newest():
         ratios = [_ratio(c) for c in content["cases"] if "log-probs" in c["form"]]
         if content["machine"]["device"] == "cpu" and ratios and min(ratios) > 1:
-            lines.append(
+            yield (
                 f"On a CPU, log-probabilities take {min(ratios):.2f} to {max(ratios):.2f} times "
                 "as long as plain PyTorch on gathered rows "
                 f"([results]({up}bench/results/{path.name}))."
             )
+
+
+def _host(up: str) -> Iterator[str]:
     path, host = page.newest("host")
     spent = {c["call"]: c["both_us"] for c in host["calls"] if c["status"] == "ok"}
-    if spent["mean"] > spent["F.cross_entropy"]:
-        lines.append(
-            f"A call costs the host {spent['mean']:.0f} microseconds, forward and backward, where "
-            f"`F.cross_entropy` costs {spent['F.cross_entropy']:.0f} and Liger "
-            f"{spent['Liger']:.0f} ([counted without a GPU]({up}bench/results/{path.name})). "
-            "Small losses do not gain."
+    ours, theirs = spent["mean"], spent["F.cross_entropy"]
+    if theirs < ours:
+        yield (
+            f"A call, forward and backward, costs the host {ours:.0f} microseconds, where "
+            f"`F.cross_entropy` costs {theirs:.0f} ([counted without a GPU]"
+            f"({up}bench/results/{path.name})). Small losses gain nothing."
         )
-    return "\n".join(f"* {line}" for line in lines)
 
 
 def _best(records: list[Record], phase: str, key: str, name: str, **size: object) -> float:
