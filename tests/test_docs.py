@@ -143,6 +143,13 @@ def test_links_lead_somewhere(path):
             assert anchor in anchors_of(found.read_text()), target
 
 
+@pytest.mark.parametrize("path", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=name_of)
+def test_files_that_are_named_are_there(path):
+    folders = "sgp|kernels|bench|tests|docs|examples"
+    for name in re.findall(rf"`((?:{folders})/[\w./-]*)`", path.read_text()):
+        assert (ROOT / name).exists(), name
+
+
 def test_every_page_is_in_the_navigation():
     listed = re.findall(r"[\w/-]+\.md$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(
