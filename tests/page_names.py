@@ -64,6 +64,7 @@ def usual():
         "data": DATA,
         "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
         "tp_group": None,  # all ranks: here one
+        "dp_group": None,
         "cp_group": None,
     }
 

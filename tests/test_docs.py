@@ -15,13 +15,14 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import sgp
 from bench import __main__ as bench_main
 from bench.gpu import tables as gpu_tables
 from bench.proof import resources
 from bench.shown import page, readme, report
 from sgp.head import chunks
 from sgp.kernels import table as launch_table
-from tests import page_names
+from tests import families, page_names
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -96,6 +97,30 @@ def test_blocks_run(path, tmp_path, monkeypatch):
         for block in blocks:
             if not block.reason:
                 run_block(path, block, names)
+
+
+@pytest.mark.parametrize(
+    ("family", "row"),
+    [("gemma2", "Gemma 2"), ("cohere", "Cohere"), ("granite", "Granite"), ("phi", "Phi")],
+)
+def test_what_to_pass_for_a_model_is_right(family, row):
+    """The table of own-loop.md, as code: with it the loss is the model's, without it another."""
+    text = (ROOT / "docs" / "how-to" / "own-loop.md").read_text()
+    (line,) = (x for x in text.splitlines() if x.startswith(f"| {row}"))
+    passed = line.split("|")[-2].strip(" `")
+    model, batch = families.make(family).train(), families.make_batch()
+    head = model.get_output_embeddings()
+    if head.bias is not None:
+        torch.nn.init.normal_(head.bias)
+    given = eval(f"dict({passed})", {"config": model.config, "head": head})  # noqa: S307
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    hidden = model.base_model(**inputs).last_hidden_state
+    wrong, right = (
+        sgp.linear_cross_entropy(hidden, head.weight, batch["labels"], shift=True, **more).item()
+        for more in ({}, given)
+    )
+    assert right == pytest.approx(model(**batch).loss.item(), abs=1e-4)
+    assert abs(wrong - right) > 0.1
 
 
 def test_most_blocks_run():
@@ -174,7 +199,6 @@ def test_the_site_builds(tmp_path):
 
 
 def test_every_public_name_is_in_the_reference():
-    import sgp
     import sgp.trl
 
     text = {p.stem: p.read_text() for p in (ROOT / "docs" / "reference").glob("*.md")}
