@@ -68,11 +68,13 @@ def percent(x: float | None) -> str:
     return "" if x is None else f"{100 * x:.0f} %"
 
 
-def _ms(x: float | None) -> str:
+def ms(x: float | None) -> str:
+    """Of a time; empty where there is none."""
     return "" if x is None else tables.ms(x)
 
 
-def _gib(x: float | None) -> str:
+def gib(x: float | None) -> str:
+    """Of bytes; empty where there are none."""
     return "" if x is None else f"{x / GIB:.2f}"
 
 
@@ -95,7 +97,7 @@ def of_rows(records: list[Record]) -> Table:
         ("V", "data", "kept", "kernel"),
         ("ms", "of copy"),
         [
-            (spaced(r["V"]), r["data"], f"{r['kept']:g}", who(r), _ms(r["ms"]),
+            (spaced(r["V"]), r["data"], f"{r['kept']:g}", who(r), ms(r["ms"]),
              percent(r["of_copy"]))
             for r in _by_size(r for r in records if r["phase"] == "rows" and "ms" in r)
         ],
@@ -115,7 +117,7 @@ def of_sweep(records: list[Record]) -> Table:
         ("V", "data", "kept", "kernel", "line"),
         ("ms", "of copy"),
         [
-            (spaced(r["V"]), r["data"], f"{r['kept']:g}", r["name"], r["source"], _ms(r["ms"]),
+            (spaced(r["V"]), r["data"], f"{r['kept']:g}", r["name"], r["source"], ms(r["ms"]),
              percent(r["of_copy"]))
             for r in _by_size(best.values())
         ],
@@ -152,9 +154,9 @@ def _of_cases(title: str, phase: str, records: list[Record]) -> Table:
             spaced(r["V"]),
             f"{r['kept']:g}{' scattered' if r['pattern'] == 'scattered' else ''}",
             who(r),
-            _ms(r.get("forward_ms")),
-            _ms(r["both_ms"]),
-            _gib(r.get("memory_bytes")),
+            ms(r.get("forward_ms")),
+            ms(r["both_ms"]),
+            gib(r.get("memory_bytes")),
         )
         for r in found
     ]
@@ -172,14 +174,14 @@ def of_host(records: list[Record]) -> Table:
 def of_loops(records: list[Record]) -> Table:
     """Calls that nothing waits for."""
     found = [r for r in records if r["phase"] == "host" and "loop_ms" in r]
-    rows = [(spaced(r["V"]), who(r), _ms(r["loop_ms"])) for r in found]
+    rows = [(spaced(r["V"]), who(r), ms(r["loop_ms"])) for r in found]
     return Table("Calls in a loop, forward and backward", ("V", "who"), ("ms a call",), rows)
 
 
 def of_train(records: list[Record]) -> Table:
     """A model's training step."""
     found = [r for r in records if r["phase"] == "train" and "ms" in r]
-    rows = [(f"{r['kept']:g}", who(r), _ms(r["ms"]), _gib(r.get("memory_bytes"))) for r in found]
+    rows = [(f"{r['kept']:g}", who(r), ms(r["ms"]), gib(r.get("memory_bytes"))) for r in found]
     title = "A training step of a small Qwen2, forward and backward"
     return Table(title, ("kept", "who"), ("ms", "GiB"), rows)
 
@@ -191,7 +193,7 @@ def of_matmuls(records: list[Record]) -> Table:
         (
             r["name"],
             f"{spaced(r['rows'])} rows" if "rows" in r else f"{spaced(r['columns'])} columns",
-            _ms(r["ms"]),
+            ms(r["ms"]),
             f"{r['TFLOP_per_s']:.0f}",
         )
         for r in found
@@ -309,19 +311,21 @@ def summary(records: list[Record]) -> str:
     for V in (32_000, 128_256, 151_936):
         name = f"row kernel, V = {spaced(V)}: of a copy"
         size = {"V": V, "data": "bf16", "kept": 1.0}
-        rows.append((name, _cells(records, ("rows", "sweep"), "of_copy", percent, size)))
+        rows.append((name, cells_of(records, ("rows", "sweep"), "of_copy", percent, size)))
     for V in (32_000, 128_256, 151_936):
         name = f"forward and backward, V = {spaced(V)}: ms"
-        rows.append((name, _cells(records, ("calls",), "both_ms", _ms, {"V": V, "kept": 1.0})))
+        rows.append((name, cells_of(records, ("calls",), "both_ms", ms, {"V": V, "kept": 1.0})))
     size = {"form": "logits"}
-    rows.append(("host, the same: microseconds", _cells(records, ("host",), "both_us", _us, size)))
+    rows.append(
+        ("host, the same: microseconds", cells_of(records, ("host",), "both_us", _us, size))
+    )
     for kept in (1.0, 0.25):
         size = {"V": 128_256, "kept": kept}
-        for what, key, cell in (("ms", "both_ms", _ms), ("extra GiB", "memory_bytes", _gib)):
+        for what, key, cell in (("ms", "both_ms", ms), ("extra GiB", "memory_bytes", gib)):
             name = f"head, V = 128 256, f = {kept:g}: {what}"
-            rows.append((name, _cells(records, ("head",), key, cell, size)))
-    for what, key, cell in (("ms", "ms", _ms), ("GiB", "memory_bytes", _gib)):
-        cells = _cells(records, ("train",), key, cell, {"kept": 1.0})
+            rows.append((name, cells_of(records, ("head",), key, cell, size)))
+    for what, key, cell in (("ms", "ms", ms), ("GiB", "memory_bytes", gib)):
+        cells = cells_of(records, ("train",), key, cell, {"kept": 1.0})
         rows.append((f"training step, Qwen2: {what}", cells))
     used = [i for i in range(len(COLUMNS)) if any(cells[i] for _, cells in rows)]
     headings = [name for i, name in enumerate(COLUMNS) if i in used]
@@ -329,13 +333,14 @@ def summary(records: list[Record]) -> str:
     return for_page(Table("", ("",), tuple(headings), body))
 
 
-def _cells(
+def cells_of(
     records: list[Record],
     phases: tuple[str, ...],
     key: str,
     cell: Callable[[float], str],
     size: Record,
 ) -> list[str]:
+    """One cell for each of COLUMNS; the best of the prototypes."""
     found = [
         r
         for r in records
@@ -353,12 +358,12 @@ def _cells(
     return cells
 
 
-def page(found: list[tuple[Path, Record, list[Record]]]) -> str:
-    """Every table of every card, for docs."""
+def page(found: list[tuple[Path, Record, list[Record]]], up: str = "") -> str:
+    """Every table of every card, for docs; `up` leads from the page to the root."""
     parts = []
     for path, head, records in found:
         parts.append(f"## {head['machine']['name']}")
-        parts.append(f"{origin(head, f'../bench/results/{path.name}')}. {head.get('note', '')}")
+        parts.append(f"{origin(head, f'{up}bench/results/{path.name}')}. {head.get('note', '')}")
         for table in tables_of(records):
             parts += [f"### {table.title}", for_page(table)]
     return "\n\n".join(part.strip() for part in parts)

@@ -1,10 +1,13 @@
-"""The tables of the pages in docs, from the newest results of the commands that have a page."""
+"""The tables of the pages in docs, from the newest results of the commands that have a page.
+
+Each block takes `up`, which leads from its page to the root of the repository: "../../".
+"""
 
 from __future__ import annotations
 
 import json
-import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,6 @@ from bench import files, tables
 from bench.gpu import tables as gpu_tables
 
 ROOT = files.ROOT
-PAGE = ROOT / "docs" / "selective-gradients.md"
-TOOLS = ROOT / "docs" / "hugging-face.md"
-GPU = ROOT / "docs" / "gpu.md"
-PAGES = (PAGE, TOOLS, GPU)
 RESULTS = files.RESULTS
 MIB = 1 << 20
 
@@ -26,8 +25,8 @@ def newest(kind: str) -> tuple[Path, dict[str, Any]]:
     return path, json.loads(path.read_text())
 
 
-def recall() -> str:
-    """Held-out accuracy, first, middle and last."""
+def recall(up: str) -> str:
+    """Held-out accuracy, first, middle and last, and the picture."""
     path, found = newest("recall")
     exact, detach = found["curves"]["exact"], found["curves"]["detach"]
     lines = ["| step | exact | detached |", "|---|---|---|"]
@@ -38,12 +37,13 @@ def recall() -> str:
     source = (
         f"Held-out accuracy; guessing has {guessing:.1f} %. `python -m bench recall`, "
         f"{found['seconds']:.0f} s on {found['machine']['name']} "
-        f"([results](../bench/results/{path.name}))."
+        f"([results]({up}bench/results/{path.name}))."
     )
-    return "\n".join([*lines, "", source])
+    picture = f"![Accuracy on the recall task]({up}bench/results/{path.stem}.png)"
+    return "\n".join([*lines, "", source, "", picture])
 
 
-def context() -> str:
+def context(up: str) -> str:
     """Time and memory of each way, beside one pass."""
     path, found = newest("context")
     size = found["size"]
@@ -60,12 +60,12 @@ def context() -> str:
     source = (
         f"A Llama of {size['layers']} layers, D = {size['D']}, {size['B']} x {size['T']} tokens, "
         f"float32, {found['machine']['name']} ({found['machine']['cpu']}); ratios are to one pass. "
-        f"`python -m bench context` ([results](../bench/results/{path.name}))."
+        f"`python -m bench context` ([results]({up}bench/results/{path.name}))."
     )
     return "\n".join([*lines, "", source])
 
 
-def sft() -> str:
+def sft(up: str) -> str:
     """TRL's trainer beside sgp's."""
     path, found = newest("sft")
     size = found["size"]
@@ -79,22 +79,128 @@ def sft() -> str:
         f"{size['B']} x {size['T']} tokens, {100 * size['kept']:.0f} % kept, float32, "
         f"{found['machine']['name']} ({found['machine']['cpu']}), TRL {found['versions']['trl']}; "
         f"the losses differ by {found['apart']:.0e} at most. `python -m bench sft` "
-        f"([results](../bench/results/{path.name}))."
+        f"([results]({up}bench/results/{path.name}))."
     )
     return "\n".join([*lines, "", source])
 
 
-def gpu() -> str:
+def gpu(up: str) -> str:
     """What was measured on GPUs."""
-    return gpu_tables.page(gpu_tables.newest())
+    return gpu_tables.page(gpu_tables.newest(), up)
 
 
-def filled(text: str) -> str:
-    """A page with its tables and its picture's name."""
-    for name, block in (("recall", recall), ("context", context), ("sft", sft), ("gpu", gpu)):
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        before, found, rest = text.partition(begin)
-        if found:
-            text = f"{before}{begin}\n{block()}\n{end}{rest.partition(end)[2]}"
-    picture = newest("recall")[0].with_suffix(".png").name
-    return re.sub(r"(!\[[^]]*\]\(\.\./bench/results/)[^)]+", rf"\g<1>{picture}", text)
+def traffic(up: str) -> str:
+    """Elements asked for, in units of N V, by form; the largest of all widths and dtypes."""
+    found = json.loads((RESULTS / "traffic.json").read_text())
+    lines = [
+        "| | touched: f = 1 | f = 0.25 | asked for: f = 1 | f = 0.25 |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for form in ("resident", "streaming", "staying"):
+        mine = [r for r in found["records"] if r["form"] == form]
+        cells = [
+            f"{max(r[key] for r in mine if r['kept'] == kept):.2f}"
+            for key in ("touched", "asked")
+            for kept in (1.0, 0.25)
+        ]
+        lines.append(f"| sgp, {form} | {' | '.join(cells)} |")
+    rivals = [r for r in found["rivals"] if r["task"] == "loss"]
+    for name, version in dict.fromkeys((r["name"], r["version"]) for r in rivals):
+        mine = [r for r in rivals if (r["name"], r["version"]) == (name, version)]
+        if name != "sgp" and all(r["status"] == "ok" for r in mine):
+            cells = [
+                f"{max(r['asked'] for r in mine if r['kept'] == kept):.2f}" for kept in (1.0, 0.25)
+            ]
+            lines.append(f"| {name} {version} | | | {' | '.join(cells)} |")
+    source = f"`python -m bench traffic` ([results]({up}bench/results/traffic.json))."
+    return "\n".join([*lines, "", source])
+
+
+def loops(up: str) -> str:
+    """Instructions an element of the streaming kernel and of Liger's."""
+    path = RESULTS / "loops-sm_90-triton-3.6.0.json"
+    found = json.loads(path.read_text())
+    lines = [
+        "| kernel | first loop | second loop | barriers and shuffles in the first loop |",
+        "|---|--:|--:|--:|",
+    ]
+    for kernel, name in (
+        ("sgp, streaming", "sgp"),
+        ("Liger", f"Liger's kernel, {found['liger']}"),
+    ):
+        (r,) = (
+            r
+            for r in found["records"]
+            if (r["kernel"], r["V"], r["data"]) == (kernel, 151_936, "bf16")
+        )
+        lines.append(f"| {name} | {r['first']:.2f} | {r['second']:.2f} | {r['meetings']} |")
+    source = (
+        f"bf16, V = 151 936, {found['target']}, Triton {found['triton']}. `python -m bench loops` "
+        f"([results]({up}bench/results/{path.name}))."
+    )
+    return "\n".join([*lines, "", source])
+
+
+HEADS = {  # of `sgp train`, in words
+    "PyTorch, all rows": "PyTorch, all rows",
+    "PyTorch, kept rows": "PyTorch, kept rows gathered by hand",
+    "sgp, kept rows": "sgp, kept rows",
+    "sgp, linear head": "sgp, linear head",
+}
+
+
+def train(up: str) -> str:
+    """What `sgp train` says of the heads, and of its run."""
+    path, found = newest("train-2-cores")
+    head, run = found["head"], found["environment"]
+    first = head["rows"][0]
+    lines = [
+        "| head | gradient error | time | ratio | peak memory | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in head["rows"]:
+        error = f"{r['gradient_error']:.0e}".replace("e-0", "e-")
+        lines.append(
+            f"| {HEADS[r['name']]} | {error} | {1e3 * r['seconds']:.0f} ms | "
+            f"{r['seconds'] / first['seconds']:.2f} | {r['peak_bytes'] / MIB:.0f} MiB | "
+            f"{r['peak_bytes'] / first['peak_bytes']:.2f} |"
+        )
+    apart = f"{found['losses']['largest_difference']:.1e}".replace("e-0", "e-")
+    before, after = found["held_out"]["before"]["sgp"], found["held_out"]["after"]["sgp"]
+    source = (
+        f"V = {gpu_tables.spaced(head['vocabulary'])}, D = {head['width']}, float32, "
+        f"{head['num_tokens']} rows of which {100 * head['kept_fraction']:.0f} % carry loss; "
+        f"{run['threads']} cores, torch {run['versions']['torch']}, {path.stem[-10:]} "
+        f"([results]({up}bench/results/{path.name})). The whole run took {found['seconds']:.0f} s "
+        f"with the tokenizer cached. The losses of its {found['steps']} steps differ by {apart} "
+        f"nats at most, and the held-out loss falls from {before:.2f} to {after:.2f}."
+    )
+    picture = f"![Both loss curves]({up}bench/results/{path.stem}.png)"
+    return "\n".join([*lines, "", source, "", picture])
+
+
+def gallery(up: str) -> str:
+    """The pictures of the commands, the newest of each."""
+    train, recall = newest("train-2-cores")[0].stem, newest("recall")[0].stem
+    compared = files.newest()[-1][0].stem
+    shown = (
+        ("Both losses of a training run", train,
+         "`sgp train` trains the same model with PyTorch's loss and with ours."),
+        ("Time and memory of the head", f"{compared}-linear",
+         "`python -m bench compare`: against kept fraction, vocabulary and number of tokens."),
+        ("Time and memory from logits", f"{compared}-logits", "From the same command."),
+        ("Roofline", f"{compared}-roofline",
+         "How near each comes to the bounds of memory and arithmetic on the same machine."),
+        ("What a detached context does not learn", recall,
+         "`python -m bench recall`: accuracy on a task that needs reading."),
+    )  # fmt: skip
+    return "\n\n".join(
+        f"## {title}\n\n{text}\n\n![{title}]({up}bench/results/{stem}.png)"
+        for title, stem, text in shown
+    )
+
+
+BLOCKS: dict[str, Callable[[str], str]] = {
+    "recall": recall, "context": context, "sft": sft, "gpu": gpu, "traffic": traffic,
+    "loops": loops, "train": train, "gallery": gallery,
+}  # fmt: skip

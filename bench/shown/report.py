@@ -1,7 +1,9 @@
-"""From results files to the README's tables and to pictures.
+"""From results files to the tables of README and docs, and to pictures.
 
-    python -m bench report            # rewrite the README's block, the pictures, and docs' tables
-    python -m bench report --check    # exit code 1 if the README's block is not what it would write
+    python -m bench report            # rewrite the tables and the pictures
+    python -m bench report --check    # exit code 1 if the tables are not what it would write
+
+A table stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->` on any page.
 
 For each machine the newest results file of `python -m bench compare` counts, and for each card that
 of `python -m bench gpu`. What nobody measured is said to be not measured.
@@ -17,11 +19,9 @@ from typing import Any
 
 from bench import files, tables
 from bench.gpu import tables as gpu_tables
-from bench.shown import page
+from bench.shown import page, readme
 
 ROOT = files.ROOT
-README = ROOT / "README.md"
-BEGIN, END = "<!-- python -m bench report: begin -->", "<!-- end -->"
 MIB = 1 << 20
 TITLES = {
     "logits": "From logits",
@@ -38,28 +38,31 @@ def render(
     root: Path = ROOT,
     *,
     gpus: Sequence[tuple[Path, dict[str, Any], list[dict[str, Any]]]] = (),
+    up: str = "",
 ) -> str:
-    """The README's block, from files of `compare` and of `gpu`."""
-    parts = [_gpu(*each, root) for each in gpus[:1]]
+    """Each machine's main tables, from files of `compare` and of `gpu`."""
+    parts = [_gpu(*each, root, up) for each in gpus[:1]]
     if not gpus and all(content["machine"]["device"] == "cpu" for _, content in found):
         parts.append("**On a GPU: not measured yet.** No GPU was at hand; no speed is claimed.")
     for path, content in found:
-        parts.append(_machine(path.relative_to(root), content))
+        parts.append(_machine(f"{up}{path.relative_to(root).as_posix()}", content))
     return "\n\n".join(parts)
 
 
-def _gpu(path: Path, head: dict[str, Any], records: list[dict[str, Any]], root: Path) -> str:
-    origin = gpu_tables.origin(head, str(path.relative_to(root)))
+def _gpu(
+    path: Path, head: dict[str, Any], records: list[dict[str, Any]], root: Path, up: str
+) -> str:
+    origin = gpu_tables.origin(head, f"{up}{path.relative_to(root).as_posix()}")
     note = head.get("note", "").partition(". ")[0]
     what = (
-        f"**On a GPU** ({origin}; [all tables, all cards, how to measure again](docs/gpu.md)). "
+        f"**On a GPU** ({origin}; [all tables and cards](gpu.md)). "
         f"{note}{'.' if note else ''} bf16, 8192 rows or tokens; f is the kept fraction, 1 where "
         "none is given; a range is that of several runs."
     )
     return f"{what}\n\n{gpu_tables.summary(records)}"
 
 
-def _machine(path: Path, content: dict[str, Any]) -> str:
+def _machine(path: str, content: dict[str, Any]) -> str:
     versions = content["versions"]
     machine = content["machine"]
     on_cpu = machine["device"] == "cpu"
@@ -70,7 +73,7 @@ def _machine(path: Path, content: dict[str, Any]) -> str:
     origin = f"[results]({path}); torch {versions['torch']}, {content['date']}"
     parts = [f"**On {what}** (`python -m bench compare`, {origin}):{note}"]
     parts += [_table(record) for record in _shown(content["cases"])]
-    stem = path.with_suffix("").as_posix()
+    stem = path.removesuffix(".json")
     parts.append(f"![Time and memory of the head, against three axes]({stem}-linear.png)")
     logits, roofline = f"[from logits]({stem}-logits.png)", f"[roofline]({stem}-roofline.png)"
     parts.append(f"More pictures: {logits}, {roofline}.")
@@ -123,15 +126,35 @@ def _table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def block_of(text: str) -> str:
-    """What the README has between the marks.
+def machines(up: str) -> str:
+    """As a block of a page."""
+    return render(files.newest(), gpus=gpu_tables.newest(), up=up)
+
+
+BLOCKS = {**page.BLOCKS, **readme.BLOCKS, "machines": machines}
+
+
+def pages() -> list[Path]:
+    """Where tables may stand."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def filled(path: Path) -> str:
+    """A page's text with its tables as the results files have them.
 
     Raises:
-        ValueError: if the marks are not there.
+        ValueError: if a table begins and does not end.
     """
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"README.md: {BEGIN!r} and {END!r} must both be there")
-    return text.partition(BEGIN)[2].partition(END)[0].strip()
+    text = path.read_text()
+    up = "../" * (len(path.relative_to(ROOT).parts) - 1)
+    for name, block in BLOCKS.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, found, rest = text.partition(begin)
+        if found:
+            if end not in rest:
+                raise ValueError(f"{path}: {begin} without {end}")
+            text = f"{before}{begin}\n{block(up)}\n{end}{rest.partition(end)[2]}"
+    return text
 
 
 def main() -> int:
@@ -143,25 +166,20 @@ def main() -> int:
     )
     parser.add_argument("--check", action="store_true", help="write nothing")
     arguments = parser.parse_args()
-    found = files.newest()
-    text = README.read_text()
-    block = render(found, gpus=gpu_tables.newest())
+    texts = {path: filled(path) for path in pages()}
+    changed = [path for path, text in texts.items() if path.read_text() != text]
     if arguments.check:
-        docs = [path.read_text() for path in page.PAGES]
-        same = block_of(text) == block and [page.filled(doc) for doc in docs] == docs
-        print("README and docs are the results files'" if same else "run `python -m bench report`")
-        return 0 if same else 1
+        print("run `python -m bench report`" if changed else "the tables are the results files'")
+        return 1 if changed else 0
     files.must_have_matplotlib()
     from bench.shown import plots  # noqa: PLC0415  (matplotlib is optional)
 
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    README.write_text(f"{before}{BEGIN}\n{block}\n{END}{after}")
-    for path, content in found:
+    for path, content in files.newest():
         for picture in plots.draw(content, path.with_suffix("")):
             print(f"wrote {picture}")
-    for path in page.PAGES:
-        path.write_text(page.filled(path.read_text()))
-    print(f"wrote README.md and {', '.join(f'docs/{path.name}' for path in page.PAGES)}")
+    for path in changed:
+        path.write_text(texts[path])
+        print(f"wrote {path}")
     return 0
 
 

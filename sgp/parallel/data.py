@@ -36,7 +36,7 @@ def global_denominator(
 
     Give it as `denominator=` of every micro-batch's loss, and do not divide by the number of steps:
     the sum of the losses' gradients, averaged over the ranks, is then the gradient of the mean over
-    every token of the step (docs/distributed.md has the arithmetic).
+    every token of the step (docs/how-to/several-gpus.md has the arithmetic).
 
     Args:
         selections: all micro-batches of this rank's step; also counts, as numbers or tensors of one

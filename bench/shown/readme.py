@@ -1,0 +1,178 @@
+"""What the README says was measured: its status, what the loss is worth, and where others win."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from bench import files, tables
+from bench.gpu import tables as gpu_tables
+from bench.shown import page
+
+Record = dict[str, Any]
+COLUMNS = ("sgp", "PyTorch", "torch.compile", "Liger", "CCE")
+
+
+def status(up: str) -> str:
+    """Where it was tested, measured and compiled."""
+    cards = gpu_tables.newest()
+    same: dict[tuple[str, str], list[str]] = {}  # cards that were measured on one day, one commit
+    for path, head, _ in cards:
+        card = f"one [{head['machine']['name']}]({up}bench/results/{path.name})"
+        same.setdefault((head["date"], head["commit"]), []).append(card)
+    measured = "; ".join(
+        f"{' and '.join(names)}, {date}, commit {commit}" for (date, commit), names in same.items()
+    )
+    only = all("later commits were not measured" in head.get("note", "") for _, head, _ in cards)
+    later = " The kernels of later commits have not been on a GPU yet." if only else ""
+    found = json.loads((page.RESULTS / "resources.json").read_text())["records"]
+    targets = list(dict.fromkeys(r["target"] for r in found))
+    words = {2: "two", 3: "three", 4: "four", 5: "five"}
+    count = words.get(len(targets), str(len(targets)))
+    lines = [
+        "**Status**",
+        "",
+        "* **Tested** on CPUs on every change; there the kernels run in Triton's interpreter.",
+        f"* **Measured** on {measured}.{later}",
+        f"* **Compiled** for {count} targets without a GPU: {', '.join(targets)}.",
+        "* **Not on the package index.** Install it from a clone.",
+    ]
+    return "\n".join(f"> {line}".rstrip() for line in lines)
+
+
+def _cells(
+    records: list[Record], phase: str, key: str, cell: Callable[[float], str], **size: object
+) -> list[str]:
+    values = gpu_tables.cells_of(records, (phase,), key, cell, size)
+    shown = dict(zip(gpu_tables.COLUMNS, values, strict=True))
+    return [shown[name] for name in COLUMNS]
+
+
+def worth(up: str) -> str:
+    """The head and a training step on the first card, a quarter of the tokens kept and all."""
+    path, head, records = gpu_tables.newest()[0]
+    rows = []
+    for kept, words in ((0.25, "a quarter kept"), (1.0, "all kept")):
+        size = {"V": 128_256, "kept": kept}
+        for what, key, cell in (
+            ("time, ms", "both_ms", gpu_tables.ms),
+            ("extra memory, GiB", "memory_bytes", gpu_tables.gib),
+        ):
+            rows.append((f"head, {words}: {what}", _cells(records, "head", key, cell, **size)))
+    for kept, words in ((0.25, "a quarter kept"), (1.0, "all kept")):
+        for what, key, cell in (
+            ("time, ms", "ms", gpu_tables.ms),
+            ("peak memory, GiB", "memory_bytes", gpu_tables.gib),
+        ):
+            cells = _cells(records, "train", key, cell, kept=kept)
+            rows.append((f"training step, {words}: {what}", cells))
+    body = [(name, *cells) for name, cells in rows if any(cells)]
+    table = gpu_tables.for_page(gpu_tables.Table("", ("",), COLUMNS, body))
+    source = (
+        f"Forward and backward in bf16, 8192 tokens, on one {head['machine']['name']} "
+        f"([every record]({up}bench/results/{path.name})). The head has V = 128 256 and "
+        "D = 4096; the training step is a small Qwen2 with V = 151 936. An empty cell was not "
+        "measured. `torch.compile` computes every row, whatever is kept."
+    )
+    return f"{table}\n\n{source}"
+
+
+def slower(up: str) -> str:
+    """Where others were faster or smaller, from the same files."""
+    records = gpu_tables.newest()[0][2]
+    lines = [*_head(records), *_logits(records), *_log_probs(records, up), *_host(up)]
+    return "\n".join(f"* {line}" for line in lines)
+
+
+def _head(records: list[Record]) -> Iterator[str]:
+    def ms(name: str) -> float:
+        return _best(records, "head", "both_ms", name, V=128_256, kept=1.0)
+
+    ours, theirs = ms("sgp"), ms("torch.compile")
+    if theirs < ours:
+        yield (
+            f"With every token kept, `torch.compile` of the plain head takes {tables.ms(theirs)} "
+            f"ms and ours {tables.ms(ours)} ms."
+        )
+    ours, theirs = ms("sgp, reduction none"), ms("PyTorch, all rows")
+    if theirs < ours < float("inf"):
+        yield (
+            f'With `reduction="none"` and every token kept, our head takes {tables.ms(ours)} ms. '
+            f"Plain PyTorch takes {tables.ms(theirs)} ms, with a mean."
+        )
+    names = ("sgp", "Liger", "cut-cross-entropy")
+    sizes = [_best(records, "head", "memory_bytes", x, V=128_256, kept=0.25) for x in names]
+    if max(sizes[1:]) < sizes[0]:
+        yield "Liger and cut-cross-entropy (CCE) need less memory for the head."
+
+
+def _logits(records: list[Record]) -> Iterator[str]:
+    for V in (32_000, 151_936):
+        names = ("sgp", "Liger", "quack", "torch.compile")
+        times = {x: _best(records, "calls", "both_ms", x, V=V, kept=1.0) for x in names}
+        ahead = sorted((t, name) for name, t in times.items() if t < times["sgp"])
+        if ahead:
+            listed = ", ".join(f"{name} {tables.ms(t)} ms" for t, name in ahead)
+            yield (
+                f"From logits with V = {gpu_tables.spaced(V)} and every token kept, our call takes "
+                f"{tables.ms(times['sgp'])} ms. Faster are {listed}."
+            )
+
+
+def _log_probs(records: list[Record], up: str) -> Iterator[str]:
+    ours, theirs = (_best(records, "logprobs", "both_ms", name, form="log-probs", V=32_000)
+                    for name in ("sgp", "torch.compile"))  # fmt: skip
+    if theirs < ours:
+        yield (
+            f"Log-probabilities from logits with V = 32 000 take {tables.ms(ours)} ms, and "
+            f"{tables.ms(theirs)} ms with `torch.compile`."
+        )
+    for _, card, found in gpu_tables.newest():
+        size = {"form": "linear log-probs", "kept": 1.0}
+        ours, theirs = (_best(found, "logprobs", "both_ms", name, **size)
+                        for name in ("sgp", "PyTorch, all rows"))  # fmt: skip
+        if theirs < ours < float("inf"):
+            yield (
+                "Log-probabilities through the head, with gradients and every token kept, take "
+                f"{tables.ms(ours)} ms on an {card['machine']['name']}. Plain PyTorch takes "
+                f"{tables.ms(theirs)} ms, and more memory."
+            )
+    for path, content in files.newest():
+        ratios = [_ratio(c) for c in content["cases"] if "log-probs" in c["form"]]
+        if content["machine"]["device"] == "cpu" and ratios and min(ratios) > 1:
+            yield (
+                f"On a CPU, log-probabilities take {min(ratios):.2f} to {max(ratios):.2f} times "
+                "as long as plain PyTorch on gathered rows "
+                f"([results]({up}bench/results/{path.name}))."
+            )
+
+
+def _host(up: str) -> Iterator[str]:
+    path, host = page.newest("host")
+    spent = {c["call"]: c["both_us"] for c in host["calls"] if c["status"] == "ok"}
+    ours, theirs = spent["mean"], spent["F.cross_entropy"]
+    if theirs < ours:
+        yield (
+            f"A call, forward and backward, costs the host {ours:.0f} microseconds, where "
+            f"`F.cross_entropy` costs {theirs:.0f} ([counted without a GPU]"
+            f"({up}bench/results/{path.name})). Small losses gain nothing."
+        )
+
+
+def _best(records: list[Record], phase: str, key: str, name: str, **size: object) -> float:
+    found = [
+        float(r[key])
+        for r in records
+        if r["phase"] == phase and r["name"] == name and r.get(key)
+        and all(r.get(k) == v for k, v in size.items())
+    ]  # fmt: skip
+    return min(found, default=float("inf"))
+
+
+def _ratio(case: Record) -> float:
+    times = {r["rival"]: r["both_ms"] for r in case["rivals"]}
+    return float(times["sgp"] / times["PyTorch, kept rows"])
+
+
+BLOCKS: dict[str, Callable[[str], str]] = {"status": status, "worth": worth, "slower": slower}
