@@ -197,7 +197,7 @@ def test_the_command(tmp_path, capsys):
         ('{"text": "x"}', ":1: has ['text']; expected input_ids and labels, or prompt"),
         ('{"prompt": "x", "completion": "y"}', ":1: prompt and completion need --tokenizer"),
         ('{"input_ids": [1, 2], "labels": [1]}', ":1: columns of different lengths"),
-        ("nonsense", ":1: no JSON: Expecting value, column 1"),
+        ("nonsense", ":1: not valid JSON: Expecting value, column 1"),
         ("3", ":1: is '3'; expected an object with input_ids"),
         ('{"input_ids": [], "labels": []}', ":1: has no tokens"),
         ('{"input_ids": [1, -2], "labels": [1, 2]}', ":1: input_ids has -2; expected 0 or more"),

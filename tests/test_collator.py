@@ -530,7 +530,7 @@ def test_none_that_is_meant_stays():
 @pytest.mark.parametrize("tools", ["", "Square"])
 def test_tools_that_are_a_text_but_no_json_are_refused(tools):
     messages = [{"role": "assistant", "content": "4"}]
-    with pytest.raises(ValueError, match=f"example 0: .*tools is '{tools}', which is no JSON"):
+    with pytest.raises(ValueError, match=f"example 0: .*tools is '{tools}', which is not valid JSON"):
         sgp.Collator(Template())([{"messages": messages, "tools": tools}])
 
 

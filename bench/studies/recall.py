@@ -3,7 +3,7 @@
     python -m bench recall        # minutes on two CPU cores; table, picture, results file
 
 The context is four pairs of key and value and then one of the keys; the output is that key's value.
-Without reading, the best guess is the commonest value of the context. To find it, the position of
+Without reading, the best guess is the most common value of the context. To find it, the position of
 each value has to know the key before it, which is learned where the context is processed. The same
 small Llama, from the same weights on the same batches, is trained with
 `sgp.context_loss(..., context_grad="exact")` and with `"detach"`. Both losses are the same function
@@ -72,7 +72,7 @@ def accuracy(model: Any, ids: Tensor) -> float:
 
 
 def guessing(ids: Tensor) -> float:
-    """The accuracy of the commonest value in the context."""
+    """The accuracy of the most common value in the context."""
     values = ids[:, 1 : 2 * PAIRS : 2]
     return float((values == values.mode(1).values[:, None]).double().mean())
 
