@@ -126,7 +126,8 @@ def cross_entropy(
     Returns:
         The loss in nats: float32 (float64 for float64 input), never rounded to `input`'s dtype.
         Shape () for "mean" and "sum", of the target for "none", (S,) for the sequence forms. A
-        divisor of 0 gives 0 with zero gradients, where PyTorch gives NaN.
+        divisor of 0 gives 0 with zero gradients, where PyTorch gives NaN; a kept row whose loss is
+        not finite gives NaN here too.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or constants that do not fit, repeated in
