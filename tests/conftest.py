@@ -12,6 +12,9 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read once, by the first profi
 import pytest
 
 from bench.proof.interpreter import watch_accesses
+from tests.quick_interpreter import patch_once
+
+patch_once()
 
 
 @pytest.fixture(scope="session")
