@@ -1,4 +1,8 @@
-"""Several gloo processes that run one function."""
+"""Several gloo processes that run one function.
+
+They are forked from one process that has imported what they need and done nothing else: to import
+PyTorch in each of them takes longer than most of the functions.
+"""
 
 import datetime as dt
 import os
@@ -8,15 +12,35 @@ import traceback
 import torch
 from torch import distributed
 
+from tests.quick_interpreter import patch_once
+
+IMPORTED = ("torch.distributed.tensor", "triton", "sgp.parallel", "pytest", "tests.ranks")
+
+
+def start(function, arguments, world):
+    """Processes that call function(rank, *arguments), in this one's environment.
+
+    What `torch.multiprocessing.spawn(..., join=False)` gives; `join` raises what one of them did.
+    """
+    torch.multiprocessing.set_forkserver_preload([*IMPORTED])
+    arguments = (dict(os.environ), function, arguments)
+    return torch.multiprocessing.start_processes(
+        _in_environment, arguments, world, join=False, start_method="forkserver"
+    )
+
+
+def _in_environment(rank, environment, function, arguments):
+    os.environ.clear()
+    os.environ.update(environment)
+    function(rank, *arguments)
+
 
 def run_ranks(function, world, folder, *arguments, seconds=60):
     """[function(rank, *arguments) of each of `world` processes]; an exception in one is raised."""
     with socket.socket() as found:
         found.bind(("localhost", 0))
         address = f"tcp://localhost:{found.getsockname()[1]}"
-    context = torch.multiprocessing.spawn(
-        _start, (address, world, folder, seconds, function, arguments), world, join=False
-    )
+    context = start(_start, (address, world, folder, seconds, function, arguments), world)
     for process in context.processes:
         process.join()
     found = [torch.load(path) if path.exists() else None for path in _paths(folder, world)]
@@ -31,6 +55,7 @@ def _paths(folder, world):
 
 def _start(rank, address, world, folder, seconds, function, arguments):
     torch.set_num_threads(1)
+    patch_once()
     distributed.init_process_group(
         "gloo",
         init_method=address,
