@@ -7,22 +7,31 @@ PyTorch in each of them takes longer than most of the functions.
 import datetime as dt
 import os
 import socket
+import sys
 import traceback
+from multiprocessing import forkserver
 
+import pytest
 import torch
 from torch import distributed
 
 from tests.quick_interpreter import patch_once
 
-IMPORTED = ("torch.distributed.tensor", "triton", "sgp.parallel", "pytest", "tests.ranks")
+IMPORTED = (
+    *("torch.distributed.tensor.parallel", "torch.distributed.fsdp", "triton", "sgp.parallel"),
+    *("pytest", "tests.ranks", "tests.families", "transformers.models.llama.modeling_llama"),
+)
 
 
 def start(function, arguments, world):
-    """Processes that call function(rank, *arguments), in this one's environment.
+    """Processes that call function(rank, *arguments) in this one's environment.
 
-    What `torch.multiprocessing.spawn(..., join=False)` gives; `join` raises what one of them did.
+    Theirs to join, as after `torch.multiprocessing.spawn(..., join=False)`.
     """
-    torch.multiprocessing.set_forkserver_preload([*IMPORTED])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # this package, and no installed one
+        forkserver.set_forkserver_preload([*IMPORTED])
+        forkserver.ensure_running()
     arguments = (dict(os.environ), function, arguments)
     return torch.multiprocessing.start_processes(
         _in_environment, arguments, world, join=False, start_method="forkserver"
