@@ -133,9 +133,9 @@ for case in json.loads(sys.argv[2]):
 
 
 def sample(records, fingerprint):
-    """One record of each kernel, form, number of programs and amount of options.
+    """One record of each kernel and form, and of a cluster.
 
-    A hash chooses it, so that each change of the kernels compiles another sample.
+    A hash draws it, so that after each change of the kernels another sample is compiled.
     """
 
     def draw(record):
@@ -143,9 +143,7 @@ def sample(records, fingerprint):
 
     groups = {}
     for record in sorted(records, key=draw):
-        much = record["options"] in ("all", "logged", "predicted")
-        group = (record["kernel"], record["form"], record["num_ctas"] > 1, much)
-        groups.setdefault(group, record)
+        groups.setdefault((record["kernel"], record["form"], record["num_ctas"] > 1), record)
     return list(groups.values())
 
 
