@@ -7,17 +7,32 @@ Tests run the kernels in Triton's interpreter, on any machine: there every acces
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+# Tensors are small: a second thread waits, which takes a core. A process a core does more.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read once, by the first profiler in a process
 
 import pytest
+import torch
 
 from bench.proof.interpreter import watch_accesses
+from tests.quick_interpreter import patch_once
+
+patch_once()
 
 
 @pytest.fixture(scope="session")
 def device():
     """Where tests put their tensors."""
     return "cpu"
+
+
+@pytest.fixture
+def two_threads():
+    """PyTorch's operators in two threads, as tests of equal bits need them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["torch", "triton"])

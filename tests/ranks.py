@@ -1,12 +1,47 @@
-"""Several gloo processes that run one function."""
+"""Several gloo processes that run one function.
+
+They are forked from one process that has imported what they need and done nothing else: to import
+PyTorch in each of them takes longer than most of the functions.
+"""
 
 import datetime as dt
 import os
 import socket
+import sys
 import traceback
+from multiprocessing import forkserver
 
+import pytest
 import torch
 from torch import distributed
+
+from tests.quick_interpreter import patch_once
+
+IMPORTED = (
+    *("torch.distributed.tensor.parallel", "torch.distributed.fsdp", "triton", "sgp.parallel"),
+    *("pytest", "tests.ranks", "tests.families", "transformers.models.llama.modeling_llama"),
+)
+
+
+def start(function, arguments, world):
+    """Processes that call function(rank, *arguments) in this one's environment.
+
+    Theirs to join, as after `torch.multiprocessing.spawn(..., join=False)`.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # this package, and no installed one
+        forkserver.set_forkserver_preload([*IMPORTED])
+        forkserver.ensure_running()
+    arguments = (dict(os.environ), function, arguments)
+    return torch.multiprocessing.start_processes(
+        _in_environment, arguments, world, join=False, start_method="forkserver"
+    )
+
+
+def _in_environment(rank, environment, function, arguments):
+    os.environ.clear()
+    os.environ.update(environment)
+    function(rank, *arguments)
 
 
 def run_ranks(function, world, folder, *arguments, seconds=60):
@@ -14,9 +49,7 @@ def run_ranks(function, world, folder, *arguments, seconds=60):
     with socket.socket() as found:
         found.bind(("localhost", 0))
         address = f"tcp://localhost:{found.getsockname()[1]}"
-    context = torch.multiprocessing.spawn(
-        _start, (address, world, folder, seconds, function, arguments), world, join=False
-    )
+    context = start(_start, (address, world, folder, seconds, function, arguments), world)
     for process in context.processes:
         process.join()
     found = [torch.load(path) if path.exists() else None for path in _paths(folder, world)]
@@ -31,6 +64,7 @@ def _paths(folder, world):
 
 def _start(rank, address, world, folder, seconds, function, arguments):
     torch.set_num_threads(1)
+    patch_once()
     distributed.init_process_group(
         "gloo",
         init_method=address,

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import doctest
 import errno
+import importlib
 import json
 import os
 import pty
@@ -11,13 +12,11 @@ import re
 import signal
 import subprocess
 import sys
-import types
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-import sgp
 from sgp import cli, interrupt
 from sgp.auditing.report import AuditReport
 from sgp.huggingface import hub
@@ -45,7 +44,7 @@ def data(tmp_path_factory):
 
 
 def stub(monkeypatch, name, outcome):
-    """Replaces a module that a command imports by one whose `run` notes its arguments."""
+    """Replaces the `run` of a command's module by one that notes its arguments."""
     calls = []
 
     def run(*arguments, **keywords):
@@ -54,9 +53,7 @@ def stub(monkeypatch, name, outcome):
             raise outcome
         return outcome
 
-    module = types.SimpleNamespace(run=run)
-    monkeypatch.setattr(sgp, name, module, raising=False)
-    monkeypatch.setitem(sys.modules, f"sgp.{name}", module)
+    monkeypatch.setattr(importlib.import_module(f"sgp.commands.{name}"), "run", run)
     return calls
 
 
@@ -382,8 +379,6 @@ def press():
     ],
 )
 def test_ctrl_c_in_train_says_what_stands(where, line, model, data, tmp_path, monkeypatch, capsys):
-    import importlib
-
     module, _, name = where.rpartition(".")
     module = importlib.import_module(module)
     original = getattr(module, name)

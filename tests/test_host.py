@@ -78,7 +78,7 @@ def test_kernels_that_are_interpreted_are_not_launched():
 
 
 def test_what_is_gone_from_sgp_is_named():
-    with pytest.raises(RuntimeError, match=r"bench\.host\.nothing is gone: bench/standin\.py"):
+    with pytest.raises(RuntimeError, match=r"host\.nothing is gone: bench/proof/standin\.py"):
         standin._replace(host, "nothing", None)
 
 

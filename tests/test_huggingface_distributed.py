@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sgp.huggingface import patch
 from tests.families import make, make_batch
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, start
 
 WORLD = 2
 CASES = [(mode, first) for mode in ("rows", "fused") for first in (True, False)]
@@ -83,7 +83,9 @@ def test_two_processes(way, tmp_path):
     losses = [model(**rows_of(batch, rank)).loss for rank in range(WORLD)]
     (sum(losses) / WORLD).backward()
     arguments = (f"tcp://localhost:{port()}", way, tmp_path)
-    torch.multiprocessing.spawn(worker, arguments, WORLD)
+    context = start(worker, arguments, WORLD)
+    while not context.join():  # which raises what a worker did
+        pass
     for rank, expected in enumerate(losses):
         for (mode, first), found in torch.load(tmp_path / f"{rank}.pt").items():
             loss, no_logits, gradients = found

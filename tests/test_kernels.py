@@ -8,6 +8,8 @@ import itertools
 
 import pytest
 import torch
+import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
 import sgp
@@ -59,6 +61,25 @@ def test_every_output_is_written_in_full_even_for_ignored_rows(V):
     for name, values in out._asdict().items():
         assert not torch.isnan(values.float()).any(), f"{name} was left as it was allocated"
         assert not values[target == -100].any(), f"{name} of an ignored row is not zero"
+
+
+@FORMS
+def test_the_language_is_patched_once_a_launch_and_the_bits_stay(V, monkeypatch):
+    """As Triton does it, at each call of a jit function (tests/quick_interpreter.py)."""
+    target, weight, logits = torch.tensor([1, -100, V - 1]), torch.rand(V), torch.randn(3, V)
+    calls, patch = [], interpreter._patch_lang.before
+
+    def counted(fn):
+        calls.append(fn)
+        return patch(fn)
+
+    load, quick = tl.load, launch_forward(logits, target, weight=weight)
+    assert tl.load is load, "undone"
+    monkeypatch.setattr(interpreter, "_patch_lang", counted)
+    slow = launch_forward(logits, target, weight=weight)
+    assert len(calls) > 10
+    for name, values, others in zip(quick._fields, quick, slow, strict=True):
+        assert torch.equal(values, others), name
 
 
 @FORMS

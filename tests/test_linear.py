@@ -742,6 +742,7 @@ def test_autocast_of_a_model(dtype, backend, target):
         assert parameter.grad.any()
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_same_bits_twice_and_with_deterministic_algorithms(backend, tensors, target):
     """Uninitialised memory is filled with NaN in this mode: every output is written in full."""
     dtypes, targets = (torch.float32, *HALVES), (target, torch.full_like(target, IGNORE))

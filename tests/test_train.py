@@ -586,7 +586,7 @@ def test_output_folder_is_checked_before_the_work(options, tmp_path, monkeypatch
     file.write_text("")
     assert f"--out {file}: {file} is a file" in refused(options, out=file)
     assert f"--out {file / 'x'}: {file} is a file" in refused(options, out=file / "x")
-    monkeypatch.setattr(run_module.os, "access", lambda *_: False)
+    monkeypatch.setattr("os.access", lambda *_: False)
     assert "no permission to write" in refused(options, out=tmp_path / "new" / "deep")
 
 
