@@ -1,7 +1,6 @@
 """`sgp verify` and `sgp doctor`: what they print, and that verify can fail."""
 
 import json
-import math
 import os
 
 import pytest
