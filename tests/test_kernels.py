@@ -51,6 +51,7 @@ def launch_forward(logits, target, recipe=ALL, *, weight=None, row_weight=None, 
     return out
 
 
+@pytest.mark.core
 @FORMS
 def test_every_output_is_written_in_full_even_for_ignored_rows(V):
     target = torch.tensor([1, -100, V - 1, -100])
@@ -103,6 +104,7 @@ VIEWS = {
 }
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("view", VIEWS)
 @FORMS
 def test_any_strides_give_the_numbers_of_a_contiguous_copy(view, V):

@@ -234,6 +234,7 @@ def options_of(name, shape, classes, device):
     return {**alone, **every}[name]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(
     "option",
@@ -1117,6 +1118,7 @@ FORMS = {
 }  # fmt: skip
 
 
+@pytest.mark.core
 @TRACING
 @pytest.mark.parametrize(
     ("reduction", "needs", "form"),
@@ -1240,6 +1242,7 @@ def operator_samples():
     # fmt: on
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("sample", list(operator_samples()))
 def test_opcheck(sample):
     """Schema (what is mutated, what is aliased), fake tensors, and tracing by AOTAutograd."""
@@ -1276,6 +1279,7 @@ def test_chunk_rows_come_from_shapes_alone():
 # -- the module ------------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("bias", [False, True])
 def test_module_is_the_function(bias, backend, tensors, target):
     options = {

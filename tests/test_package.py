@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import sgp
 from tests import test_structure
@@ -369,6 +371,24 @@ def test_ci_runs_the_readmes_test_command():
     assert tests
     assert install.start() < tests.start()
     assert "set -euo pipefail" in script
+
+
+def test_versions_and_the_workflow_begin_with_the_oldest_that_is_declared():
+    """The workflow runs on a host alone; here it is read."""
+    table = json.loads(run(sys.executable, ".ci/versions.py", "--list", cwd=ROOT))
+    declared = (ROOT / "pyproject.toml").read_text()
+    oldest, newest = table[0], table[-1]
+    assert f'"torch>={oldest["torch"].rpartition(".")[0]}"' in declared
+    assert (
+        f'"transformers>={oldest["transformers"].removeprefix("==").rpartition(".")[0]}"'
+        in declared
+    )
+    assert (newest["transformers"], newest["numpy"]) == ("", ""), "the newest that there is"
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    assert {"lint", "wheel", "docs", "core", "python", "full"} <= set(jobs)
+    matrix = jobs["python"]["strategy"]["matrix"]
+    assert matrix["torch"] == [oldest["torch"], newest["torch"]]
+    assert f'requires-python = ">={matrix["python"][0]}"' in declared
 
 
 def test_no_file_names_a_registry_host_or_this_machines_folders():
