@@ -546,9 +546,7 @@ def test_linear_is_linear_then_cross_entropy(lead, biased, reduction):
 
 
 @pytest.mark.core
-@pytest.mark.skipif(
-    not hasattr(F, "linear_cross_entropy"), reason="torch older than 2.12 has no such function"
-)
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="PyTorch has it since 2.13")
 @pytest.mark.parametrize("lead", [(), (6,)], ids=str)
 def test_linear_is_torch_linear_cross_entropy(lead):
     hidden, head = torch.randn(*lead, 4).double(), torch.randn(5, 4).double()
