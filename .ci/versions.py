@@ -52,13 +52,15 @@ TABLE = (
 
 def install(line: Line, venv: Path) -> Path:
     """Python of an environment with the package and what its tests need."""
-    python = venv / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    python, installed = venv / "bin" / "python", venv / "installed"
+    if installed.exists():  # with --keep
+        return python
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
     pins = [f"torch=={line.torch}", f"triton{line.triton}"]
     pins += [f"transformers{line.transformers}", f"numpy{line.numpy}"]
     pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile"]
     subprocess.run([*pip, *pins, "-e", f"{ROOT}[core]"], check=True)
+    installed.touch()
     return python
 
 

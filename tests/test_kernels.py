@@ -104,7 +104,6 @@ VIEWS = {
 }
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("view", VIEWS)
 @FORMS
 def test_any_strides_give_the_numbers_of_a_contiguous_copy(view, V):

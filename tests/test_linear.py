@@ -1242,7 +1242,6 @@ def operator_samples():
     # fmt: on
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("sample", list(operator_samples()))
 def test_opcheck(sample):
     """Schema (what is mutated, what is aliased), fake tensors, and tracing by AOTAutograd."""
