@@ -3,9 +3,9 @@
 `cross_entropy` replaces `torch.nn.functional.cross_entropy`, `linear_cross_entropy` the head before
 it too; `token_log_probs` and `linear_token_log_probs` give each token's log-probability;
 `Selection` says which tokens carry loss; `audit` shows where the gradient went; `huggingface.patch`
-puts the loss into a model of transformers; `parallel` has the losses of a vocabulary split over
-ranks; `reference` is the definition of all in plain PyTorch.
-Kernels are imported at first use.
+puts the loss into a model of transformers, `trl` into TRL's trainers; `parallel` has the losses of
+a vocabulary split over ranks; `reference` is the definition of all in plain PyTorch.
+Kernels are imported at first use, and so is `trl`, which imports TRL.
 """
 
 # ruff: noqa: E402
@@ -13,6 +13,10 @@ Kernels are imported at first use.
 from sgp import interrupt as _interrupt
 
 _interrupt.watch_start()  # first: the import of PyTorch takes most of a command's start
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from sgp import huggingface, parallel, reference
 from sgp.auditing import AuditReport, audit
@@ -24,7 +28,7 @@ from sgp.losses import CrossEntropyLoss, cross_entropy
 from sgp.reference import TokenLogProbs
 from sgp.selection import Selection
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AuditReport",
     "Collator",
@@ -42,3 +46,13 @@ __all__ = [
     "reference",
     "token_log_probs",
 ]
+
+if TYPE_CHECKING:  # which would take any name for one that __getattr__ knows
+    from sgp import trl as trl
+else:
+
+    def __getattr__(name: str) -> ModuleType:
+        """`sgp.trl`, imported at first use, and so not in `__all__`: `import *` would use it."""
+        if name == "trl":
+            return importlib.import_module("sgp.trl")
+        raise AttributeError(f"module 'sgp' has no attribute {name!r}")

@@ -78,7 +78,7 @@ def token_log_probs(
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
     problem = make_problem(LOG_PROBS, input, target, None, None, recipe, shift=shift)
-    if problem.has_probabilities:
+    if problem.has_probabilities():
         raise TypeError(f"{LOG_PROBS}: target is {problem.target.dtype}; expected class indices")
     refuse_forward_mode(LOG_PROBS, input)
     out: tuple[Tensor, ...]

@@ -161,7 +161,7 @@ def cross_entropy(
     need_grad = torch.is_grad_enabled() and input.requires_grad
     if inplace and need_grad:
         check_inplace(NAME, input)
-    if problem.has_probabilities:
+    if problem.has_probabilities():
         if inplace or return_stats:
             raise ValueError(
                 f"{NAME}: inplace and return_stats need class indices; target holds class "

@@ -83,7 +83,7 @@ def cross_entropy(
     denominator = check_reduction(name, reduction, denominator)
     V = problem.input.shape[-1]
     logits, y, w = problem.input.reshape(-1, V), problem.target, problem.weight
-    if problem.has_probabilities:
+    if problem.has_probabilities():
         kept = torch.arange(len(logits), device=logits.device)
         s = _score(logits, recipe)
         q = (1 - label_smoothing) * y.to(s.dtype) + label_smoothing / V
@@ -164,7 +164,7 @@ def token_log_probs(
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
     problem = make_problem(name, input, target, None, None, recipe, shift=shift)
-    if problem.has_probabilities:
+    if problem.has_probabilities():
         raise TypeError(f"{name}: target is {problem.target.dtype}; expected class indices")
     V = problem.input.shape[-1]
     check_targets(name, problem.target, V, ignore)

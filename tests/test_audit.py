@@ -60,6 +60,7 @@ def test_a_correct_batch_has_no_finding(model, batch):
     assert (token.text, token.target_id) == (f"<{token.token_id}>", int(batch["input_ids"][0, 6]))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", CONFIGS)
 def test_losses_and_norms_are_those_of_the_model(name, batch):
     model = make(name)

@@ -98,6 +98,7 @@ def test_gradcheck_of_probabilities(monkeypatch):
 # -- backward more than once -----------------------------------------------------------------------
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("factor", [1.0, 2.0])
@@ -490,6 +491,7 @@ def operator_samples():
     }
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("sample", list(operator_samples()))
 def test_opcheck(sample, backend):
     """Schema (what is mutated, what is aliased), fake tensors, and tracing by AOTAutograd."""
@@ -526,6 +528,7 @@ def fresh_compiler():
 TRACING = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
+@pytest.mark.core
 @TRACING
 @pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize(

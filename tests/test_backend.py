@@ -14,6 +14,8 @@ from bench.proof.interpreter import watch_accesses
 from sgp.commands import doctor, verify
 from sgp.rows import backend
 
+pytestmark = pytest.mark.core
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 interpreted_only = pytest.mark.skipif(
     torch.cuda.is_available(), reason="launches are counted in the interpreter, on a CPU"

@@ -142,6 +142,7 @@ def test_labels_are_trls(kind, packed, tokenizer, trl_batch):
         assert torch.equal(found["cu_seqlens"], expected["cu_seq_lens_q"])
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kind", EXAMPLES)
 def test_the_selection_is_of_the_labels(kind, packed, tokenizer):
@@ -530,13 +531,16 @@ def test_none_that_is_meant_stays():
 @pytest.mark.parametrize("tools", ["", "Square"])
 def test_tools_that_are_a_text_but_no_json_are_refused(tools):
     messages = [{"role": "assistant", "content": "4"}]
-    with pytest.raises(ValueError, match=f"example 0: .*tools is '{tools}', which is not valid JSON"):
+    with pytest.raises(
+        ValueError, match=f"example 0: .*tools is '{tools}', which is not valid JSON"
+    ):
         sgp.Collator(Template())([{"messages": messages, "tools": tools}])
 
 
 # -- beside a model, and processes -----------------------------------------------------------------
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("mode", ["rows", "fused"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_patched_model_takes_the_batch(mode, packed):

@@ -88,6 +88,7 @@ def assert_same(found, expected, tolerance):
         assert error <= tolerance, (name, error)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("mode", ["exact", "replay"])
 def test_exact_and_replay_are_the_stock_loss_and_gradients(model, input_ids, mode):
     """A ragged batch: no context, one token of context, no output but one, padding."""

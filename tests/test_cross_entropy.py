@@ -153,6 +153,7 @@ OPTIONS = [
 REDUCTIONS = ["mean", "sum", "none", "sequence_sum", "sequence_mean"]
 
 
+@pytest.mark.core
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("option", OPTIONS)
@@ -267,6 +268,7 @@ def test_strided_targets_are_read_by_their_indices(backend, device):
     assert found[2] == 0
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("layout", ["transposed", "every other column", "three levels", "rows"])
 def test_strided_logits_are_read_where_they_are(layout, backend, device):
     if layout == "transposed":
@@ -323,6 +325,7 @@ def test_class_probabilities(shape, reduction, option, device):
     assert_no_worse(ours[1], plain[1], truth[1])
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_one_hot_probabilities_are_class_indices(reduction, backend, device, monkeypatch):
     """Every option of this package means the same with a distribution as with an index."""
@@ -544,6 +547,7 @@ def test_sequence_without_targets_is_zero(backend, device):
 # -- statistics ------------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])  # one number for all rows, or one a row
@@ -650,6 +654,7 @@ def test_shift_is_by_hand_what_it_is(shift, backend, device):
 # -- the module ------------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 def test_module_is_the_function(backend, device):
     logits, target = batch(4, 9, device)
     weight = torch.rand(9, device=device)

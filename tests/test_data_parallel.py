@@ -99,6 +99,7 @@ def test_what_is_counted(tmp_path):
         assert all(value.dtype == torch.float64 for value in found)
 
 
+@pytest.mark.core
 def test_one_process_needs_no_group():
     labels = torch.tensor([[-100, 1, 2]])
     assert global_denominator(sgp.Selection.from_labels(labels)).item() == 2
@@ -218,6 +219,7 @@ def test_what_is_no_divisor(loss):
 # -- time split over ranks -------------------------------------------------------------------------
 
 
+@pytest.mark.core
 @settings(deadline=None, max_examples=50)
 @given(st.data())
 def test_cuts_hold_every_token_once(data):

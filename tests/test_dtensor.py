@@ -1,5 +1,6 @@
 """DTensors: a head under `parallelize_module`, as users of PyTorch's `loss_parallel` have it."""
 
+import pytest
 import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -144,6 +145,7 @@ def forms(_, world):
     return found
 
 
+@pytest.mark.core
 def test_forms(tmp_path):
     truth = expected()
     for found in run_ranks(forms, 2, tmp_path, 2):

@@ -61,6 +61,7 @@ class Rows:
         self.count += logits.numel() // head.out_features
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("mode", ["rows", "fused"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_those_of_the_stock_model(family, mode, batch):

@@ -53,6 +53,7 @@ def launch_forward(logits, target, recipe=ALL, *, weight=None, row_weight=None, 
     return out
 
 
+@pytest.mark.core
 @FORMS
 def test_every_output_is_written_in_full_even_for_ignored_rows(V):
     target = torch.tensor([1, -100, V - 1, -100])

@@ -13,6 +13,8 @@ from sgp.kernels.launch import Call, put
 from sgp.rows import by_triton
 from sgp.rows.recipe import Recipe
 
+pytestmark = pytest.mark.core
+
 
 class Compiled:
     """Stands in for Triton's CompiledKernel; records what it is launched with."""

@@ -234,6 +234,7 @@ def options_of(name, shape, classes, device):
     return {**alone, **every}[name]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(
     "option",
@@ -1118,6 +1119,7 @@ FORMS = {
 }  # fmt: skip
 
 
+@pytest.mark.core
 @TRACING
 @pytest.mark.parametrize(
     ("reduction", "needs", "form"),
@@ -1278,6 +1280,7 @@ def test_chunk_rows_come_from_shapes_alone():
 # -- the module ------------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("bias", [False, True])
 def test_module_is_the_function(bias, backend, tensors, target):
     options = {

@@ -151,6 +151,7 @@ def bits(tensor):
 # -- values and gradients --------------------------------------------------------------------------
 
 
+@pytest.mark.core
 @BOTH
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options(option, linear, backend):
@@ -221,6 +222,7 @@ def test_shapes_of_pytorch(shape, backend):
     assert result.is_top1.shape == target.shape
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("shape", [(12,), (0, 12), (3, 12), (2, 3, 12), (2, 1, 3, 12)], ids=str)
 def test_shapes_of_the_linear_form(shape, backend):
     head = torch.randn(5, 12)
@@ -684,6 +686,7 @@ def test_function_transforms(linear, backend):
         func.hessian(objective(functions(linear)[0]))(tensors)
 
 
+@pytest.mark.core
 @DEPRECATED
 @BOTH
 @pytest.mark.parametrize("kind", ["labels", "selection"])

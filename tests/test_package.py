@@ -3,17 +3,20 @@
 import ast
 import doctest
 import importlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import sgp
 from tests import test_structure
@@ -63,7 +66,7 @@ def built(tmp_path_factory):
     run(*build, "--wheel", "--outdir", folder / "again", unpacked, cwd=folder)
     (wheel,) = (folder / "dist").glob("*.whl")
     (again,) = (folder / "again").glob("*.whl")
-    return {"sdist": sdist, "wheel": wheel, "wheel of the sdist": again}
+    return {"source": source, "sdist": sdist, "wheel": wheel, "wheel of the sdist": again}
 
 
 def wheel_files(path):
@@ -137,6 +140,56 @@ print(None if spec is None else [spec.origin, *(spec.submodule_search_locations 
     assert Path(launch) == target / "sgp" / "kernels" / "launch.py"
     assert str(target) not in kernels
     assert str(ROOT) not in kernels
+
+
+def test_metadata_is_what_an_index_takes(built):
+    files = (built["sdist"], built["wheel"])
+    said = run(sys.executable, "-m", "twine", "check", "--strict", *files, cwd=ROOT)
+    assert said.count("PASSED") == len(files)
+
+
+USER = """
+import sgp
+import sgp.kernels.launch
+from torch import Tensor
+
+def loss(logits: Tensor, target: Tensor) -> Tensor:
+    return reveal_type(sgp.cross_entropy(logits, target))
+
+reveal_type(sgp.trl.add_fused_lm_head)
+sgp.cross_entrpy
+"""
+
+
+def test_types_of_an_editable_install(built, tmp_path):
+    """What a type checker sees that runs no import hook, and what becomes importable: only sgp."""
+    run(sys.executable, "-m", "venv", "--without-pip", "venv", cwd=tmp_path)
+    python = tmp_path / "venv" / "bin" / "python"
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    others = sysconfig.get_path("purelib")
+    (site / "others.pth").write_text(f"{others}\n")  # setuptools to build with, and torch's types
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index")
+    flags = ("--no-deps", "--no-build-isolation", "--ignore-installed")
+    run(*pip, *flags, "--editable", built["source"], cwd=tmp_path)
+    (tmp_path / "user.py").write_text(USER)
+    checked = subprocess.run(
+        (sys.executable, "-m", "mypy", "--python-executable", python, "--strict", "user.py"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = [line for line in checked.stdout.splitlines() if line.startswith("user.py:")]
+    assert len(said) == 3, checked.stdout
+    assert 'Revealed type is "torch._tensor.Tensor"' in said[0]
+    assert "def (model: torch.nn.modules.module.Module, temperature: float =" in said[1]
+    assert 'has no attribute "cross_entrpy"' in said[2]
+    code = "import sys, sgp, sgp.kernels.launch; print(sgp.__file__); print(*sys.path, sep='\\n')"
+    package, *path = run(python, "-c", code, cwd=tmp_path, TRITON_INTERPRET="1").splitlines()
+    folder = Path(package).parents[1]
+    assert folder.parent == built["source"]
+    assert [each.name for each in folder.iterdir()] == ["sgp"]
+    assert str(built["source"]) not in path
 
 
 def test_kernels_is_no_package_of_its_own():
@@ -235,6 +288,19 @@ print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
     assert new & heavy == set()
 
 
+def test_trl_is_imported_when_it_is_used(tmp_path):
+    code = """
+import sys, sgp
+print("trl" in sys.modules, sgp.trl.__name__, "trl" in sys.modules)
+try:
+    sgp.nothing
+except AttributeError as error:
+    print(error)
+"""
+    said = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT)).splitlines()
+    assert said == ["False sgp.trl True", "module 'sgp' has no attribute 'nothing'"]
+
+
 # -- promises of the files -------------------------------------------------------------------------
 
 
@@ -305,6 +371,24 @@ def test_ci_runs_the_readmes_test_command():
     assert tests
     assert install.start() < tests.start()
     assert "set -euo pipefail" in script
+
+
+def test_versions_and_the_workflow_begin_with_the_oldest_that_is_declared():
+    """The workflow runs on a host alone; here it is read."""
+    table = json.loads(run(sys.executable, ".ci/versions.py", "--list", cwd=ROOT))
+    declared = (ROOT / "pyproject.toml").read_text()
+    oldest, newest = table[0], table[-1]
+    assert f'"torch>={oldest["torch"].rpartition(".")[0]}"' in declared
+    assert (
+        f'"transformers>={oldest["transformers"].removeprefix("==").rpartition(".")[0]}"'
+        in declared
+    )
+    assert (newest["transformers"], newest["numpy"]) == ("", ""), "the newest that there is"
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    assert {"lint", "wheel", "docs", "core", "python", "full"} <= set(jobs)
+    matrix = jobs["python"]["strategy"]["matrix"]
+    assert matrix["torch"] == [oldest["torch"], newest["torch"]]
+    assert f'requires-python = ">={matrix["python"][0]}"' in declared
 
 
 def test_no_file_names_a_registry_host_or_this_machines_folders():

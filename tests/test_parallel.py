@@ -64,6 +64,7 @@ def every_case(rank, world, backend, splits, dtype=torch.float32):
     return wrong, outputs
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("backend", "world", "splits"),
     [

@@ -52,6 +52,7 @@ LAYOUTS = {  # PyTorch's: class dimension 0 for 1-D input, else 1
 }
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize(
@@ -359,6 +360,7 @@ def test_worked_example_only_the_output_has_loss_and_gradient():
         close(grad[0, t], expected.detach())
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("probability", "loss"), [(0.8, 0.2231), (0.2, 1.6094), (1.0, 0.0)])
 def test_worked_example_in_numbers(probability, loss):
     logits = torch.tensor([[probability, 1 - probability]]).log()
@@ -512,6 +514,7 @@ def test_selection_of_shifted_labels(leading):
     assert reference.token_log_probs(given, selection).log_prob.shape == (2, 4)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("lead", [(), (6,), (2, 3), (2, 3, 1)], ids=str)
 @pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -542,9 +545,8 @@ def test_linear_is_linear_then_cross_entropy(lead, biased, reduction):
         close(mine, other)
 
 
-@pytest.mark.skipif(
-    not hasattr(F, "linear_cross_entropy"), reason="torch older than 2.12 has no such function"
-)
+@pytest.mark.core
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="PyTorch has it since 2.13")
 @pytest.mark.parametrize("lead", [(), (6,)], ids=str)
 def test_linear_is_torch_linear_cross_entropy(lead):
     hidden, head = torch.randn(*lead, 4).double(), torch.randn(5, 4).double()
@@ -600,6 +602,7 @@ def test_linear_is_the_same_under_autocast():
 # -- token_log_probs -------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 def test_token_log_probs_formulas(temperature):
     logits, target = make()
@@ -679,6 +682,7 @@ def test_a_masked_class_of_weight_zero_takes_no_part_in_smoothing():
     assert gradient(loss, masked)[0].isfinite().all()
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])
 def test_linear_token_log_probs(biased):
     hidden, head = torch.randn(2, 4, 3).double(), torch.randn(5, 3).double()

@@ -17,6 +17,8 @@ import sgp
 from sgp.labels import IGNORE
 from sgp.selection import Selection
 
+pytestmark = pytest.mark.core
+
 SENTENCE = ["Square", "this", "number", ".", "2", ".", "The", "result", "is", "4", "."]
 WORDS = {word: i for i, word in enumerate(sorted(set(SENTENCE)))}
 X = IGNORE

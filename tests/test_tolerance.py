@@ -7,6 +7,8 @@ import torch
 
 from sgp.tolerance import bound, relative_error
 
+pytestmark = pytest.mark.core
+
 FLOAT32 = torch.finfo(torch.float32).eps
 BF16 = torch.finfo(torch.bfloat16).eps
 

@@ -595,8 +595,8 @@ def test_missing_packages_are_named(options, monkeypatch):
         run_module.importlib.util, "find_spec", lambda name: None if name == "tokenizers" else 1
     )
     message = refused(options)
-    assert "needs tokenizers; install" in message
-    assert "sgp-kernels[train]" in message
+    assert "needs tokenizers; in your clone of sgp, run" in message
+    assert "pip install -e '.[train]'" in message
 
 
 def test_empty_library_is_an_error(options, tmp_path):

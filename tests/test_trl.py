@@ -36,6 +36,7 @@ def run(model, batch, **more):
     return out, {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize(
     "family", ["llama", "gemma2", "granite", "falcon_h1", "mixtral", "gpt2", "phi"]

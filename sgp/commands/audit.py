@@ -175,7 +175,9 @@ def _samples(path: Path, tokenizer: Any) -> Iterator[tuple[int, dict[str, Any]]]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{number}: not valid JSON: {error.msg}, column {error.colno}") from error
+        raise UserError(
+            f"{path}:{number}: not valid JSON: {error.msg}, column {error.colno}"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}:{number}: {error}") from error
 

@@ -296,8 +296,8 @@ def _tools(example: Mapping[str, Any]) -> Any:
         return json.loads(tools)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{NAME}: tools is {tools[:60]!r}, which is not valid JSON ({error}); expected a list of "
-            "tools, this list as JSON, or None"
+            f"{NAME}: tools is {tools[:60]!r}, which is not valid JSON ({error}); expected a list "
+            "of tools, this list as JSON, or None"
         ) from None
 
 
@@ -318,7 +318,9 @@ def _messages(example: Mapping[str, Any], name: str) -> Any:
     for tool in tools if isinstance(tools, list) else []:
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         parameters = function.get("parameters") if isinstance(function, Mapping) else None
-        if isinstance(function, Mapping) and isinstance(parameters, Mapping):  # neither JSON nor code
+        if isinstance(function, Mapping) and isinstance(
+            parameters, Mapping
+        ):  # neither JSON nor code
             required[function.get("name", "")] = parameters.get("required") or ()
     messages = example[name]
     return [_message(m, required) for m in messages] if isinstance(messages, list) else messages

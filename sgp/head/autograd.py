@@ -9,8 +9,6 @@ log-sum-exp of each row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +39,7 @@ LINEAR_LOG_PROBS = "sgp.linear_token_log_probs"
 
 
 class HeadOptions(NamedTuple):
-    """What is no tensor."""
+    """What is no tensor; with methods and no properties, as `Problem`."""
 
     recipe: Recipe
     compute_dtype: torch.dtype
@@ -51,19 +49,17 @@ class HeadOptions(NamedTuple):
     of_lse: bool = False  # whether the log-sum-exp of HeadRowLoss is differentiable
     operations: RowOperations | None = None  # None: whole rows, by the operators
 
-    @property
-    def forward(self) -> Callable[..., Any]:
-        """The operator, or what it calls with other row operations."""
+    def forward(self, *arguments: Any) -> Any:
+        """The operator's outputs, or those of what it calls, with other row operations."""
         if self.operations is None:
-            return operators.head_forward
-        return partial(operators.forward, self.operations)
+            return operators.head_forward(*arguments)
+        return operators.forward(self.operations, *arguments)
 
-    @property
-    def backward(self) -> Callable[..., Any]:
+    def backward(self, *arguments: Any) -> Any:
         """The same of the backward."""
         if self.operations is None:
-            return operators.head_backward
-        return partial(operators.backward, self.operations)
+            return operators.head_backward(*arguments)
+        return operators.backward(self.operations, *arguments)
 
     def call(self, needs: Needs, *, saved: bool = False, wide: bool = False) -> HeadCall:
         """One pass that computes these gradients, and what a backward needs where asked."""
@@ -74,12 +70,10 @@ class HeadOptions(NamedTuple):
         """The function that was called, for messages; `single` on one device."""
         return single if self.operations is None else self.operations.name
 
-    @property
     def is_scaled(self) -> bool:
         """Whether rows of d_input wait for one upstream factor each: all that HeadRowLoss needs."""
         return self.needs == Needs(input=True) and not self.of_lse
 
-    @property
     def is_wide(self) -> bool:
         """Whether gradients wait for the upstream factor in float32: those of float16 matmuls."""
         return self.compute_dtype == torch.float16
@@ -145,7 +139,7 @@ class HeadScalarLoss(torch.autograd.Function):
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         o: HeadOptions
         *head, weight, row_weight, scale, o = arguments
-        call = o.call(o.needs, wide=o.is_wide)
+        call = o.call(o.needs, wide=o.is_wide())
         loss, _, *rest = o.forward(LinearHead(*head), weight, row_weight, scale, call)
         total = loss.sum()
         return total if scale is None else total * scale, *rest
@@ -182,7 +176,7 @@ class HeadScalarLoss(torch.autograd.Function):
                 values = g.detach()
                 matrix = values if values.dim() > 1 else values[None]
                 multiply_rows_(matrix, rows, upstream, options.recipe.ignore_index)
-                given.append(values.to(dtype) if options.is_wide else values)
+                given.append(values.to(dtype) if options.is_wide() else values)
         closed = _give(
             options.named(LINEAR_CROSS_ENTROPY), tuple(given), options.needs, origin, upstream
         )
@@ -199,7 +193,7 @@ class HeadRowLoss(Transformed):
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         o: HeadOptions
         *head, weight, row_weight, o = arguments
-        call = o.call(Needs(input=o.is_scaled), wide=o.is_wide, saved=not o.is_scaled)
+        call = o.call(Needs(input=o.is_scaled()), wide=o.is_wide(), saved=not o.is_scaled())
         loss, saved, *stats, d_input, _, _ = o.forward(
             LinearHead(*head), weight, row_weight, None, call
         )
@@ -209,7 +203,7 @@ class HeadRowLoss(Transformed):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, options = inputs
         _, log_prob, entropy, lse, is_top1, argmax, saved, d_input = output
-        scaled = options.is_scaled
+        scaled = options.is_scaled()
         origin, other = (d_input, saved) if scaled else (saved, d_input)
         constants = (log_prob, entropy, None if options.of_lse else lse, is_top1, argmax)
         mark_constant(ctx, *constants, other, origin=origin)
@@ -228,7 +222,7 @@ class HeadRowLoss(Transformed):
         o: HeadOptions = ctx.options
         gradients: tuple[Tensor | None, ...]
         with torch.no_grad():
-            if o.is_scaled and of_loss is not None:
+            if o.is_scaled() and of_loss is not None:
                 by_row = _of_kept_rows(of_loss, tensors[3], o.recipe, d_input)
                 gradients = ((d_input * by_row).to(ctx.dtype), None, None)
             else:
@@ -237,7 +231,7 @@ class HeadRowLoss(Transformed):
                 gradients = o.backward(
                     LinearHead(*tensors), saved, weight, r, upstream, o.call(o.needs)
                 )
-        origin = d_input if o.is_scaled else saved
+        origin = d_input if o.is_scaled() else saved
         given = _give(o.named(LINEAR_CROSS_ENTROPY), gradients, o.needs, origin, of_loss, of_lse)
         return *given, *(None,) * 6
 

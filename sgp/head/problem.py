@@ -161,5 +161,6 @@ def _is_cast(x: Tensor) -> bool:
 
 def is_autocast(x: Tensor) -> bool:
     """Whether autocast is on for x's device."""
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    device = x.device.type  # the usual ones first: torch.compile before 2.13 cannot ask
+    known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    return known and torch.is_autocast_enabled(device)

@@ -41,7 +41,7 @@ def logits_problem(
         problem = make_problem(
             name, local_logits, target, None, token_weight, recipe, shift=shift, part=True
         )
-    if problem.has_probabilities:
+    if problem.has_probabilities():
         raise TypeError(
             f"{name}: target is {problem.target.dtype}; expected class indices: class "
             "probabilities over a split vocabulary are not supported"

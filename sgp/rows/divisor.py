@@ -30,7 +30,7 @@ def as_mean(
     if denominator is not None:
         return problem, _of_denominator(problem, denominator)
     scale, weight = _counted(name, problem), problem.weight
-    if weight is None or not problem.has_two_divisors:
+    if weight is None or not problem.has_two_divisors():
         return problem, scale
     of_z_loss = _counted(name, problem._replace(weight=None))
     ratio = torch.where(of_z_loss == 0, 0, scale / torch.where(of_z_loss == 0, 1, of_z_loss))
@@ -41,7 +41,7 @@ def _counted(name: str, problem: Problem) -> Tensor:
     """1 / sum of the kept rows' weights, 0 where that is 0."""
     p = problem
     counted: Tensor = operators.mean_scale(
-        p.target, p.weight, p.token_weight, p.recipe.ignore_index, p.dtype, name
+        p.target, p.weight, p.token_weight, p.recipe.ignore_index, p.dtype(), name
     )
     return counted
 
@@ -52,9 +52,9 @@ def _of_denominator(problem: Problem, denominator: float | Tensor) -> Tensor:
     if not isinstance(denominator, Tensor):
         # Filled on the device: a copy from the host could not be captured in a CUDA graph.
         factor = 1.0 / denominator if denominator else 0.0
-        return torch.full((), factor, dtype=p.dtype, device=p.input.device)
-    scale: Tensor = reciprocal(denominator, p.dtype)
+        return torch.full((), factor, dtype=p.dtype(), device=p.input.device)
+    scale: Tensor = reciprocal(denominator, p.dtype())
     if scale.device.type == "cpu":
         # A number on the CPU goes into a launch as an argument: nothing is copied or waited for.
-        return torch.ones((), dtype=p.dtype, device=p.input.device) * scale
+        return torch.ones((), dtype=p.dtype(), device=p.input.device) * scale
     return scale.to(p.input.device)

@@ -19,7 +19,10 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Problem(NamedTuple):
-    """Rows whose leading dimensions flatten to N, and one target for each."""
+    """Rows whose leading dimensions flatten to N, and one target for each.
+
+    With methods: torch.compile before PyTorch 2.13 sees no property of a named tuple.
+    """
 
     input: Tensor  # (..., V) logits, vocabulary last, or (..., D) under a linear head; any strides
     target: Tensor  # (N,) int64; or (N, V) probabilities
@@ -31,12 +34,10 @@ class Problem(NamedTuple):
     num_sequences: int
     is_part: bool = False  # whether sequences were cut, and the rest is elsewhere
 
-    @property
     def has_probabilities(self) -> bool:
         """Whether the target is a distribution over the vocabulary for each row."""
         return self.target.dim() == 2
 
-    @property
     def has_two_divisors(self) -> bool:
         """Whether a mean divides the cross-entropy by class weights, and a z-loss without them."""
         return self.weight is not None and self.recipe.lse_square_scale != 0
@@ -45,7 +46,6 @@ class Problem(NamedTuple):
         """Results (N,) in the shape of the targets; no idle view, which autograd would record."""
         return rows if rows.shape == self.shape else rows.view(self.shape)
 
-    @property
     def dtype(self) -> torch.dtype:
         """Of the losses, of the weights, and of the arithmetic."""
         return accumulation_dtype(self.input.dtype)

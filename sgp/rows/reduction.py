@@ -96,7 +96,7 @@ def without_z_loss(problem: Problem, reduction: str) -> Problem:
     In a mean over each sequence the class weights' divisor differs from row to row, so that no
     other weights of the classes can stand for it (see `sgp.rows.divisor`).
     """
-    if reduction != "sequence_mean" or not problem.has_two_divisors:
+    if reduction != "sequence_mean" or not problem.has_two_divisors():
         return problem
     return problem._replace(recipe=problem.recipe._replace(lse_square_scale=0.0))
 

@@ -255,5 +255,5 @@ def _require_packages() -> None:
     ]
     if missing:
         raise UserError(
-            f"needs {' and '.join(missing)}; install them with: pip install 'sgp-kernels[train]'"
+            f"needs {' and '.join(missing)}; in your clone of sgp, run: pip install -e '.[train]'"
         )
