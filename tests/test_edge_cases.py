@@ -603,7 +603,9 @@ WAITS = {"item", "cpu", "tolist", "numpy", "nonzero", "unique", "masked_select",
 
 @ONCE
 @pytest.mark.parametrize(
-    "path", [*sorted((ROOT / "kernels").glob("*.py")), ROOT / "by_triton.py"], ids=lambda p: p.name
+    "path",
+    [*sorted((ROOT / "kernels").glob("*.py")), ROOT / "rows" / "by_triton.py"],
+    ids=lambda p: p.name,
 )
 def test_row_17_the_way_to_the_kernels_reads_no_value(path):
     tree = ast.parse(path.read_text())
