@@ -44,7 +44,7 @@ def _in_environment(rank, environment, function, arguments):
     function(rank, *arguments)
 
 
-def run_ranks(function, world, folder, *arguments, seconds=60):
+def run_ranks(function, world, folder, *arguments, seconds=300):
     """[function(rank, *arguments) of each of `world` processes]; an exception in one is raised."""
     with socket.socket() as found:
         found.bind(("localhost", 0))
