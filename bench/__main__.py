@@ -19,7 +19,7 @@ COMMANDS = {
     "gpu": "seven minutes of a GPU: checks, row kernels, whole calls, a model, beside others",
     "host": "the host's time of a call, to the least that a loss can take; needs no GPU",
     "predict": "milliseconds on paper, from bytes, FLOPs and a data sheet",
-    "report": "the README's tables and the pictures, from the results files",
+    "report": "the tables in README and docs, and the pictures, from the results files",
 }
 ROOMS = {
     "against": ("compare",),

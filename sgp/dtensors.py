@@ -46,7 +46,7 @@ def server() -> Server:
     """What takes DTensors.
 
     Raises:
-        TypeError: where `sgp.parallel` was not imported, as in a copy of the losses alone.
+        TypeError: where `sgp.parallel` was not imported.
     """
     if _load is None:
         raise TypeError("sgp: got a DTensor, which needs sgp.parallel; pass its .to_local()")

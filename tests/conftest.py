@@ -5,10 +5,13 @@ Tests run the kernels in Triton's interpreter, on any machine: there every acces
 """
 
 import os
+import signal
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 # Tensors are small: a second thread waits, which takes a core. A process a core does more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a job in the background; inherited
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read once, by the first profiler in a process
 
 from importlib.metadata import PackageNotFoundError, version

@@ -20,6 +20,7 @@ from sgp.auditing.report import AuditReport
 from sgp.interrupt import Interrupted, StopRequest
 from sgp.labels import IGNORE
 from sgp.train.errors import UserError
+from sgp.train.model import load, tiny_llama
 from sgp.train.output import check_folder, writing
 
 COLUMNS = (
@@ -98,8 +99,6 @@ def _audit(
 
 
 def _model(arguments: argparse.Namespace, samples: list[dict[str, Any]]) -> Any:
-    from sgp.train.model import load, tiny_llama  # noqa: PLC0415  (transformers takes seconds)
-
     if arguments.model:
         model, _ = load(arguments.model)
     else:

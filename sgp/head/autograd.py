@@ -63,7 +63,9 @@ class HeadOptions(NamedTuple):
 
     def call(self, needs: Needs, *, saved: bool = False, wide: bool = False) -> HeadCall:
         """One pass that computes these gradients, and what a backward needs where asked."""
-        wanted = Wanted(False, True, *self.wanted[2:]) if saved else self.wanted
+        wanted = self.wanted
+        if saved:
+            wanted = Wanted(saved=True, stats=wanted.stats, argmax=wanted.argmax)
         return HeadCall(self.recipe, self.compute_dtype, self.chunk_rows, needs, wanted, wide)
 
     def named(self, single: str) -> str:

@@ -61,16 +61,6 @@ def split(M: int, chunk_rows: int) -> list[slice]:
     return [slice(start, min(start + size, M)) for start in range(0, M, size)]
 
 
-def matmul_flops(M: int, V: int, D: int, *, matmuls: int) -> int:
-    """Multiplications and additions of the head: 2 M V D for each matmul on the kept rows.
-
-    `mean` and `sum` need 3 matmuls (logits, d_input, d_weight), 2 with one side frozen, 1 without
-    gradients; an upstream gradient a token or a sequence needs 4 (the logits twice), or 2 where
-    only `input` requires grad.
-    """
-    return 2 * M * V * D * matmuls
-
-
 def extra_bytes(
     M: int,
     N: int,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from sgp.huggingface.callers import another_loss, warn_of_another_loss, warn_of_targets
+from sgp.huggingface.callers import NAME, another_loss, warn_of_another_loss, warn_of_targets
 from sgp.huggingface.late_logits import LateLogits
 from sgp.huggingface.loss import causal_lm_loss, evaluated, next_tokens
 from sgp.huggingface.selective_head import HERE, Request, SelectiveHead, reveal
@@ -18,7 +18,6 @@ from sgp.linear import linear_cross_entropy
 from sgp.rows.watched import is_watched
 from sgp.selection import Selection
 
-NAME = "sgp.huggingface.patch"
 OWN = {"selection", "cu_seqlens"}  # keys of `sgp.Collator` that no model knows
 OF_LOSS = {"labels", "vocab_size", "num_items_in_batch", "ignore_index", "shift_labels"}
 

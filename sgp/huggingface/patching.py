@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from sgp.huggingface import probe
-from sgp.huggingface.patched import NAME, Patch, owns_head, owns_loss
+from sgp.huggingface.callers import NAME
+from sgp.huggingface.patched import Patch, owns_head, owns_loss
 from sgp.huggingface.selective_head import SelectiveHead
 
 MODES = ("auto", "rows", "fused")

@@ -187,7 +187,7 @@ class _Tokens(NamedTuple):
                 check_tensor(self.name, "weight", weight)
             total = self.divisor(mine, ignore, weight, row_weight)
             if weight is not None and options["lse_square_scale"]:
-                # The z-loss is divided by the tokens' weights alone (see sgp.divisor).
+                # The z-loss is divided by the tokens' weights alone (see sgp.rows.divisor).
                 of_z_loss = self.divisor(mine, ignore, None, row_weight)
                 ratio = torch.where(total == 0, 0, of_z_loss / torch.where(total == 0, 1, total))
                 options["weight"], total = weight.to(ratio.dtype) * ratio, of_z_loss

@@ -160,7 +160,7 @@ class ScalarLoss(torch.autograd.Function):
                 logits.detach(), target, weight, row_weight, scale, recipe, wanted
             )
         else:
-            wanted = Wanted(True, False, wanted.stats, wanted.argmax)
+            wanted = Wanted(grad=True, stats=wanted.stats, argmax=wanted.argmax)
             loss, _, *rest = operators.row_forward(
                 logits, target, weight, row_weight, scale, recipe, wanted
             )
@@ -204,7 +204,7 @@ class RowLoss(Transformed):
         of_lse: bool,
         inplace: bool,
     ) -> tuple[Tensor, ...]:
-        wanted = Wanted(False, True, wanted.stats, wanted.argmax)
+        wanted = Wanted(saved=True, stats=wanted.stats, argmax=wanted.argmax)
         loss, saved, *stats, _ = operators.row_forward(
             logits, target, weight, row_weight, None, recipe, wanted
         )

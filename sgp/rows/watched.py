@@ -14,9 +14,9 @@ are defined by a Library and not by `custom_op`, whose wrappers do both once mor
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import update_wrapper
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -80,7 +80,7 @@ class Operator:
             tags: for torch.compile.
         """
         self.body = body
-        update_wrapper(self, body)
+        functools.update_wrapper(self, body)
         name = body.__name__
         parameters = inspect.signature(body, eval_str=True).parameters
         self.types = tuple(parameter.annotation for parameter in parameters.values())
@@ -169,8 +169,9 @@ def _is_of_tensors(kind: Any) -> bool:
     return all(part in (Tensor, Tensor | None) for part in kinds)
 
 
+@functools.cache
 def _fields(kind: Any) -> dict[str, Any]:
-    """The types of a NamedTuple's fields."""
+    """The types of a NamedTuple's fields; asked at every call of an operator."""
     return get_type_hints(kind)
 
 
