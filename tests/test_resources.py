@@ -20,7 +20,7 @@ FORCED = ("SGP_ROW_FORM", "SGP_BACKEND")
 
 
 def test_the_results_are_of_these_sources():
-    """Every case, by the kernels, the cases and the Triton of today; none breaks its budget.
+    """Every case of today's kernels; none breaks its budget. With which Triton is in the file.
 
     A test below compiles a sample again; `python -m bench resources` compiles them all.
     """
