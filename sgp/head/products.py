@@ -38,6 +38,8 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> 
 def input_gradient(g: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Product (m, D) = g (m, V) @ weight (V, D), accumulated in float32, in `dtype`."""
     m = g.shape[0]
+    if not g.shape[1]:  # F.pad refuses a matrix without columns before PyTorch 2.13
+        return g.new_zeros(m, weight.shape[1], dtype=dtype)
     if m < FEW_ROWS and not g.is_cuda:
         padded = F.pad(g, (0, 0, 0, FEW_ROWS - m))
         return input_gradient(padded, weight, dtype)[:m]
