@@ -269,6 +269,16 @@ def test_row_04_one_strided_row_ignored_in_place(device):
     assert_positive_zero(base.grad)
 
 
+def test_row_04_one_row_of_several_ignored_in_place(device):
+    base = torch.randn(3, 5, device=device, requires_grad=True)
+    target = torch.tensor([1, IGNORE, 2], device=device)
+    loss = sgp.cross_entropy(base * 1, target, inplace=True)
+    (grad,) = torch.autograd.grad(loss, base)
+    plain = F.cross_entropy(base, target)
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(grad, torch.autograd.grad(plain, base)[0])
+
+
 # -- 5. targets outside the vocabulary -------------------------------------------------------------
 
 
@@ -593,6 +603,14 @@ def test_row_16_micro_batches_with_the_count_of_the_whole(weighted, device):
     ]  # fmt: skip
     assert relative_error(sum(loss for loss, _ in parts), whole[0]) < 5e-7
     assert relative_error(torch.cat([grad for _, grad in parts]), whole[1]) < 5e-7
+
+
+@ONCE
+def test_row_16_a_number_divides_float64_in_float64(monkeypatch):
+    monkeypatch.setenv("SGP_BACKEND", "torch")
+    logits, target = torch.randn(2, 5, dtype=torch.float64), torch.tensor([1, 3])
+    loss = sgp.cross_entropy(logits, target, denominator=3.0)
+    assert abs(loss - sgp.cross_entropy(logits, target, reduction="sum") / 3) < 1e-15
 
 
 # -- 17. nothing waits for the device --------------------------------------------------------------
