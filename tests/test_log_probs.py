@@ -167,6 +167,16 @@ def test_each_field_alone(option, field, linear, backend):
     check(linear, tensors, target, field, **OPTIONS[option])
 
 
+@pytest.mark.parametrize("field", FIELDS)
+def test_the_gradient_of_a_sum_is_expanded(field, backend):
+    """Its upstream gradients have stride 0."""
+    logits, target = torch.randn(6, 77), torch.arange(6)
+    found, true = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    getattr(sgp.token_log_probs(found, target), field).sum().backward()
+    getattr(sgp.reference.token_log_probs(true, target), field).sum().backward()
+    assert relative_error(found.grad, true.grad) < 1e-6
+
+
 VOCABULARIES = {
     1: "log_prob and entropy are 0, and only lse has a gradient",
     2: "the smallest that says anything",
