@@ -60,6 +60,8 @@ class Options(NamedTuple):
     lse_weight: object = None  # (N,) fp32: upstream gradient of lse; backward only
     entropy_weight: object = None  # (N,) fp32: upstream gradient of the entropy; backward only
     entropy: object = None  # (N,) fp32: H; given exactly when `entropy_weight` is
+    first: object = None  # int: logits and `weight` begin with this column of a row; backward only
+    vocabulary: object = None  # int: columns of the whole row; given exactly when `first` is
 
 
 class Statistics(NamedTuple):
@@ -377,6 +379,8 @@ def coefficients(i_row, top, inv_d, so_d, m_y, r, w_y, w_mean, V, opt):
     2^(l s - l max) and have taken 1 / d and the `rest` of `exponent_of` with them; NaN for a bad
     target.
     """
+    if opt.vocabulary is not None:
+        V = opt.vocabulary
     if opt.scale is not None:
         r = r * tl.load(opt.scale)
     r = tl.where(m_y, r, float("nan"))

@@ -36,15 +36,23 @@ def row_backward(
     if y == ignore_index:
         zero_row(dlogits, i_row, V, BV, LANES, VECTOR, EDGES, ALIGN)
     else:
-        m_y = (y >= 0) & (y < V)
-        i_y = tl.where(m_y, y, 0).to(tl.int32)
         p_x = row_pointer(logits, i_row, 1)
-        x_y = tl.load(p_x + column_offset(logits, i_y), mask=m_y, other=float("nan"))
+        if opt.first is None:
+            m_y = (y >= 0) & (y < V)
+            i_y = tl.where(m_y, y, 0).to(tl.int32)
+            i_w = i_y
+            x_y = tl.load(p_x + column_offset(logits, i_y), mask=m_y, other=float("nan"))
+        else:  # some columns of a row: the target may be another one
+            m_y = (y >= 0) & (y < opt.vocabulary)
+            i_w = (y - opt.first).to(tl.int32)  # of the whole row's class weights, from here
+            is_here = (i_w >= 0) & (i_w < V)
+            i_y = tl.where(is_here, i_w, -1)
+            x_y = tl.load(p_x + column_offset(logits, i_y), mask=is_here, other=0.0)
         tl.debug_barrier()  # in place, the block that holds the target is stored later
         top = tl.load(saved + 3 * i_row)
         inv_d = tl.load(saved + 3 * i_row + 1)
         so_d = tl.load(saved + 3 * i_row + 2)
-        r, w_y, w_mean = load_row_scalars(i_row, i_y, m_y, opt)
+        r, w_y, w_mean = load_row_scalars(i_row, i_w, m_y, opt)
         write_gradient(
             logits, dlogits, i_row, i_y, x_y, m_y, top, inv_d, so_d, r, w_y, w_mean, opt, V,
             BV, LANES, VECTOR, EDGES, ALIGN,

@@ -100,4 +100,8 @@ def write_gradient(
     # The target's gradient, over what has been stored for its column, maybe by another thread.
     g_y = gradient(x_y, l, c, rest, a_y, b_y, c_y, h, h_origin, opt)
     tl.debug_barrier()
-    tl.store(p_row + column_offset(dlogits, y), g_y.to(p_g.dtype.element_ty))
+    p_y = p_row + column_offset(dlogits, y)
+    if opt.first is None:
+        tl.store(p_y, g_y.to(p_g.dtype.element_ty))
+    else:  # another part of the row may have the target: y is -1
+        tl.store(p_y, g_y.to(p_g.dtype.element_ty), mask=y >= 0)

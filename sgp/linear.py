@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sgp import dtensors
-from sgp.head.algorithm import LinearHead, Needs
+from sgp.head.calls import LinearHead
 from sgp.head.autograd import (
     LINEAR_CROSS_ENTROPY,
     HeadOptions,
@@ -20,8 +20,8 @@ from sgp.head.autograd import (
     head_options,
     linear_head,
 )
-from sgp.head.chunks import check_chunk_rows
-from sgp.head.problem import check_head, make_head_problem
+from sgp.head.chunks import check_sizes
+from sgp.head.problem import Pieces, check_head, make_head_problem
 from sgp.labels import tokens_ahead
 from sgp.losses import check_argmax, cross_entropy, token_statistics
 from sgp.reference import TokenLogProbs
@@ -48,6 +48,8 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     chunk_rows: int | None = None,
+    memory_budget: int | None = None,
+    accumulate_into: Tensor | None = None,
     return_stats: Literal[False] = False,
     return_argmax: Literal[False] = False,
     options: object = None,
@@ -64,6 +66,8 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     chunk_rows: int | None = None,
+    memory_budget: int | None = None,
+    accumulate_into: Tensor | None = None,
     return_stats: Literal[True],
     return_argmax: bool = False,
     options: object = None,
@@ -88,6 +92,8 @@ def linear_cross_entropy(
     lse_square_scale: float = 0.0,
     shift: bool | int = False,
     chunk_rows: int | None = None,
+    memory_budget: int | None = None,
+    accumulate_into: Tensor | None = None,
     return_stats: bool = False,
     return_argmax: bool = False,
     options: object = None,
@@ -168,13 +174,15 @@ def linear_cross_entropy(
             ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
             token_weight=token_weight, denominator=denominator, softcap=softcap,
             logit_scale=logit_scale, lse_square_scale=lse_square_scale, shift=shift,
-            chunk_rows=chunk_rows, return_stats=return_stats, return_argmax=return_argmax,
+            chunk_rows=chunk_rows, memory_budget=memory_budget, accumulate_into=accumulate_into,
+            return_stats=return_stats, return_argmax=return_argmax,
         )  # fmt: skip
     check_flags(NAME, return_stats=return_stats, return_argmax=return_argmax)
     denominator = check_reduction(NAME, reduction, denominator)
     check_argmax(NAME, return_stats, return_argmax)
-    check_chunk_rows(NAME, chunk_rows)
+    pieces = Pieces(chunk_rows, memory_budget, accumulate_into)
     check_head(NAME, input, linear_weight, linear_bias, target)
+    pieces.check(NAME, linear_weight)
     if linear_weight.dim() > 2 or (isinstance(target, Tensor) and target.is_floating_point()):
         return _whole_logits(
             input, linear_weight, target, linear_bias, shift, weight,
@@ -192,7 +200,7 @@ def linear_cross_entropy(
         problem, scale = as_mean(NAME, problem, denominator)
     head = linear_head(linear_weight, linear_bias, target, problem)
     wanted = Wanted(stats=return_stats, argmax=return_argmax)
-    chosen = head_options(problem.recipe, head, chunk_rows, wanted)
+    chosen = head_options(problem.recipe, head, pieces, wanted)
     return head_loss(problem, head, scale, chosen, reduction)
 
 
@@ -202,7 +210,8 @@ def head_loss(
     """The loss, and the statistics where `options` want them, of what has been checked."""
     if (
         reduction in ("mean", "sum")
-        and any(options.needs)
+        and any(options.call.needs)
+        and not options.must_be_late()
         and not torch._C._are_functorch_transforms_active()  # noqa: SLF001  (no public name)
     ):
         loss, stats = _scalar_loss(problem, head, scale, options)
@@ -210,18 +219,20 @@ def head_loss(
         plain = without_z_loss(problem, reduction)
         of_lse = plain is not problem
         if of_lse:
-            wanted = options.wanted._replace(stats=True)
-            asked = options._replace(recipe=plain.recipe, wanted=wanted, of_lse=True)
+            with_lse = options.call.wanted._replace(stats=True)
+            call = options.call._replace(recipe=plain.recipe, wanted=with_lse)
+            asked = options._replace(call=call, of_lse=True)
         else:
             asked = options
-        rows, stats = _row_losses(plain, head, asked)
+        rows, stats = _row_losses(plain, head, asked.in_backward())
         loss = reduce_rows(problem, rows, reduction, scale)
         if of_lse:
             loss = loss + sequence_z_loss(problem, stats[2])
             stats = (*stats[:2], stats[2].detach(), *stats[3:])
-    if not options.wanted.stats:
+    wanted = options.call.wanted
+    if not wanted.stats:
         return loss
-    return loss, token_statistics(problem, stats, options.wanted.argmax)
+    return loss, token_statistics(problem, stats, wanted.argmax)
 
 
 def _scalar_loss(
@@ -239,11 +250,11 @@ def _row_losses(
     """(one loss a row (N,), the statistics), the gradients computed in backward."""
     p, o = problem, options
     out: tuple[Tensor, ...]
-    if any(o.needs):
+    if any(o.call.needs):
         out = apply(HeadRowLoss, *head, p.weight, p.token_weight, o)
         return out[0], out[1:6]
-    loss, _, *stats, _, _, _ = o.forward(
-        head.detached(), p.weight, p.token_weight, None, o.call(Needs())
+    (loss, _, *stats, _, _, _), _ = o.forward(
+        o.losses(), head.detached(), p.weight, p.token_weight, None
     )
     return loss, tuple(stats)
 
@@ -306,9 +317,11 @@ class LinearCrossEntropyLoss(nn.Module):
         device, dtype: of the head.
         weight: (V,) class weights, a buffer that moves with the module.
         reduction, ignore_index, label_smoothing, softcap, logit_scale, lse_square_scale, shift,
-            chunk_rows, return_stats, return_argmax, options: as in `linear_cross_entropy`.
+            chunk_rows, memory_budget, return_stats, return_argmax, options: as in
+            `linear_cross_entropy`.
 
-    `token_weight` and `denominator` change from batch to batch: give them to the call.
+    `token_weight` and `denominator` change from batch to batch: give them to the call, and
+    `accumulate_into` with them.
     """
 
     weight: Tensor | None
@@ -331,6 +344,7 @@ class LinearCrossEntropyLoss(nn.Module):
         lse_square_scale: float = 0.0,
         shift: bool | int = False,
         chunk_rows: int | None = None,
+        memory_budget: int | None = None,
         return_stats: bool = False,
         return_argmax: bool = False,
         options: object = None,
@@ -347,7 +361,7 @@ class LinearCrossEntropyLoss(nn.Module):
         check_flags(name, bias=bias, return_stats=return_stats, return_argmax=return_argmax)
         check_reduction(name, reduction, None)
         check_argmax(name, return_stats, return_argmax)
-        check_chunk_rows(name, chunk_rows)
+        check_sizes(name, chunk_rows, memory_budget)
         tokens_ahead(name, shift, 1)
         ignore = -100 if ignore_index is None else ignore_index
         Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale).check(name)
@@ -364,7 +378,8 @@ class LinearCrossEntropyLoss(nn.Module):
         self.reduction, self.ignore_index = reduction, ignore_index
         self.label_smoothing, self.softcap = label_smoothing, softcap
         self.logit_scale, self.lse_square_scale = logit_scale, lse_square_scale
-        self.shift, self.chunk_rows = shift, chunk_rows
+        self.shift = shift
+        self.chunk_rows, self.memory_budget = chunk_rows, memory_budget
         self.return_stats, self.return_argmax = return_stats, return_argmax
         self.options = options
 
@@ -375,6 +390,7 @@ class LinearCrossEntropyLoss(nn.Module):
         *,
         token_weight: Tensor | None = None,
         denominator: float | Tensor | None = None,
+        accumulate_into: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, TokenLogProbs]:
         """The loss of these hidden states; shapes and errors as in `linear_cross_entropy`."""
         head_weight, head_bias = self.linear.weight, self.linear.bias
@@ -398,6 +414,8 @@ class LinearCrossEntropyLoss(nn.Module):
             lse_square_scale=self.lse_square_scale,
             shift=self.shift,
             chunk_rows=self.chunk_rows,
+            memory_budget=self.memory_budget,
+            accumulate_into=accumulate_into,
             return_stats=self.return_stats,
             return_argmax=self.return_argmax,
         )
@@ -414,6 +432,7 @@ class LinearCrossEntropyLoss(nn.Module):
             "lse_square_scale": 0.0,
             "shift": False,
             "chunk_rows": None,
+            "memory_budget": None,
             "return_stats": False,
             "return_argmax": False,
         }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sgp import dtensors
-from sgp.head.algorithm import LinearHead, Needs
+from sgp.head.calls import LinearHead
 from sgp.head.autograd import (
     LINEAR_LOG_PROBS,
     HeadOptions,
@@ -14,8 +14,7 @@ from sgp.head.autograd import (
     head_options,
     linear_head,
 )
-from sgp.head.chunks import check_chunk_rows
-from sgp.head.problem import check_head, make_head_problem
+from sgp.head.problem import Pieces, check_head, make_head_problem
 from sgp.losses import token_statistics
 from sgp.reference import TokenLogProbs
 from sgp.rows import operators
@@ -105,6 +104,8 @@ def linear_token_log_probs(
     logit_scale: float = 1.0,
     shift: bool | int = False,
     chunk_rows: int | None = None,
+    memory_budget: int | None = None,
+    accumulate_into: Tensor | None = None,
     return_argmax: bool = False,
 ) -> TokenLogProbs:
     """`token_log_probs(input @ linear_weight.T + linear_bias, target)` without N x V logits.
@@ -137,19 +138,21 @@ def linear_token_log_probs(
             linear_token_log_probs, input, linear_weight, target, linear_bias,
             ignore_index=ignore_index, temperature=temperature, softcap=softcap,
             logit_scale=logit_scale, shift=shift, chunk_rows=chunk_rows,
+            memory_budget=memory_budget, accumulate_into=accumulate_into,
             return_argmax=return_argmax,
         )  # fmt: skip
     name = LINEAR_LOG_PROBS
     check_flags(name, return_argmax=return_argmax)
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
-    check_chunk_rows(name, chunk_rows)
+    pieces = Pieces(chunk_rows, memory_budget, accumulate_into)
     check_head(name, input, linear_weight, linear_bias, target)
+    pieces.check(name, linear_weight)
     problem = make_head_problem(name, input, linear_weight, target, None, None, recipe, shift=shift)
     refuse_forward_mode(name, input, linear_weight, linear_bias)
     head = linear_head(linear_weight, linear_bias, target, problem)
     wanted = Wanted(stats=True, argmax=return_argmax)
-    chosen = head_options(problem.recipe, head, chunk_rows, wanted)
+    chosen = head_options(problem.recipe, head, pieces, wanted)
     return head_statistics(problem, head, chosen)
 
 
@@ -157,9 +160,9 @@ def head_statistics(problem: Problem, head: LinearHead, options: HeadOptions) ->
     """The statistics of what has been checked."""
     o = options
     out: tuple[Tensor, ...]
-    if any(o.needs):
-        out = apply(HeadStatistics, *head, o)
+    if any(o.call.needs):
+        out = apply(HeadStatistics, *head, o._replace(call=o.call._replace(late=True)))
     else:
-        _, _, *stats, _, _, _ = o.forward(head.detached(), None, None, None, o.call(Needs()))
+        (_, _, *stats, _, _, _), _ = o.forward(o.losses(), head.detached(), None, None, None)
         out = tuple(stats)
-    return token_statistics(problem, out, o.wanted.argmax)
+    return token_statistics(problem, out, o.call.wanted.argmax)

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import sgp
 from sgp.head import chunks, products
 from sgp.head import operators as head_operators
-from sgp.head.algorithm import HeadCall, LinearHead, Needs
+from sgp.head.calls import HeadCall, LinearHead, Needs
 from sgp.rows import by_torch, problem
 from sgp.rows.by_torch import Upstream, Wanted
 from sgp.rows.recipe import Recipe

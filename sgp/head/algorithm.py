@@ -1,14 +1,10 @@
-"""A linear head and its loss on the kept rows alone, some rows at a time.
+"""A linear head and its loss on the kept rows alone, in the pieces of a plan.
 
-For each chunk of kept rows: gather, matmul to float32 logits, row operation, and for a gradient
-two matmuls more. Logits and their gradient share one buffer; nothing of size N x V exists, and
-with several chunks nothing of size M x V. The row operations are those of the logits form; where
-they run as kernels the gradient is written in the matmul's dtype into the first half of each row.
-
-float16: the gradient of a chunk's logits is made as if every row's factor (token weight,
-1 / divisor, upstream) were 4096, far from overflow and underflow, and the factors multiply in
-float32 afterwards. With 1 / N folded in first, half of the off-target mass is flushed to zero at
-N = 32k; with 1, what has a probability below 6e-8 is.
+For each chunk of kept rows: gather, matmul to float32 logits, row operation, and for a gradient two
+matmuls more; or slices of the vocabulary, for all rows, from the statistics of a first pass
+(chunks.py). Logits and their gradient share one buffer, unless the latter is kept; nothing of size
+N x V exists. The row operations are those of the logits form; where they run as kernels the
+gradient in a logit's place is written in the matmul's dtype into the first half of each row.
 """
 
 from __future__ import annotations
@@ -20,171 +16,55 @@ import torch
 from torch import Tensor
 
 from sgp.head import chunks, products
+from sgp.head.calls import Gradients, Head
+from sgp.head.chunks import Plan
+from sgp.head.half import Factors, half_scale
+from sgp.head.sums import Sums
 from sgp.rows import backend
-from sgp.rows.by_torch import RowOutputs, Upstream, Wanted, new_outputs, row_index
-from sgp.rows.operations import RowOperations
-from sgp.rows.recipe import Recipe, accumulation_dtype, cast
-
-HALF_RANGE = 4096.0  # sixteen times below float16's largest number
-LEAST_ROOT = 2.0**-12  # HALF_RANGE times this is 1
-
-
-class Needs(NamedTuple):
-    """Which gradients are wanted; what is not wanted is not computed."""
-
-    input: bool = False
-    weight: bool = False
-    bias: bool = False
-
-
-class HeadCall(NamedTuple):
-    """What is no tensor in one pass over a head."""
-
-    recipe: Recipe
-    compute_dtype: torch.dtype  # of the matmuls' operands
-    chunk_rows: int
-    needs: Needs
-    wanted: Wanted = Wanted()  # of the rows' outputs
-    wide: bool = False  # gradients in float32 although the operands are float16
-
-    @property
-    def is_half(self) -> bool:
-        """Whether the operands are float16, in which row factors must not be folded."""
-        return self.compute_dtype == torch.float16
-
-
-class LinearHead(NamedTuple):
-    """Hidden states, the linear map to logits, and which rows it is applied to."""
-
-    input: Tensor  # (..., D), any strides; leading dimensions flatten to N
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    target: Tensor  # (N,) int64
-    rows: Tensor  # (N,) int64: the kept rows, padded
-    num_kept: Tensor  # () int64 on the CPU: how many they are
-
-    def detached(self) -> LinearHead:
-        """Without a graph behind it."""
-        bias = None if self.bias is None else self.bias.detach()
-        return self._replace(input=self.input.detach(), weight=self.weight.detach(), bias=bias)
-
-
-class Head(NamedTuple):
-    """A linear head of which only the kept rows are left, and what is done with them."""
-
-    input: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    target: Tensor
-    rows: Tensor  # (M,)
-    class_weight: Tensor | None  # (V,)
-    operations: RowOperations  # on rows of logits; target and class_weight are of all that it joins
-    call: HeadCall
-
-    @property
-    def parts(self) -> list[slice]:
-        """The chunks of the M kept rows."""
-        return chunks.split(self.rows.numel(), self.call.chunk_rows)
-
-
-class Gradients(NamedTuple):
-    """Gradients of a head; None where not wanted."""
-
-    input: Tensor | None  # of input's shape
-    weight: Tensor | None  # (V, D)
-    bias: Tensor | None  # (V,)
-
-
-def gradient_dtypes(
-    head: Head | LinearHead, call: HeadCall
-) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
-    """Those of what the gradients belong to, or float32."""
-    if call.wide:
-        return (torch.float32,) * 3
-    of_input, bias = head.input.dtype, head.bias
-    return of_input, head.weight.dtype, of_input if bias is None else bias.dtype
-
-
-def new_gradients(head: LinearHead, call: HeadCall) -> Gradients:
-    """Uninitialised gradients, for tracing."""
-    needs, (of_input, of_weight, of_bias) = call.needs, gradient_dtypes(head, call)
-    return Gradients(
-        _new(head.input, needs.input, of_input, head.input),
-        _new(head.weight, needs.weight, of_weight, head.input),
-        _new(head.bias, needs.bias, of_bias, head.input),
-    )
-
-
-def _new(
-    x: Tensor | None, needed: bool, dtype: torch.dtype, like: Tensor, *, zero: bool = False
-) -> Tensor | None:
-    """A contiguous tensor of x's shape, where it is needed."""
-    if x is None or not needed:
-        return None
-    return like.new_zeros(x.shape, dtype=dtype) if zero else like.new_empty(x.shape, dtype=dtype)
+from sgp.rows.by_torch import NOTHING, Columns, RowOutputs, Upstream, new_outputs
+from sgp.rows.recipe import Recipe, cast
 
 
 def forward(
-    head: Head,
-    row_weight: Tensor | None,
-    scale: Tensor | None,
-) -> tuple[RowOutputs, Gradients]:
+    head: Head, row_weight: Tensor | None, scale: Tensor | None, *, may_hold: bool = False
+) -> tuple[RowOutputs, Gradients, Tensor | None]:
     """Loss, saved and reported statistics of every row (N,), and the gradients of the head.
 
     Args:
         head: what is multiplied with what.
         row_weight: (N,) weights; they multiply loss and gradient.
         scale: () multiplies the gradients only.
+        may_hold: whether the logits may be held for the backward, if that is the plan.
+
+    Returns:
+        Also the logits that are held, or None.
     """
-    call, factors = head.call, None
-    out = new_outputs(head.input, head.target.numel(), call.wanted)
+    call, plan, factors = head.call, head.plan(), None
+    of_slices = plan.way == "slices" and any(call.needs)
+    wanted = call.wanted._replace(saved=True) if of_slices else call.wanted
+    out = new_outputs(head.input, head.target.numel(), wanted)
     out.zero_()
-    if call.is_half and any(call.needs):
-        factors = _Factors.of_forward(head, row_weight, scale)
-    sums = _Sums(head, factors)
-    used = sums if any(call.needs) else None
+    held = sums = None
+    if plan.way == "held" and may_hold:
+        held = head.input.new_empty(plan.padded, head.weight.shape[0], dtype=head.sums_dtype)
+    elif any(call.needs) and not of_slices:
+        if call.is_half:
+            slope = half_scale(head.input, call.recipe, head.class_weight)
+            factors = Factors.of_forward(head.rows, row_weight, scale, slope)
+        sums = Sums(head, plan, factors)
 
-    def one(chunk: _Chunk) -> None:
-        _forward_chunk(head, chunk, row_weight, scale, factors, out, used)
+    def one(chunk: _Chunk, g: Tensor | None) -> None:
+        _forward_chunk(head, chunk, g, row_weight, scale, factors, out, scratch=held is None)
 
-    _each_chunk(head, one)
-    return out, sums.finish()
-
-
-def _forward_chunk(
-    head: Head,
-    chunk: _Chunk,
-    row_weight: Tensor | None,
-    scale: Tensor | None,
-    factors: _Factors | None,
-    out: RowOutputs,
-    sums: _Sums | None,
-) -> None:
-    """Fill the chunk's rows of `out`, and add its gradients to `sums` where there are any."""
-    some, logits = chunk.rows, chunk.logits
-    here = new_outputs(logits, some.numel(), head.call.wanted)
-    g = None if sums is None else _place_of_gradient(head, logits)
-    weights = None if row_weight is None else row_weight.index_select(0, some)
-    of_rows = (weights, scale)
-    if factors is not None:
-        of_rows = (factors.folded[chunk.part], factors.scale)
-    head.operations.forward(
-        logits,
-        g,
-        head.target.index_select(0, some),
-        head.class_weight,
-        *of_rows,
-        head.call.recipe,
-        here,
-        scratch=True,
-    )
-    if factors is not None:  # the loss was multiplied by what is folded into its gradient
-        here.loss.mul_(factors.of_loss(weights, chunk.part))
-    for whole, values in zip(out[:-1], here[:-1], strict=True):
-        if whole is not None and values is not None:
-            whole.index_copy_(0, some, values)
-    if sums is not None and g is not None:
-        sums.add(chunk, g)
+    _each_chunk(head, plan, sums, held, one)
+    if of_slices:
+        assert out.saved is not None, "asked for"  # noqa: S101
+        r = row_weight
+        if scale is not None:
+            r = scale.expand(head.target.numel()) if r is None else r * scale
+        gradients = _by_slices(head, plan, out.saved, None if r is None else r.contiguous())
+        return out._replace(saved=out.saved if call.wanted.saved else None), gradients, None
+    return out, Gradients() if sums is None else sums.finish(), held
 
 
 def backward(
@@ -192,6 +72,7 @@ def backward(
     saved: Tensor,
     row_weight: Tensor | None,
     upstream: Upstream,
+    held: Tensor | None = None,
 ) -> Gradients:
     """The gradients of the head where the upstream gradient is one number a row.
 
@@ -200,28 +81,34 @@ def backward(
         saved: (N, 3) of forward.
         row_weight: (N,) row weight times upstream gradient of the loss (of -log_prob).
         upstream: those of the statistics.
+        held: the logits of forward, which are used up.
     """
-    factors = None
+    factors, plan = None, head.plan()
     if head.call.is_half:
-        factors, row_weight, upstream = _Factors.of_backward(head, row_weight, upstream)
-    sums = _Sums(head, factors)
+        of_lse = upstream.lse is not None
+        slope = half_scale(head.input, head.call.recipe, head.class_weight, of_lse=of_lse)
+        factors, row_weight, upstream = Factors.of_backward(head.rows, row_weight, upstream, slope)
+    if plan.way == "slices":
+        return _by_slices(head, plan, saved, row_weight, upstream, factors)
+    sums = Sums(head, plan, factors)
 
-    def one(chunk: _Chunk) -> None:
-        some, logits = chunk.rows, chunk.logits
-        g = _place_of_gradient(head, logits)
+    def one(chunk: _Chunk, g: Tensor | None) -> None:
+        assert g is not None, "with sums it has a place"  # noqa: S101
         head.operations.backward(
-            logits,
+            chunk.logits,
             g,
-            head.target.index_select(0, some),
-            saved.index_select(0, some),
-            head.class_weight,
-            None if row_weight is None else row_weight.index_select(0, some),
-            head.call.recipe,
-            Upstream(*(None if x is None else x.index_select(0, some) for x in upstream)),
+            *_of_rows(head, chunk.part, saved, row_weight, upstream),
         )
-        sums.add(chunk, g)
 
-    _each_chunk(head, one)
+    if held is not None:
+        logits = held[: head.rows.numel()]
+        whole = _Chunk(slice(0, len(logits)), head.hidden(slice(None)), logits)
+        g = _place_of_gradient(head, logits)
+        one(whole, g)
+        sums.add_input(whole.part, g, cast(head.weight, head.call.compute_dtype))
+        sums.add_weight(whole.part, g, whole.hidden)
+    else:
+        _each_chunk(head, plan, sums, None, one)
     return sums.finish()
 
 
@@ -229,33 +116,150 @@ class _Chunk(NamedTuple):
     """Some kept rows."""
 
     part: slice  # of the M kept rows
-    rows: Tensor  # (m,) int64: their numbers among all N
     hidden: Tensor  # (m, D) in the compute dtype
-    weight: Tensor  # (V, D) in the compute dtype
     logits: Tensor  # (m, V) float32 or float64
 
 
-def _each_chunk(head: Head, do: Callable[[_Chunk], None]) -> None:
-    """Call `do` with every chunk. The logits share one buffer, which is gone when this returns."""
-    V = head.weight.shape[0]
-    parts = head.parts
+def _each_chunk(
+    head: Head,
+    plan: Plan,
+    sums: Sums | None,
+    held: Tensor | None,
+    do: Callable[[_Chunk, Tensor | None], None],
+) -> None:
+    """Make the logits chunk by chunk; `do` fills the place of their gradient if there are sums.
+
+    The buffers are gone when this returns.
+    """
+    M = head.rows.numel()
     weight = cast(head.weight, head.call.compute_dtype)  # a copy under autocast only
-    most = max((part.stop - part.start for part in parts), default=0)
-    buffer = head.input.new_empty(most, V, dtype=accumulation_dtype(head.call.compute_dtype))
-    for part in parts:
-        rows = head.rows if len(parts) == 1 else head.rows[part]
-        hidden = cast(_gather(head.input, rows), head.call.compute_dtype)
-        logits = buffer if part.stop - part.start == most else buffer[: part.stop - part.start]
-        products.logits(hidden, weight, head.bias, logits)
-        do(_Chunk(part, rows, hidden, weight, logits))
+    size = plan.rows if sums is None else plan.group
+    for group in chunks.parts(M, size):
+        hidden = head.hidden(group)
+        g = _group(head, plan, group, hidden, weight, sums, held, do)
+        if sums is not None and g is not None:
+            sums.add_weight(group, g, hidden)
+            del g
 
 
-def _gather(x: Tensor, rows: Tensor) -> Tensor:
-    """A copy (m, D) of some rows of x (..., D), whose other rows are not read."""
-    if x.is_contiguous():
-        return x.view(-1, x.shape[-1]).index_select(0, rows)
-    x = x[None] if x.dim() == 1 else x
-    return x[row_index(x, rows)]
+def _group(
+    head: Head,
+    plan: Plan,
+    group: slice,
+    hidden: Tensor,
+    weight: Tensor,
+    sums: Sums | None,
+    held: Tensor | None,
+    do: Callable[[_Chunk, Tensor | None], None],
+) -> Tensor | None:
+    """The gradient (m, V) of a group's logits. The buffer of float32 logits is given back here."""
+    V, count = weight.shape[0], group.stop - group.start
+    kept = buffer = g = None
+    if sums is not None and plan.keeps():
+        aligned = -(-V // 8) * 8  # rows that begin at 16 bytes
+        kept = weight.new_empty(plan.group, aligned)[:count, :V]
+    if held is None:
+        buffer = weight.new_empty(plan.rows, V, dtype=head.sums_dtype)
+    for part in chunks.parts(count, plan.rows):
+        absolute = slice(group.start + part.start, group.start + part.stop)
+        logits = held[absolute] if buffer is None else buffer[: part.stop - part.start]
+        chunk = _Chunk(absolute, hidden[part], logits)
+        products.logits(chunk.hidden, weight, head.bias, logits)
+        if sums is None:
+            do(chunk, None)
+            continue
+        g = _place_of_gradient(head, logits) if kept is None else kept[part]
+        do(chunk, g)
+        sums.add_input(absolute, g, weight)
+    return g if kept is None else kept
+
+
+def _by_slices(
+    head: Head,
+    plan: Plan,
+    saved: Tensor,
+    row_weight: Tensor | None,
+    upstream: Upstream = NOTHING,
+    factors: Factors | None = None,
+) -> Gradients:
+    """The gradients from the statistics of every row, a slice of the vocabulary at a time."""
+    V, M = head.weight.shape[0], head.rows.numel()
+    sums = Sums(head, plan, factors)
+    if not M:
+        return sums.finish()
+    hidden = head.hidden(slice(None))
+    of_rows = _of_rows(head, slice(None), saved, row_weight, upstream)
+    buffer = hidden.new_empty(plan.padded * plan.columns, dtype=head.sums_dtype)
+    total = None
+    if sums.d_input is not None:
+        total = hidden.new_zeros(plan.padded, hidden.shape[1], dtype=head.sums_dtype)[:M]
+    all_rows = slice(0, M)
+    weighted = sums.weighted(all_rows, hidden)
+    first = sums.start_weight()
+    for part in chunks.parts(V, plan.columns):
+        weight = cast(head.weight[part], head.call.compute_dtype)
+        logits = buffer[: M * len(weight)].view(M, len(weight))
+        bias = None if head.bias is None else head.bias[part]
+        products.logits(hidden, weight, bias, logits)
+        g = _place_of_gradient(head, logits)
+        head.operations.backward(logits, g, *of_rows, Columns(part.start, V))
+        if total is not None:
+            products.add_input_gradient(g, weight, total)
+        sums.add_columns(part, all_rows, g, weighted, first=first)
+        del g, logits
+    del buffer
+    if total is not None:
+        sums.put_input(all_rows, total)
+    return sums.finish()
+
+
+def _of_rows(
+    head: Head, part: slice, saved: Tensor, row_weight: Tensor | None, upstream: Upstream
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Recipe, Upstream]:
+    """What the backward of some kept rows takes beside their logits."""
+    target, some = head.of_rows(head.target, part), head.of_rows(saved, part)
+    assert target is not None, "never None"  # noqa: S101
+    assert some is not None, "never None"  # noqa: S101
+    rest = Upstream(*(head.of_rows(x, part) for x in upstream))
+    r = head.of_rows(row_weight, part)
+    return target, some, head.class_weight, r, head.call.recipe, rest
+
+
+def _forward_chunk(
+    head: Head,
+    chunk: _Chunk,
+    g: Tensor | None,
+    row_weight: Tensor | None,
+    scale: Tensor | None,
+    factors: Factors | None,
+    out: RowOutputs,
+    *,
+    scratch: bool,
+) -> None:
+    """Fill the chunk's rows of `out`, and the gradient g of its logits where it has a place."""
+    rows = head.rows[chunk.part]
+    here = new_outputs(chunk.logits, rows.numel(), head.call.wanted._replace(
+        saved=out.saved is not None
+    ))  # fmt: skip
+    weights = head.of_rows(row_weight, chunk.part)
+    of_rows = (weights, None if g is None else scale)
+    if factors is not None:
+        of_rows = (factors.folded[chunk.part], factors.scale)
+    head.operations.forward(
+        chunk.logits,
+        g,
+        head.target.index_select(0, rows),
+        head.class_weight,
+        *of_rows,
+        head.call.recipe,
+        here,
+        scratch=scratch,
+    )
+    if factors is not None:  # the loss was multiplied by what is folded into its gradient
+        here.loss.mul_(factors.of_loss(weights, chunk.part))
+    for whole, values in zip(out[:-1], here[:-1], strict=True):
+        if whole is not None and values is not None:
+            whole.index_copy_(0, rows, values)
 
 
 def _place_of_gradient(head: Head, logits: Tensor) -> Tensor:
@@ -270,141 +274,3 @@ def _place_of_gradient(head: Head, logits: Tensor) -> Tensor:
     if backend.choose(logits.device, logits.dtype) == "triton":
         return logits.view(dtype)[:, : logits.shape[1]]
     return torch.empty_like(logits, dtype=dtype) if logits.is_cuda else logits
-
-
-class _Factors(NamedTuple):
-    """How the row factors of a float16 head are shared out, each (M,) for the kept rows.
-
-    The factor of a row is `largest * share`. The gradient of the logits gets `scale * folded`, the
-    hidden states of the weight's gradient get `share / folded`; what is missing in `d_input` is
-    `rest`, in `d_weight` and `d_bias` it is `largest / scale`. With about the square root of its
-    share folded into either side, a row keeps its digits when another one has ten million times its
-    factor; the hidden states' part is a power of two, which rounds nothing.
-    """
-
-    folded: Tensor
-    share: Tensor
-    largest: Tensor  # ()
-    scale: Tensor  # ()
-
-    @property
-    def rest(self) -> Tensor:
-        """Factors (M,) that d_input lacks."""
-        return self.share / self.folded * (self.largest / self.scale)
-
-    def of_loss(self, weights: Tensor | None, part: slice) -> Tensor:
-        """What turns a loss that was multiplied by `folded` into the one that is asked for."""
-        return (1 if weights is None else weights) / self.folded[part]
-
-    @staticmethod
-    def make(head: Head, factors: Tensor, *, of_lse: bool = False) -> _Factors:
-        """Share out the factors (M,); `of_lse`: also of a log-sum-exp's upstream gradient."""
-        largest = factors.abs().amax() if factors.numel() else factors.new_ones(())
-        share = factors / torch.where(largest == 0, 1, largest)
-        root = share.abs().sqrt().clamp(min=LEAST_ROOT)
-        power = root / (2 * torch.frexp(root).mantissa)  # the next power of two below
-        folded = torch.where(share == 0, 1, share.abs() / power)
-        return _Factors(folded, share, largest, _half_scale(head, of_lse=of_lse))
-
-    @staticmethod
-    def of_forward(head: Head, row_weight: Tensor | None, scale: Tensor | None) -> _Factors:
-        """Row weight times scale."""
-        factors = torch.ones_like(head.rows, dtype=torch.float32)
-        if row_weight is not None:
-            factors = row_weight[head.rows]
-        return _Factors.make(head, factors if scale is None else factors * scale)
-
-    @staticmethod
-    def of_backward(
-        head: Head, row_weight: Tensor | None, upstream: Upstream
-    ) -> tuple[_Factors, Tensor | None, Upstream]:
-        """The sizes of the upstream gradients, and these (N,) with `scale * folded` instead."""
-        given = [x for x in (row_weight, upstream.lse, upstream.entropy) if x is not None]
-        size = torch.stack(given).abs().amax(0)
-        factors = _Factors.make(head, size[head.rows], of_lse=upstream.lse is not None)
-        of_row = torch.zeros_like(size).index_copy_(0, head.rows, factors.folded)
-        safe = torch.where(size == 0, 1, size)
-
-        def instead(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x / safe * (of_row * factors.scale)
-
-        changed = Upstream(instead(upstream.lse), instead(upstream.entropy), upstream.entropy_value)
-        return factors, instead(row_weight), changed
-
-
-def _half_scale(head: Head, *, of_lse: bool) -> Tensor:
-    """What brings the largest gradient of a row of factor 1 near HALF_RANGE, ()."""
-    r = head.call.recipe
-    slope = abs(r.logit_scale) / r.temperature  # at most: d(score) / d(logit)
-    z_loss = 200 * abs(r.lse_square_scale)  # for a log-sum-exp of a hundred; no class weight here
-    if head.class_weight is None:
-        largest = head.input.new_full((), slope * (1 + z_loss), dtype=torch.float32)
-    else:
-        largest = slope * (head.class_weight.abs().amax() + z_loss + of_lse)
-    return HALF_RANGE / torch.where(largest == 0, 1, largest)
-
-
-class _Sums:
-    """The gradients of a head, summed over chunks."""
-
-    def __init__(self, head: Head, factors: _Factors | None) -> None:
-        self.factors, self.operations = factors, head.operations
-        call, needs = head.call, head.call.needs
-        self.dtypes = gradient_dtypes(head, call)
-        exact = accumulation_dtype(call.compute_dtype)
-        parts = len(head.parts)
-        # One chunk may write bf16 at once, where that is what the matmul makes.
-        at_once = parts == 1 and factors is None and self.dtypes[1] == call.compute_dtype
-        of_weight = self.dtypes[1] if at_once else exact
-        self.d_input = _new(head.input, needs.input, self.dtypes[0], head.input, zero=True)
-        self.d_weight = _new(head.weight, needs.weight, of_weight, head.input, zero=not parts)
-        self.d_bias = _new(head.bias, needs.bias, exact, head.input, zero=True)
-
-    def add(self, chunk: _Chunk, g: Tensor) -> None:
-        """One chunk more, from the gradient g (m, V) of its logits."""
-        hidden, f, share, rest = chunk.hidden, self.factors, None, None
-        if f is not None:
-            rest = f.rest[chunk.part, None]
-            share = (f.share / f.folded)[chunk.part, None]
-        summing = None
-        if self.d_input is not None:
-            exact = rest is None and not self.operations.is_part
-            wide = accumulation_dtype(chunk.weight.dtype)
-            dtype = self.d_input.dtype if exact else wide
-            values = products.input_gradient(g, chunk.weight, dtype)
-            if rest is not None:
-                values = values * rest
-            summing = self.operations.start_sum(values)
-            if summing is None:
-                _put(self.d_input, chunk, values)
-        if self.d_weight is not None:
-            weighted = hidden if share is None else (hidden * share).to(hidden.dtype)
-            first = chunk.part.start == 0
-            products.add_weight_gradient(g, weighted, self.d_weight, first=first)
-        if self.d_bias is not None:
-            if share is None:
-                self.d_bias += g.sum(0, dtype=self.d_bias.dtype)
-            else:
-                column = self.d_bias[:, None]
-                products.add_weight_gradient(g, share.to(hidden.dtype), column, first=False)
-        if summing is not None and self.d_input is not None:
-            # The sum went on beside the matmul of the weight's gradient.
-            self.operations.finish_sum(summing)
-            _put(self.d_input, chunk, values)
-
-    def finish(self) -> Gradients:
-        """The sums in the dtypes that were promised."""
-        sums: tuple[Tensor | None, ...] = (self.d_weight, self.d_bias)
-        if self.factors is not None:
-            missing = self.factors.largest / self.factors.scale
-            sums = tuple(None if x is None else x.mul_(missing) for x in sums)
-        pairs = zip(sums, self.dtypes[1:], strict=True)
-        return Gradients(
-            self.d_input, *(None if x is None else cast(x, dtype) for x, dtype in pairs)
-        )
-
-
-def _put(d_input: Tensor, chunk: _Chunk, values: Tensor) -> None:
-    """The rows of a chunk into d_input."""
-    whole = d_input.view(-1, values.shape[1])
-    whole.index_copy_(0, chunk.rows, cast(values, whole.dtype))

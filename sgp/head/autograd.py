@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from sgp.head import operators
-from sgp.head.algorithm import HeadCall, LinearHead, Needs
-from sgp.head.chunks import MOST_ROWS, default_chunk_rows
-from sgp.head.problem import compute_dtype
+from sgp.head.calls import HeadCall, LinearHead, Needs
+from sgp.head.chunks import MOST, UNSET
+from sgp.head.problem import Pieces, compute_dtype
 from sgp.rows.autograd import (
     Transformed,
     contiguous,
@@ -28,10 +28,11 @@ from sgp.rows.autograd import (
     saved_tensors,
 )
 from sgp.rows.by_torch import Upstream, Wanted
-from sgp.rows.operations import RowOperations
+from sgp.rows.operations import ONE_DEVICE, RowOperations
 from sgp.rows.operators import multiply_rows_
 from sgp.rows.problem import Problem
 from sgp.rows.recipe import Recipe
+from sgp.rows.watched import is_traced
 from sgp.selection import Selection
 
 LINEAR_CROSS_ENTROPY = "sgp.linear_cross_entropy"
@@ -39,34 +40,53 @@ LINEAR_LOG_PROBS = "sgp.linear_token_log_probs"
 
 
 class HeadOptions(NamedTuple):
-    """What is no tensor; with methods and no properties, as `Problem`."""
+    """What is no input of the graph; with methods and no properties, as `Problem`."""
 
-    recipe: Recipe
-    compute_dtype: torch.dtype
-    chunk_rows: int
-    needs: Needs
-    wanted: Wanted
+    call: HeadCall  # of a pass that makes every gradient that is needed
     of_lse: bool = False  # whether the log-sum-exp of HeadRowLoss is differentiable
     operations: RowOperations | None = None  # None: whole rows, by the operators
+    may_hold: bool = False  # whether logits may wait for the backward
+    into: Tensor | None = None  # what the weight's gradient is added to
 
-    def forward(self, *arguments: Any) -> Any:
-        """The operator's outputs, or those of what it calls, with other row operations."""
-        if self.operations is None:
-            return operators.head_forward(*arguments)
-        return operators.forward(self.operations, *arguments)
+    def forward(self, call: HeadCall, *arguments: Any) -> tuple[tuple[Any, ...], Tensor | None]:
+        """The operator's outputs, or those of what it calls, with other row operations or held."""
+        if self.operations is None and not self.may_hold:
+            return operators.head_forward(*arguments, call), None
+        rows = self.operations or ONE_DEVICE
+        return operators.forward(rows, *arguments, call, may_hold=self.may_hold and call.late)
 
-    def backward(self, *arguments: Any) -> Any:
-        """The same of the backward."""
-        if self.operations is None:
-            return operators.head_backward(*arguments)
-        return operators.backward(self.operations, *arguments)
+    def backward(self, held: Tensor | None, *arguments: Any) -> Any:
+        """The same of the backward, of all gradients; `held` is used up."""
+        if self.operations is None and self.into is None and held is None:
+            return operators.head_backward(*arguments, self.call)
+        rows = self.operations or ONE_DEVICE
+        return operators.backward(rows, *arguments, self.call, held=held, into=self.into)
 
-    def call(self, needs: Needs, *, saved: bool = False, wide: bool = False) -> HeadCall:
-        """One pass that computes these gradients, and what a backward needs where asked."""
-        wanted = self.wanted
+    def losses(self, *, saved: bool = False) -> HeadCall:
+        """A pass without gradients, and what a backward needs where asked."""
+        wanted = self.call.wanted
         if saved:
             wanted = Wanted(saved=True, stats=wanted.stats, argmax=wanted.argmax)
-        return HeadCall(self.recipe, self.compute_dtype, self.chunk_rows, needs, wanted, wide)
+        return self.call._replace(needs=Needs(), wanted=wanted)
+
+    def early(self) -> HeadCall:
+        """A pass that makes gradients which wait for an upstream factor, float16's in float32."""
+        wide = self.call.compute_dtype == torch.float16
+        return self.call._replace(wide=wide)
+
+    def in_backward(self) -> HeadOptions:
+        """The same of a call whose gradients are made in backward, if it has any."""
+        late = any(self.call.needs) and not self.is_scaled()
+        return self._replace(call=self.call._replace(late=late))
+
+    def must_be_late(self) -> bool:
+        """Whether even a sum's gradients have to be made in backward.
+
+        A caller's tensor is added to when the upstream factor is known; and float16 gradients that
+        wait for it in float32 would break a budget.
+        """
+        half = self.call.compute_dtype == torch.float16 and self.call.needs.weight
+        return self.into is not None or (half and self.call.memory_budget != UNSET)
 
     def named(self, single: str) -> str:
         """The function that was called, for messages; `single` on one device."""
@@ -74,11 +94,7 @@ class HeadOptions(NamedTuple):
 
     def is_scaled(self) -> bool:
         """Whether rows of d_input wait for one upstream factor each: all that HeadRowLoss needs."""
-        return self.needs == Needs(input=True) and not self.of_lse
-
-    def is_wide(self) -> bool:
-        """Whether gradients wait for the upstream factor in float32: those of float16 matmuls."""
-        return self.compute_dtype == torch.float16
+        return self.call.needs == Needs(input=True) and not self.of_lse
 
 
 def linear_head(
@@ -96,24 +112,38 @@ def linear_head(
 def head_options(
     recipe: Recipe,
     head: LinearHead,
-    chunk_rows: int | None,
+    pieces: Pieces,
     wanted: Wanted,
     operations: RowOperations | None = None,
 ) -> HeadOptions:
-    """What this call computes, in which dtype, and how many rows at a time."""
+    """What this call computes, in which dtype, and in which pieces."""
 
     def needed(x: Tensor | None) -> bool:
         return x is not None and x.requires_grad and torch.is_grad_enabled()
 
-    rows = chunk_rows or default_chunk_rows(head.weight.shape[0], head.input.device.type)
-    return HeadOptions(
+    needs = Needs(*map(needed, head[:3]))
+    budget = min(pieces.memory_budget or UNSET, MOST)
+    into = pieces.accumulate_into if needs.weight else None
+    call = HeadCall(
         recipe=recipe,
         compute_dtype=compute_dtype(head.input),
-        chunk_rows=min(rows, MOST_ROWS),
-        needs=Needs(*map(needed, head[:3])),
+        chunk_rows=min(pieces.chunk_rows or UNSET, MOST),
+        needs=needs,
         wanted=wanted,
-        operations=operations,
+        memory_budget=budget,
+        planned=needs,
+        into=into is not None,
     )
+    may_hold = budget != UNSET and any(needs) and not is_traced(*head)
+    return HeadOptions(call, operations=operations, may_hold=may_hold, into=into)
+
+
+def _held(ctx: Any, held: Tensor | None, *upstream: Tensor | None) -> Tensor | None:
+    """The logits that were held, for the first backward; later ones make them again."""
+    if held is None or getattr(ctx, "has_used_held", False) or is_traced(*upstream):
+        return None
+    ctx.has_used_held = True
+    return held.data  # written over: a second backward is right to find another version
 
 
 def _of_kept_rows(upstream: Tensor, target: Tensor, recipe: Recipe, d_input: Tensor) -> Tensor:
@@ -141,8 +171,7 @@ class HeadScalarLoss(torch.autograd.Function):
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         o: HeadOptions
         *head, weight, row_weight, scale, o = arguments
-        call = o.call(o.needs, wide=o.is_wide())
-        loss, _, *rest = o.forward(LinearHead(*head), weight, row_weight, scale, call)
+        (loss, _, *rest), _ = o.forward(o.early(), LinearHead(*head), weight, row_weight, scale)
         total = loss.sum()
         return total if scale is None else total * scale, *rest
 
@@ -170,23 +199,22 @@ class HeadScalarLoss(torch.autograd.Function):
         given: list[Tensor | None] = []
         with torch.no_grad():
             # Ignored rows of d_input are zero already and are not read.
-            pairs = zip(gradients, (target, None, None), options.needs, ctx.dtypes, strict=True)
+            needs = options.call.needs
+            pairs = zip(gradients, (target, None, None), needs, ctx.dtypes, strict=True)
             for g, rows, needed, dtype in pairs:
                 if not needed:
                     given.append(None)
                     continue
                 values = g.detach()
                 matrix = values if values.dim() > 1 else values[None]
-                multiply_rows_(matrix, rows, upstream, options.recipe.ignore_index)
-                given.append(values.to(dtype) if options.is_wide() else values)
-        closed = _give(
-            options.named(LINEAR_CROSS_ENTROPY), tuple(given), options.needs, origin, upstream
-        )
+                multiply_rows_(matrix, rows, upstream, options.call.recipe.ignore_index)
+                given.append(values.to(dtype))
+        closed = _give(options.named(LINEAR_CROSS_ENTROPY), tuple(given), needs, origin, upstream)
         return *closed, *(None,) * 7
 
 
 class HeadRowLoss(Transformed):
-    """(losses (N,), 5 statistics (N,), saved (N, 3), d_input) of each row, times its weight.
+    """(losses (N,), 5 statistics (N,), saved (N, 3), d_input, held) of each row, times its weight.
 
     Of the statistics the log-sum-exp is differentiable where the options ask for it.
     """
@@ -195,78 +223,83 @@ class HeadRowLoss(Transformed):
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         o: HeadOptions
         *head, weight, row_weight, o = arguments
-        call = o.call(Needs(input=o.is_scaled()), wide=o.is_wide(), saved=not o.is_scaled())
-        loss, saved, *stats, d_input, _, _ = o.forward(
-            LinearHead(*head), weight, row_weight, None, call
+        call = o.early() if o.is_scaled() else o.losses(saved=True)
+        (loss, saved, *stats, d_input, _, _), held = o.forward(
+            call, LinearHead(*head), weight, row_weight, None
         )
-        return loss, *stats, saved, d_input
+        return loss, *stats, saved, d_input, held
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, options = inputs
-        _, log_prob, entropy, lse, is_top1, argmax, saved, d_input = output
+        _, log_prob, entropy, lse, is_top1, argmax, saved, d_input, held = output
         scaled = options.is_scaled()
         origin, other = (d_input, saved) if scaled else (saved, d_input)
-        constants = (log_prob, entropy, None if options.of_lse else lse, is_top1, argmax)
+        constants = (log_prob, entropy, None if options.of_lse else lse, is_top1, argmax, held)
         mark_constant(ctx, *constants, other, origin=origin)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.dtype = options, tensors[0].dtype
         target = tensors[3]
         kept = (None, None, None, target, *(None,) * 4) if scaled else tensors
-        ctx.save_for_backward(*kept, saved, d_input)
+        ctx.save_for_backward(*kept, saved, d_input, held)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         of_loss, of_lse = grads[0], grads[3] if ctx.options.of_lse else None
         if of_loss is None and of_lse is None:
             return (None,) * 9
-        *tensors, weight, row_weight, saved, d_input = ctx.saved_tensors
+        *tensors, weight, row_weight, saved, d_input, held = ctx.saved_tensors
         o: HeadOptions = ctx.options
+        needs = o.call.needs
         gradients: tuple[Tensor | None, ...]
         with torch.no_grad():
             if o.is_scaled() and of_loss is not None:
-                by_row = _of_kept_rows(of_loss, tensors[3], o.recipe, d_input)
+                by_row = _of_kept_rows(of_loss, tensors[3], o.call.recipe, d_input)
                 gradients = ((d_input * by_row).to(ctx.dtype), None, None)
             else:
                 r = loss_upstream(of_loss, row_weight, saved)
                 upstream = Upstream(contiguous(of_lse))
                 gradients = o.backward(
-                    LinearHead(*tensors), saved, weight, r, upstream, o.call(o.needs)
-                )
+                    _held(ctx, held, of_loss, of_lse), LinearHead(*tensors), saved, weight, r,
+                    upstream,
+                )  # fmt: skip
         origin = d_input if o.is_scaled() else saved
-        given = _give(o.named(LINEAR_CROSS_ENTROPY), gradients, o.needs, origin, of_loss, of_lse)
+        given = _give(o.named(LINEAR_CROSS_ENTROPY), gradients, needs, origin, of_loss, of_lse)
         return *given, *(None,) * 6
 
 
 class HeadStatistics(Transformed):
-    """(5 statistics, saved) of every row; the first three statistics are differentiable."""
+    """(5 statistics, saved, held) of every row; the first three are differentiable."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         o: HeadOptions
         *head, o = arguments
-        call = o.call(Needs(), saved=True)
-        _, saved, *stats, _, _, _ = o.forward(LinearHead(*head), None, None, None, call)
-        return *stats, saved
+        (_, saved, *stats, _, _, _), held = o.forward(
+            o.losses(saved=True), LinearHead(*head), None, None, None
+        )
+        return *stats, saved, held
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, options = inputs
-        _, entropy, _, is_top1, argmax, saved = output
-        mark_constant(ctx, is_top1, argmax, origin=saved)
+        _, entropy, _, is_top1, argmax, saved, held = output
+        mark_constant(ctx, is_top1, argmax, held, origin=saved)
         ctx.set_materialize_grads(False)
         ctx.options = options
-        ctx.save_for_backward(*tensors, saved, entropy)
+        ctx.save_for_backward(*tensors, saved, entropy, held)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         upstream = grads[:3]
         if all(gradient is None for gradient in upstream):
             return (None,) * 7
-        *tensors, saved, entropy = ctx.saved_tensors
+        *tensors, saved, entropy, held = ctx.saved_tensors
         o: HeadOptions = ctx.options
         with torch.no_grad():
             r, rest = row_upstream(upstream, saved, entropy)
-            gradients = o.backward(LinearHead(*tensors), saved, None, r, rest, o.call(o.needs))
-        given = _give(o.named(LINEAR_LOG_PROBS), gradients, o.needs, saved, *upstream)
+            gradients = o.backward(
+                _held(ctx, held, *upstream), LinearHead(*tensors), saved, None, r, rest
+            )
+        given = _give(o.named(LINEAR_LOG_PROBS), gradients, o.call.needs, saved, *upstream)
         return *given, *(None,) * 4

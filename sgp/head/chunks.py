@@ -1,101 +1,432 @@
-"""How many rows of logits a linear head holds at once, and what that costs.
+"""The planner of a linear head: in which pieces the logits are made, for which memory and time.
 
-The logits of M kept rows and V classes are made, used and forgotten some rows at a time. The
-accumulator of the weight's gradient is read and written once a chunk, so few large chunks are
-faster than many small ones; the logits are float32, `4 V` bytes a row, so large ones cost memory.
+M kept rows, V classes, width D. Three matmuls of `2 M V D` operations make the logits and, from
+their gradient, the gradients of input and weight. Whole float32 logits take `4 M V` bytes, so they
+are made in pieces. All ways sum in float32 and round once; they differ in what is held and in what
+is done twice:
 
-The choice is made from shapes alone, never from free memory: two ranks and two runs agree.
+* **rows**: chunks of `rows` rows. The weight's gradient needs all rows: the gradient of the logits
+  is kept in the matmuls' dtype, `2 M V` bytes, for one matmul at the end (`group` = M); or for
+  groups of rows, whose matmuls add to a float32 sum, `4 V D` bytes that are read and written once a
+  group. A group of one chunk has its gradient in the place of its logits.
+* **slices**: the statistics of every row first; then the logits again, `columns` of the vocabulary
+  at a time, for all rows. A slice's part of the weight's gradient is finished when it is made; the
+  input's is summed, `4 M D` bytes. Four matmuls instead of three, and the least memory. Gradients
+  that are asked for in backward, with a factor a row, make the logits again anyway.
+* **held**: for those gradients, float32 logits that wait for the backward, where a budget says that
+  they may.
 
-* On a GPU `GPU_ROWS` = 4096 rows, fewer where their logits would take more than 4 GiB (from
-  V = 262 145 on). 4096 rows of V = 151 936 are 2.3 GiB.
-* On a CPU what fits 256 MiB: 512 rows of V = 131 072.
-* M rows in k chunks are shared out evenly, so that no chunk is a remainder of a few rows.
+Everything is chosen from shapes, dtypes and a budget alone, never from free memory: two ranks and
+two runs agree. Time is that of a nominal GPU by its data sheet, which decides between ways only.
 """
 
 from __future__ import annotations
 
+import functools
 import numbers
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
-GPU_ROWS = 4096
-GPU_BYTES = 4 << 30
-CPU_BYTES = 256 << 20
-MOST_ROWS = 1 << 40  # an operator's argument is an int64
-TILE = 128  # rows of a matmul's tile: a chunk is a multiple of it where there are several
+from sgp.head.products import FACTOR_ELEMENTS
+
+CPU_BYTES = 256 << 20  # of a chunk's float32 logits
+GPU_BYTES = 4 << 30  # at most, whatever the vocabulary
+DEFAULT_ROWS = 4096  # of the chunk that the default budget has room for
+BUSY_ROWS = 512  # that keep the matmuls of a GPU busy where nothing is summed over chunks
+LEAST_ROWS, LEAST_COLUMNS = 16, 128  # of a piece: smaller ones would save next to nothing
+MOST_COLUMNS = 16_384  # of a slice: longer ones were no faster
+TILE = 128  # rows or columns of a matmul's tile
+MOST = 1 << 40  # rows or bytes: an operator's argument is an int64
+AS_FAST = 1.03  # ways within 3 % of the fastest are as fast, and the smallest of them is taken
+
+# A matmul of n rows reaches n / (n + 80) of its full rate, one of n columns n / (n + 420): a fit to
+# 256 to 8192 rows and 2048 to 16 384 columns on an H100 at D = 4096.
+FULL_ROWS, FULL_COLUMNS = 80, 420
+
+UNSET = 0  # of chunk_rows and memory_budget
 
 
-def default_chunk_rows(V: int, device_type: str) -> int:
-    """The most rows of V float32 logits at once, at least 1.
+class Gpu(NamedTuple):
+    """A data sheet, and how much of it large matmuls and plain copies reach."""
+
+    name: str
+    flops: float  # dense bf16 operations a second
+    bandwidth: float  # bytes a second
+    reached: float = 0.74  # of `flops`, by a large matmul: 730 TFLOP/s measured on an H100
+    copied: float = 0.9  # of `bandwidth`
+
+
+GPUS = {
+    "a100": Gpu("A100 80GB SXM", 312e12, 2.04e12),
+    "h100": Gpu("H100 SXM", 989e12, 3.35e12),
+    "h200": Gpu("H200 SXM", 989e12, 4.8e12),
+    "b200": Gpu("B200 SXM", 2250e12, 8.0e12),
+    "l40s": Gpu("L40S", 362e12, 0.864e12),
+    "4090": Gpu("GeForce RTX 4090", 165e12, 1.01e12),
+}
+NOMINAL = GPUS["h100"]
+
+
+class Shape(NamedTuple):
+    """What a plan is made from."""
+
+    M: int  # kept rows
+    N: int  # rows
+    V: int  # classes; of a vocabulary split over ranks, those of the largest part
+    D: int  # width
+    input_bytes: int  # of an element of the hidden states, and of their gradient
+    weight_bytes: int
+    operand_bytes: int  # of the matmuls' operands; others than the weight's under autocast
+    input_grad: bool
+    weight_grad: bool
+    late: bool = False  # gradients in backward, with an upstream gradient a row
+    is_half: bool = False  # float16 operands: factors of rows wait outside, in float32
+    wide: bool = False  # gradients in float32 although the weight is narrower
+    into: bool = False  # the weight's gradient is added to a float32 tensor of the caller's
+    is_cpu: bool = False
+    is_contiguous: bool = True  # the hidden states
+
+    def sum_bytes(self) -> int:
+        """Of an element of the logits and of every sum."""
+        return max(4, self.operand_bytes)
+
+    def is_narrow(self) -> bool:
+        """Whether matmuls have 16-bit operands, and so the logits' gradient 16 bits."""
+        return self.operand_bytes < 4
+
+
+class Plan(NamedTuple):
+    """One way, in pieces of some size, and what the whole call then takes."""
+
+    way: str  # "rows" | "slices" | "held"
+    rows: int  # of float32 logits at once
+    group: int  # rows whose logits' gradient is kept for one matmul; `rows`: in their place
+    columns: int  # of a slice of the vocabulary; 0: no slices
+    padded: int  # M, or some more: what buffers for all rows have room for
+    bytes: int = 0  # at most at once, beyond inputs, results and gradients
+    flops: int = 0  # of the matmuls
+    traffic: int = 0  # bytes of logits, their gradient and sums that are read and written
+    busy: float = 1.0  # share of their full rate that the matmuls reach
+
+    def keeps(self) -> bool:
+        """Whether the logits' gradient has a place of its own."""
+        return self.rows < self.group
+
+    def seconds(self, gpu: Gpu = NOMINAL) -> float:
+        """Of the matmuls and of the traffic, one after the other."""
+        matmuls = self.flops / (gpu.flops * gpu.reached * self.busy)
+        return matmuls + self.traffic / (gpu.bandwidth * gpu.copied)
+
+    def words(self) -> str:
+        """What is done, for people."""
+        if self.way == "slices":
+            return f"slices of {self.columns} columns"
+        if self.way == "held":
+            return "logits held for backward"
+        if self.rows >= self.padded:
+            return "one chunk"
+        if self.group >= self.padded:
+            return f"gradient kept, chunks of {self.rows} rows"
+        if self.keeps():
+            return f"gradient of {self.group} rows kept, chunks of {self.rows}, a float32 sum"
+        return f"chunks of {self.rows} rows"
+
+
+# -- what a caller asks for ------------------------------------------------------------------------
+
+
+def check_sizes(name: str, chunk_rows: object, memory_budget: object) -> None:
+    """Raise ValueError or TypeError for what is neither None nor a number of rows, or of bytes."""
+    for label, value, what in (
+        ("chunk_rows", chunk_rows, "a whole number"),
+        ("memory_budget", memory_budget, "a whole number of bytes"),
+    ):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name}: {label} = {value!r}; expected {what} or None")
+        if int(value) < 1:
+            raise ValueError(f"{name}: {label} = {value}; expected at least 1")
+    if chunk_rows is not None and memory_budget is not None:
+        raise ValueError(
+            f"{name}: chunk_rows = {chunk_rows} and memory_budget = {memory_budget}; pass one of "
+            "them: the budget chooses the chunks"
+        )
+
+
+def even(M: int, most: int) -> int:
+    """The size of the fewest pieces of at most `most`, so that none is a remainder of a few.
 
     Example:
-        >>> default_chunk_rows(151_936, "cuda"), default_chunk_rows(131_072, "cpu")
-        (4096, 512)
+        >>> even(5000, 4096), even(5000, 8192)
+        (2560, 5000)
     """
-    if device_type == "cpu":
-        return max(1, CPU_BYTES // (4 * V))
-    return max(1, min(GPU_ROWS, GPU_BYTES // (4 * V)))
+    count = max(1, -(-M // most))
+    size = max(1, -(-M // count))
+    return size if count == 1 else min(most, -(-size // TILE) * TILE)
 
 
-def check_chunk_rows(name: str, chunk_rows: object) -> None:
-    """Raise ValueError or TypeError for what is neither None nor a number of rows."""
-    if chunk_rows is None:
-        return
-    if isinstance(chunk_rows, bool) or not isinstance(chunk_rows, numbers.Integral):
-        raise TypeError(f"{name}: chunk_rows = {chunk_rows!r}; expected a whole number or None")
-    if int(chunk_rows) < 1:
-        raise ValueError(f"{name}: chunk_rows = {chunk_rows}; expected at least 1")
-
-
-def split(M: int, chunk_rows: int) -> list[slice]:
-    """M rows as the fewest chunks of at most `chunk_rows`, of nearly the same size.
+def parts(M: int, size: int) -> list[slice]:
+    """M in pieces of this size; the last may be shorter.
 
     Example:
-        >>> [(s.start, s.stop) for s in split(5000, 4096)]
-        [(0, 2560), (2560, 5000)]
+        >>> parts(5000, 2560)
+        [slice(0, 2560, None), slice(2560, 5000, None)]
     """
-    count = -(-M // chunk_rows)
-    if count == 0:
-        return []
-    size = -(-M // count)
-    if count > 1:
-        size = min(chunk_rows, -(-size // TILE) * TILE)
     return [slice(start, min(start + size, M)) for start in range(0, M, size)]
 
 
-def extra_bytes(
-    M: int,
-    N: int,
-    V: int,
-    D: int,
-    *,
-    chunk_rows: int,
-    itemsize: int,
-    weight_grad: bool = True,
-    float16: bool = False,
-    autocast: bool = False,
-) -> int:
-    """Memory of `mean` or `sum` beyond the inputs and their gradients, in bytes.
+def padded(M: int, N: int) -> int:
+    """M rounded up to one of eight sizes an octave, at most N: buffers of sizes that repeat.
 
-    With m rows a chunk: float32 logits `4 m V`; the gathered rows `m D itemsize` and their float32
-    gradient `4 m D`; for weights of 2 bytes, where there are several chunks, the float32
-    accumulator `4 V D`; and 4 bytes for each of the N losses. float16 always has the accumulator,
-    and one of `4 N D` for the hidden states, because gradients wait in float32 for the loss
-    scaler's factor. Autocast has a copy of the weight, `2 V D`, in the matmuls' dtype.
-    On a CPU, which has no bf16 or fp16 matmul with a float32 result, two slices of at most
-    `products.SLICE` float32 elements come on top.
+    Example:
+        >>> padded(1500, 8192), padded(8000, 8192), padded(100, 100)
+        (1536, 8192, 100)
+    """
+    step = 1 << max(0, (M - 1).bit_length() - 4)
+    return min(-(-M // step) * step, N)
+
+
+# -- the plan --------------------------------------------------------------------------------------
+
+
+def plan(
+    name: str, shape: Shape, *, chunk_rows: int = UNSET, memory_budget: int = UNSET
+) -> Plan:
+    """The way that a call takes.
 
     Args:
-        M, N, V, D: kept rows, all rows, classes, width.
-        chunk_rows: the most rows of logits at once.
-        itemsize: bytes of an element of the weight.
-        weight_grad: whether the weight requires grad.
-        float16: whether the matmuls' operands are float16.
-        autocast: whether the weight is converted to them.
+        name: of the function, for messages.
+        shape: of the call.
+        chunk_rows: chunks of so many rows, each added to the gradients at once.
+        memory_budget: bytes that the call may hold beyond inputs, results and gradients. UNSET: as
+            many as a chunk of 4096 rows and a float32 sum of the weight's gradient take, which is
+            where more memory stops to be faster; on a CPU 256 MiB of logits.
+
+    Raises:
+        ValueError: nothing fits the budget; the message names the least.
     """
-    parts = split(M, chunk_rows)
-    m = max((part.stop - part.start for part in parts), default=0)
-    operand = 2 if autocast else itemsize
-    summed = weight_grad and itemsize < 4 and (len(parts) > 1 or float16)
-    accumulator = 4 * V * D if summed else 0
-    waiting = 4 * N * D if float16 and itemsize < 4 else 0
-    copy = V * D * operand if autocast else 0
-    return 4 * m * V + m * D * (operand + 4) + accumulator + waiting + copy + 4 * N
+    rounded = shape._replace(M=padded(shape.M, shape.N))
+    return _plan(name, rounded, chunk_rows, memory_budget)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(name: str, shape: Shape, chunk_rows: int, memory_budget: int) -> Plan:
+    if chunk_rows or (shape.is_cpu and not memory_budget):
+        rows = chunk_rows or max(1, CPU_BYTES // (shape.sum_bytes() * shape.V))
+        return by_rows(shape, rows, rows)
+    found = tuple(ways(shape, memory_budget or default_budget(shape), held=memory_budget > 0))
+    fitting = [p for p in found if p.bytes <= (memory_budget or default_budget(shape))]
+    if not fitting:
+        least = min(found, key=lambda p: p.bytes)
+        if memory_budget:
+            raise ValueError(
+                f"{name}: memory_budget = {memory_budget}; the least that {shape.M} kept rows of "
+                f"V = {shape.V} and D = {shape.D} take is {least.bytes} bytes ({least.words()})"
+            )
+        return least
+    fastest = min(p.seconds() for p in fitting)
+    return min((p for p in fitting if p.seconds() <= AS_FAST * fastest), key=lambda p: p.bytes)
+
+
+def default_budget(shape: Shape) -> int:
+    """Bytes of a call with chunks of DEFAULT_ROWS and a float32 sum; without one, BUSY_ROWS."""
+    rows = default_rows(shape) if shape.weight_grad else busy_rows(shape)
+    return by_rows(shape, rows, rows).bytes
+
+
+def default_rows(shape: Shape) -> int:
+    """DEFAULT_ROWS, fewer where their logits would take more than GPU_BYTES."""
+    return max(1, min(DEFAULT_ROWS, GPU_BYTES // (shape.sum_bytes() * shape.V)))
+
+
+def busy_rows(shape: Shape) -> int:
+    """BUSY_ROWS, more where the vocabulary is short, fewer for one of millions."""
+    of_bytes = CPU_BYTES // (shape.sum_bytes() * shape.V) // TILE * TILE
+    return max(1, min(max(BUSY_ROWS, of_bytes), default_rows(shape)))
+
+
+def ways(shape: Shape, budget: int, *, held: bool) -> Iterator[Plan]:
+    """Every way in sizes that are worth a look under a budget, the smallest among them."""
+    M, busy = max(1, shape.M), busy_rows(shape)
+    sizes = [k * busy for k in (1, 2, 4, 8)]
+    while sizes[0] > LEAST_ROWS and by_rows(shape, sizes[0], sizes[0]).bytes > budget:
+        sizes.insert(0, sizes[0] // 2)
+    sizes = sorted({min(size, M) for size in sizes} | {M})
+    for group in _groups(shape, sizes) if shape.weight_grad else ():
+        if shape.is_narrow():
+            yield from (by_rows(shape, size, group) for size in sizes if size < group)
+    yield from (by_rows(shape, size, size) for size in sizes)
+    if not shape.weight_grad:
+        return
+    if shape.late and held:
+        yield hold(shape, 4 * busy)
+    if shape.late or (held and not shape.is_half):
+        rows = 2 * busy
+        while rows > LEAST_ROWS and by_slices(shape, rows, LEAST_COLUMNS).bytes > budget:
+            rows //= 2
+        yield from (by_slices(shape, rows, columns) for columns in _columns(shape, rows, budget))
+
+
+def _groups(shape: Shape, sizes: Iterable[int]) -> list[int]:
+    """All rows, halves of them down to DEFAULT_ROWS, and these sizes."""
+    found, group = {shape.M, *sizes}, shape.M
+    while group > DEFAULT_ROWS:
+        group = -(-group // (2 * TILE)) * TILE
+        found.add(group)
+    return sorted(found)
+
+
+def _columns(shape: Shape, rows: int, budget: int) -> list[int]:
+    """Widths of slices: powers of two, and the widest that the budget has room for."""
+    found = [LEAST_COLUMNS << k for k in range((MOST_COLUMNS // LEAST_COLUMNS).bit_length())]
+    least = by_slices(shape, rows, LEAST_COLUMNS).bytes
+    room = max(0, budget - least) // (shape.sum_bytes() * max(1, shape.M) * TILE)
+    found.append(min(MOST_COLUMNS, LEAST_COLUMNS + TILE * room))
+    return sorted({min(columns, shape.V) for columns in found})
+
+
+# -- the arithmetic --------------------------------------------------------------------------------
+
+
+def by_rows(shape: Shape, rows: int, group: int) -> Plan:
+    """Chunks of `rows`, the logits' gradient kept for `group` rows."""
+    s, M = shape, max(1, shape.M)
+    group = even(M, max(rows, group))
+    chunk = even(group, rows)
+    groups = -(-M // group)
+    # The weight's gradient in float32: a sum over groups, or one that waits for its factor.
+    narrow = s.weight_grad and not s.into and s.weight_bytes < s.sum_bytes()
+    summed = s.sum_bytes() * s.V * s.D if narrow and (groups > 1 or s.wide) else 0
+    logits = s.sum_bytes() * chunk * s.V
+    kept = group * -(-s.V // 8) * 8 * s.operand_bytes if s.weight_grad and chunk < group else 0
+    rows_of_group = _gathered(s, group)
+    # While a chunk is made the weight's gradient is not there yet, if one matmul makes it.
+    making = logits + kept + rows_of_group + _of_input(s, chunk) + _waiting(s)
+    if narrow or groups == 1:
+        making += summed - _of_weight(s)
+    multiplying = (kept or logits) + rows_of_group + summed + _waiting(s) + _before_factor(s, group)
+    if summed:
+        multiplying -= _of_weight(s)
+    finishing = summed + _waiting(s)
+    most = max(making, multiplying, finishing) if s.weight_grad else making
+    again = int(s.late and s.weight_grad)  # the logits, in backward
+    matmuls = 1 + s.input_grad + s.weight_grad + again
+    slower = (matmuls - s.weight_grad) / _busy(chunk) + s.weight_grad / _busy(group)
+    of_sum = 2 * s.sum_bytes() * s.V * s.D * (groups - 1) if s.weight_grad else 0
+    return Plan(
+        "rows", chunk, group, 0, M,
+        bytes=most + _numbers(s) + _copied_weight(s),
+        flops=2 * M * s.V * s.D * matmuls,
+        traffic=_row_traffic(s) * (1 + again) + of_sum,
+        busy=matmuls / slower,
+    )  # fmt: skip
+
+
+def by_slices(shape: Shape, rows: int, columns: int) -> Plan:
+    """Statistics in chunks of `rows`; then slices of `columns` for all rows."""
+    s, M = shape, max(1, shape.M)
+    chunk, columns = even(M, rows), even(s.V, columns)
+    logits = s.sum_bytes() * chunk * s.V
+    counting = logits + _gathered(s, chunk) + _copied_weight(s)
+    if not s.late:
+        counting -= _of_results(s)
+    summed = s.sum_bytes() * M * s.D if s.input_grad else 0
+    slicing = s.sum_bytes() * M * columns + _gathered(s, M) + summed
+    slicing -= s.N * s.D * s.input_bytes if s.input_grad else 0
+    if s.operand_bytes != s.weight_bytes:
+        slicing += columns * s.D * s.operand_bytes
+    slicing += _before_factor(s, M, columns)
+    finishing = summed if _is_whole(s) else summed + M * s.D * s.input_bytes
+    matmuls = 2 + s.input_grad + s.weight_grad
+    slower = 1 / _busy(chunk) + (matmuls - 1) / _busy(columns, FULL_COLUMNS)
+    of_sum = 2 * summed * (-(-s.V // columns) - 1)
+    return Plan(
+        "slices", chunk, chunk, columns, M,
+        bytes=max(counting, slicing, finishing) + _numbers(s),
+        flops=2 * M * s.V * s.D * matmuls,
+        traffic=2 * _row_traffic(s) + of_sum,
+        busy=matmuls / slower,
+    )  # fmt: skip
+
+
+def hold(shape: Shape, rows: int) -> Plan:
+    """All logits, made in chunks of `rows`, until the backward has their gradient in their place."""
+    s, M = shape, max(1, shape.M)
+    chunk = even(M, rows)
+    logits = s.sum_bytes() * M * s.V
+    multiplying = logits + _gathered(s, M) + max(_of_input(s, M), _before_factor(s, M))
+    matmuls = 1 + s.input_grad + s.weight_grad
+    return Plan(
+        "held", chunk, M, 0, M,
+        bytes=multiplying + _numbers(s) + _copied_weight(s),
+        flops=2 * M * s.V * s.D * matmuls,
+        traffic=_row_traffic(s),
+        busy=matmuls / (1 / _busy(chunk) + (matmuls - 1) / _busy(M)),
+    )  # fmt: skip
+
+
+def _of_weight(s: Shape) -> int:
+    """The weight's gradient, where the call gives one."""
+    return s.V * s.D * s.weight_bytes if s.weight_grad and not s.into else 0
+
+
+def _of_results(s: Shape) -> int:
+    """Both gradients."""
+    return _of_weight(s) + (s.N * s.D * s.input_bytes if s.input_grad else 0)
+
+
+def _is_whole(s: Shape) -> bool:
+    """Whether every row is kept, so that none has to be gathered."""
+    return s.M >= s.N
+
+
+def _gathered(s: Shape, rows: int) -> int:
+    """Some rows of the hidden states, where they are not used as they are."""
+    if _is_whole(s) and s.is_contiguous and s.input_bytes == s.operand_bytes:
+        return 0
+    return rows * s.D * s.operand_bytes
+
+
+def _of_input(s: Shape, rows: int) -> int:
+    """The float32 gradient of some hidden states, and rounded to theirs before it is scattered."""
+    if not s.input_grad:
+        return 0
+    scattered = not _is_whole(s) and s.input_bytes < s.sum_bytes() and not s.wide
+    return rows * s.D * (s.sum_bytes() + s.input_bytes * scattered)
+
+
+def _waiting(s: Shape) -> int:
+    """The input's gradient in float32, which waits for the loss scaler's factor."""
+    if not (s.wide and s.input_grad):
+        return 0
+    return s.N * s.D * s.sum_bytes()
+
+
+def _before_factor(s: Shape, rows: int, columns: int = MOST) -> int:
+    """float16: hidden states, and part of the weight's gradient, before the factors of rows."""
+    if not (s.is_half and s.weight_grad):
+        return 0
+    part = 0 if s.wide else min(columns * s.D, s.V * s.D, FACTOR_ELEMENTS)
+    return rows * s.D * s.operand_bytes + s.sum_bytes() * part
+
+
+def _copied_weight(s: Shape) -> int:
+    """The weight in the matmuls' dtype, under autocast."""
+    return 0 if s.operand_bytes == s.weight_bytes else s.V * s.D * s.operand_bytes
+
+
+def _numbers(s: Shape) -> int:
+    """Losses, and what a backward needs of each row."""
+    return (1 + 3 * s.late) * s.sum_bytes() * s.N
+
+
+def _row_traffic(s: Shape) -> int:
+    """Logits written and read, their gradient written and read by each matmul."""
+    grads = s.input_grad + s.weight_grad
+    return s.M * s.V * (2 * s.sum_bytes() + s.operand_bytes * (1 + grads if grads else 0))
+
+
+def _busy(size: int, full: int = FULL_ROWS) -> float:
+    """The share of its full rate that a matmul of so many rows, or columns, reaches."""
+    return size / (size + full)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sgp.head import algorithm
-from sgp.head.algorithm import Gradients, Head, HeadCall, LinearHead
+from sgp.head.calls import Gradients, Head, HeadCall, LinearHead, new_gradients
 from sgp.head.problem import is_autocast
 from sgp.labels import padded_rows
 from sgp.rows.by_torch import Upstream, new_outputs
@@ -54,17 +54,21 @@ def forward(
     row_weight: Tensor | None,
     scale: Tensor | None,
     call: HeadCall,
-) -> RowsAndGradients:
-    """`head_forward` by these row operations, and no operator: where others hold columns too.
+    *,
+    may_hold: bool = False,
+) -> tuple[RowsAndGradients, Tensor | None]:
+    """`head_forward` by these row operations, and no operator; and the logits that are held.
 
-    All of them must call it alike; the head's weight and bias are one's own, its target and
-    `weight` are of the whole vocabulary.
+    Where others hold columns too, all of them must call it alike; the head's weight and bias are
+    one's own, its target and `weight` are of the whole vocabulary.
     """
     V = operations.vocabulary(head.weight.shape[0])
     check_targets(operations.name, head.target, V, call.recipe.ignore_index)
     with _without_autocast(head.input):
-        out, gradients = algorithm.forward(_kept(head, weight, operations, call), row_weight, scale)
-    return *out[:-1], *gradients
+        out, gradients, held = algorithm.forward(
+            _kept(head, weight, operations, call), row_weight, scale, may_hold=may_hold
+        )
+    return (*out[:-1], *gradients), held
 
 
 def backward(
@@ -75,12 +79,17 @@ def backward(
     row_weight: Tensor | None,
     upstream: Upstream,
     call: HeadCall,
+    *,
+    held: Tensor | None = None,
+    into: Tensor | None = None,
 ) -> Gradients:
-    """`head_backward` by these row operations, as `forward`."""
+    """`head_backward` by these row operations, as `forward`.
+
+    `held` is what `forward` held and is used up; the weight's gradient is added to `into`.
+    """
+    kept = _kept(head, weight, operations, call)._replace(into=into)
     with _without_autocast(head.input):
-        return algorithm.backward(
-            _kept(head, weight, operations, call), saved, row_weight, upstream
-        )
+        return algorithm.backward(kept, saved, row_weight, upstream, held)
 
 
 def _kept(
@@ -114,14 +123,14 @@ def head_forward(
         call: everything else; gradients that it does not need are None, and empty from the
             operator, as are outputs that it does not want.
     """
-    return forward(ONE_DEVICE, head, weight, row_weight, scale, call)
+    return forward(ONE_DEVICE, head, weight, row_weight, scale, call)[0]
 
 
 @head_forward.register_fake
 def _(head: LinearHead, *others: Any) -> RowsAndGradients:
     call: HeadCall = others[-1]
     out = new_outputs(head.input, head.target.numel(), call.wanted)
-    return *out[:-1], *algorithm.new_gradients(head, call)
+    return *out[:-1], *new_gradients(head, call)
 
 
 @operator(tags=TAGS)
@@ -142,4 +151,4 @@ def head_backward(
 
 @head_backward.register_fake
 def _(head: LinearHead, *others: Any) -> Gradients:
-    return algorithm.new_gradients(head, others[-1])
+    return new_gradients(head, others[-1])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sgp.head.chunks import check_sizes
 from sgp.labels import tokens_ahead
 from sgp.rows.problem import (
     INTEGERS,
@@ -21,7 +23,70 @@ from sgp.rows.problem import (
     refuse_shift_of_selection,
 )
 from sgp.rows.recipe import Recipe, accumulation_dtype
+from sgp.rows.watched import is_traced
 from sgp.selection import Selection
+
+
+class Pieces(NamedTuple):
+    """What a caller says about memory."""
+
+    chunk_rows: int | None = None
+    memory_budget: int | None = None
+    accumulate_into: Tensor | None = None
+
+    def asked(self) -> tuple[object, ...]:
+        """What has to be the same on every rank."""
+        return self.chunk_rows, self.memory_budget, self.accumulate_into is not None
+
+    def of_classes(self, count: int) -> Pieces:
+        """For the first classes of a head, without the padding behind them."""
+        into = self.accumulate_into
+        return self if into is None else self._replace(accumulate_into=into[:count])
+
+    def check(self, name: str, linear_weight: Tensor) -> None:
+        """Refuse what is no size, and a tensor that the weight's gradient cannot be added to.
+
+        Raises:
+            ValueError, TypeError: with what was passed.
+            RuntimeError: for what records or changes operations on tensors.
+        """
+        check_sizes(name, self.chunk_rows, self.memory_budget)
+        into, label = self.accumulate_into, "accumulate_into"
+        if into is None:
+            return
+        check_tensor(name, label, into)
+        expected = accumulation_dtype(linear_weight.dtype)
+        if into.dtype != expected or into.shape != linear_weight.shape:
+            raise ValueError(
+                f"{name}: {label} is {tuple(into.shape)} {into.dtype}; expected "
+                f"{tuple(linear_weight.shape)} {expected}, as linear_weight is {linear_weight.dtype}"
+            )
+        if into.device != linear_weight.device:
+            raise ValueError(
+                f"{name}: {label} is on {into.device} and linear_weight on "
+                f"{linear_weight.device}; move one"
+            )
+        if into.requires_grad or not into.is_contiguous():
+            what = "requires grad" if into.requires_grad else "is not contiguous"
+            raise ValueError(f"{name}: {label} {what}; pass a plain contiguous tensor to add to")
+        if is_traced(linear_weight, into):
+            raise RuntimeError(
+                f"{name}: {label} is written to in backward, which torch.compile, torch.func, "
+                "dispatch modes and tensor subclasses (FSDP's DTensors) would not see; leave it out"
+            )
+        if not torch.is_grad_enabled():
+            return
+        if not (linear_weight.is_leaf and linear_weight.requires_grad):
+            why = "does not require grad" if linear_weight.is_leaf else "is no leaf of the graph"
+            raise ValueError(
+                f"{name}: {label} needs a linear_weight whose own gradient it is; this one {why}"
+            )
+        for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            if getattr(linear_weight, hooks, None):
+                raise ValueError(
+                    f"{name}: linear_weight has hooks on its gradient, which {label} would keep "
+                    "from them; remove the hooks or leave it out"
+                )
 
 
 def make_head_problem(

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sgp.rows.recipe import accumulation_dtype
+
 SLICE = 1 << 21  # elements converted at once: 8 MiB of float32
+FACTOR_ELEMENTS = 1 << 24  # of a weight's gradient before its factor: 64 MiB
+# With as many columns a GPU's matmul for the weight's gradient is fastest: what it reads again is
+# still in L2.
+FAST_COLUMNS = 16_384
 EXACT = (torch.float32, torch.float64)
 # With fewer rows a CPU's BLAS (seen with MKL) adds up V products one after another, for ten times
 # the error at V = 32 000.
@@ -54,18 +60,45 @@ def input_gradient(g: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return total.to(dtype)
 
 
-def add_weight_gradient(g: Tensor, hidden: Tensor, out: Tensor, *, first: bool) -> None:
-    """Out (V, D) = or += g (m, V)^T @ hidden (m, D), accumulated in float32.
+def add_input_gradient(g: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Out (m, D) += g (m, v) @ weight (v, D), of some columns; in float32 or float64."""
+    if not g.shape[1]:
+        return
+    if g.shape[0] < FEW_ROWS and not g.is_cuda:
+        out += input_gradient(g, weight, out.dtype)
+    elif g.dtype == weight.dtype == out.dtype:
+        out.addmm_(g, weight)
+    elif g.dtype == weight.dtype and _has_wide(g, "addmm"):
+        torch.addmm(out, g, weight, out_dtype=out.dtype, out=out)
+    elif g.dtype == weight.dtype and _has_wide(g, "mm"):
+        out += torch.mm(g, weight, out_dtype=out.dtype)
+    else:
+        for part in _slices(weight, g):
+            out.addmm_(g[:, part].float(), weight[part].float())
 
-    Several chunks need a float32 `out`; one may write bf16 or fp16, rounded once.
+
+def add_weight_gradient(
+    g: Tensor, hidden: Tensor, out: Tensor, *, first: bool, factor: Tensor | None = None
+) -> None:
+    """Out (V, D) = or += g (m, V)^T @ hidden (m, D) * factor (), accumulated in float32.
+
+    Several groups of rows need a float32 `out`; one may write bf16 or fp16, rounded once.
     """
-    if g.dtype == hidden.dtype == out.dtype:
-        if first:
-            torch.mm(g.t(), hidden, out=out)
-        else:
-            out.addmm_(g.t(), hidden)
+    if factor is not None:
+        for part in _ranges(out.shape[0], FACTOR_ELEMENTS // max(1, out.shape[1])):
+            some = out.new_empty(out[part].shape, dtype=accumulation_dtype(out.dtype))
+            add_weight_gradient(g[:, part], hidden, some, first=True)
+            some.mul_(factor)
+            out[part] = some if first else some.add_(out[part])
+    elif g.dtype == hidden.dtype == out.dtype:
+        for part in _ranges(out.shape[0], FAST_COLUMNS if g.is_cuda else out.shape[0]):
+            if first:
+                torch.mm(g[:, part].t(), hidden, out=out[part])
+            else:
+                out[part].addmm_(g[:, part].t(), hidden)
     elif g.dtype == hidden.dtype and _has_wide(g, "mm"):
-        _add_wide(g, hidden, out, first=first)
+        for part in _ranges(out.shape[0], FAST_COLUMNS):
+            _add_wide(g[:, part], hidden, out[part], first=first)
     else:
         wide = hidden.float()
         for part in _slices(out, g):
@@ -90,7 +123,12 @@ def _add_wide(g: Tensor, hidden: Tensor, out: Tensor, *, first: bool) -> None:
 def _slices(weight: Tensor, rows: Tensor) -> Iterator[slice]:
     """Ranges of the vocabulary whose part of (V, D), and of (m, V), is at most SLICE elements."""
     V, D = weight.shape
-    step = max(64, SLICE // max(1, D, rows.shape[0]))
+    return _ranges(V, SLICE // max(1, D, rows.shape[0]))
+
+
+def _ranges(V: int, step: int) -> Iterator[slice]:
+    """V columns, at least 64 at a time."""
+    step = max(64, step)
     for start in range(0, V, step):
         yield slice(start, min(start + step, V))
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from sgp.head.autograd import head_options
-from sgp.head.chunks import default_chunk_rows
 from sgp.linear import head_loss
 from sgp.log_probs import head_statistics
 from sgp.losses import check_argmax, check_inplace, token_statistics
@@ -193,6 +192,8 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     chunk_rows: int | None = None,
+    memory_budget: int | None = None,
+    accumulate_into: Tensor | None = None,
     return_stats: Literal[False] = False,
     return_argmax: Literal[False] = False,
     options: object = None,
@@ -212,6 +213,8 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     chunk_rows: int | None = None,
+    memory_budget: int | None = None,
+    accumulate_into: Tensor | None = None,
     return_stats: Literal[True],
     return_argmax: bool = False,
     options: object = None,
@@ -240,6 +243,8 @@ def linear_cross_entropy(
     lse_square_scale: float = 0.0,
     shift: bool | int = False,
     chunk_rows: int | None = None,
+    memory_budget: int | None = None,
+    accumulate_into: Tensor | None = None,
     return_stats: bool = False,
     return_argmax: bool = False,
     options: object = None,
@@ -288,21 +293,22 @@ def linear_cross_entropy(
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
     denominator = check_reduction(name, reduction, denominator)
     check_argmax(name, return_stats, return_argmax)
+    pieces = Pieces(chunk_rows, memory_budget, accumulate_into)
     problem, head = head_problem(
-        name, input, local_weight, linear_bias, target, token_weight, recipe, chunk_rows, shift
+        name, input, local_weight, linear_bias, target, token_weight, recipe, pieces, shift
     )
     problem = problem._replace(weight=weight_of_any_length(name, weight, input))
     scale = None
     if reduction == "mean":
         problem, scale = as_mean(name, problem, denominator)
-    asked = (reduction, return_stats, return_argmax, chunk_rows, sum_input_grad)
+    asked = (reduction, return_stats, return_argmax, *pieces.asked(), sum_input_grad)
     shard, head = agree_on_head(
         name, group, problem, head, vocab_size, scale, asked, sums_input_grad=sum_input_grad
     )
     check_weight_length(name, weight, shard)
     wanted = Wanted(stats=return_stats, argmax=return_argmax)
-    rows = chunk_rows or default_chunk_rows(max(shard.sizes), input.device.type)  # on every rank
-    chosen = head_options(problem.recipe, head, rows, wanted, ShardRows(shard))
+    pieces = pieces.of_classes(shard.size)
+    chosen = head_options(problem.recipe, head, pieces, wanted, ShardRows(shard))
     result = head_loss(problem, head, scale, chosen, reduction)
     if isinstance(result, Tensor):
         return shard.checked(result)
@@ -370,6 +376,8 @@ def linear_token_log_probs(
     logit_scale: float = 1.0,
     shift: bool | int = False,
     chunk_rows: int | None = None,
+    memory_budget: int | None = None,
+    accumulate_into: Tensor | None = None,
     return_argmax: bool = False,
 ) -> TokenLogProbs:
     """`sgp.linear_token_log_probs` with a head whose rows are split over the ranks of a group.
@@ -395,14 +403,15 @@ def linear_token_log_probs(
     check_flags(name, sum_input_grad=sum_input_grad, return_argmax=return_argmax)
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
+    pieces = Pieces(chunk_rows, memory_budget, accumulate_into)
     problem, head = head_problem(
-        name, input, local_weight, linear_bias, target, None, recipe, chunk_rows, shift
+        name, input, local_weight, linear_bias, target, None, recipe, pieces, shift
     )
-    asked = (chunk_rows, sum_input_grad, return_argmax)
+    asked = (*pieces.asked(), sum_input_grad, return_argmax)
     shard, head = agree_on_head(
         name, group, problem, head, vocab_size, None, asked, sums_input_grad=sum_input_grad
     )
     wanted = Wanted(stats=True, argmax=return_argmax)
-    rows = chunk_rows or default_chunk_rows(max(shard.sizes), input.device.type)  # on every rank
-    chosen = head_options(problem.recipe, head, rows, wanted, ShardRows(shard))
+    pieces = pieces.of_classes(shard.size)
+    chosen = head_options(problem.recipe, head, pieces, wanted, ShardRows(shard))
     return head_statistics(problem, head, chosen)

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from sgp.dtensors import is_dtensor
-from sgp.head.algorithm import LinearHead
+from sgp.head.calls import LinearHead
 from sgp.head.autograd import linear_head
-from sgp.head.chunks import check_chunk_rows
 from sgp.head.operators import kept_rows
-from sgp.head.problem import check_head, compute_dtype, make_head_problem
+from sgp.head.problem import Pieces, check_head, compute_dtype, make_head_problem
 from sgp.parallel.shard import Group, Header, Shard, agree, checksum, process_group, sampled
 from sgp.rows.autograd import refuse_forward_mode
 from sgp.rows.problem import Problem, check_targets, check_tensor, class_weight, make_problem
@@ -58,7 +57,7 @@ def head_problem(
     target: Tensor | Selection,
     token_weight: Tensor | None,
     recipe: Recipe,
-    chunk_rows: int | None,
+    pieces: Pieces,
     shift: bool | int,
 ) -> tuple[Problem, LinearHead]:
     """The rows of a head's hidden states, and the rank's part of the head.
@@ -68,9 +67,9 @@ def head_problem(
         RuntimeError: under `torch.func` transforms.
     """
     _refuse_dtensors(name, input, local_weight, linear_bias)
-    check_chunk_rows(name, chunk_rows)
     with _calling("linear_weight", "local_weight"):
         check_head(name, input, local_weight, linear_bias, target, part=True)
+        pieces.check(name, local_weight)
         problem = make_head_problem(
             name, input, local_weight, target, None, token_weight, recipe, shift=shift
         )
@@ -155,7 +154,9 @@ def agree_on_head(
     header = Header(
         function=checksum(name),
         options=checksum(p.recipe, head.bias is None, options),
-        dtypes=checksum(p.input.dtype, compute_dtype(p.input), head.weight.dtype),
+        dtypes=checksum(
+            p.input.dtype, compute_dtype(p.input), head.weight.dtype, p.input.is_contiguous()
+        ),
         grads=checksum(needs),
         columns=head.weight.shape[0],
         vocab_size=_given(name, vocab_size),

@@ -13,8 +13,7 @@ bits. With the maximum `m_q` of rank q's columns, the sum `d_q = sum_j exp(s_j -
     H       = sum_q share_q (H_q - log share_q)
 
 Every term is at least 0, so nothing cancels, however near 1 the target's probability is. The
-gradient is the local kernel's `a p_j - c w_j / V` of all columns (kernels/arithmetic.py) with the
-joined statistics, and the target's own formula in the target's column on the rank that holds it.
+gradient is that of some columns of a row, from the joined statistics.
 """
 
 from __future__ import annotations
@@ -28,15 +27,12 @@ from sgp.labels import IGNORE
 from sgp.parallel.shard import Shard
 from sgp.rows.by_torch import (
     NOTHING,
+    Columns,
     RowOutputs,
     Upstream,
     Wanted,
     log_of_sum,
-    multiply_by_slope_,
     new_outputs,
-    row_index,
-    score_,
-    smoothing_of_target,
 )
 from sgp.rows.operations import implementation
 from sgp.rows.recipe import Recipe, accumulation_dtype
@@ -70,6 +66,10 @@ class ShardRows:
     def vocabulary(self, columns: int) -> int:  # noqa: ARG002  (of this rank)
         """All ranks' columns."""
         return self.shard.V
+
+    def largest_part(self, columns: int) -> int:  # noqa: ARG002
+        """What all ranks plan by."""
+        return max(self.shard.sizes)
 
     def start_sum(self, x: Tensor) -> Any:
         """Begin to sum x over the ranks."""
@@ -130,64 +130,19 @@ class ShardRows:
         row_weight: Tensor | None,
         recipe: Recipe,
         upstream: Upstream = NOTHING,
+        columns: Columns | None = None,
     ) -> None:
-        """Fill `dlogits` from what the forward saved; no exchange."""
-        if self.shard.size == 0:
-            return
-        t = self._targets(target, weight, recipe)  # of a bad one the saved 1 / d is NaN
-        V, size = self.shard.V, self.shard.size
-        top, inv_d, so_d = saved.unbind(1)
-        log_d = log_of_sum(inv_d, so_d)
-        r = torch.ones_like(top) if row_weight is None else row_weight
-        w_y = 1.0 if weight is None else weight[t.clamped]
-        b, c = r * w_y * (1 - recipe.label_smoothing), r * recipe.label_smoothing
-        c_mean = c if weight is None else c * weight.mean()
-        of_lse = torch.zeros_like(r)
-        if recipe.lse_square_scale:
-            of_lse = 2 * recipe.lse_square_scale * (top + log_d) * r
-        if upstream.lse is not None:
-            of_lse = of_lse + upstream.lse
-        own = _weight_of(self.shard, weight) if recipe.label_smoothing else None
-        # With smoothing 1, b is 0 there: every column gets a p_j - c w_j / V.
-        spread = c * (size / V)
-        a = b + (c_mean + of_lse) - spread * (1.0 if own is None else own.mean())
-        at = self._kept(t.local)
-        place = (*row_index(logits, self._numbers(target)), at)
-        x_y = logits[place].to(accumulation_dtype(logits.dtype))  # before it may be overwritten
-        implementation(logits).backward(
-            logits, dlogits, t.local, saved, own, spread, _of_shard(recipe),
-            Upstream(a, upstream.entropy, upstream.entropy_value),
-        )  # fmt: skip
-        top, inv_d, so_d, log_d, b, c, c_mean, of_lse = (
-            self._kept(x) for x in (top, inv_d, so_d, log_d, b, c, c_mean, of_lse)
-        )
-        # The target's column; where another rank has it the stand-in's, an ordinary one. A score is
-        # made here by another tanh than the kernels', so that a p near 1 is not made of one: the
-        # target's is 1 - s_o / d, and the stand-in's column is right already, unless the kernel
-        # took it for a target that has most of the mass.
-        z = score_(x_y.clone(), recipe) - top
-        near, is_mine = so_d < 0.5, self._kept(t.is_mine)
-        certain = near & is_mine
-        p_y = torch.where(certain, 1 - so_d, z.exp() * inv_d)
-        g = of_lse * p_y - b * so_d
-        ordinary = (b + (c_mean + of_lse)) * p_y
-        if recipe.label_smoothing:
-            spread_y = c / V if own is None else c / V * own[at]
-            g = g + smoothing_of_target(c_mean, spread_y, p_y, so_d)
-            ordinary = ordinary - spread_y
-        g = torch.where(is_mine, g, ordinary)
-        if upstream.entropy is not None and upstream.entropy_value is not None:
-            h, H = self._kept(upstream.entropy), self._kept(upstream.entropy_value)
-            log_p = torch.where(certain, (-so_d).log1p(), z - log_d)
-            g = g - torch.where(p_y == 0, 0.0, h * p_y * (log_p + H))
-        g = multiply_by_slope_(g, x_y, recipe).to(dlogits.dtype)
-        dlogits[place] = torch.where(near | is_mine, g, dlogits[place])
+        """Fill `dlogits` from what the forward saved; no exchange.
 
-    def _numbers(self, target: Tensor) -> Tensor:
-        """The kept rows' numbers (M,)."""
-        if self.rows is not None:
-            return self.rows
-        return torch.arange(target.numel(), device=target.device)
+        `columns` are among this rank's, whose own place in the vocabulary is added.
+        """
+        if not logits.shape[-1]:
+            return
+        first = self.shard.offset + (0 if columns is None else columns.first)
+        implementation(logits).backward(
+            logits, dlogits, target, saved, weight, row_weight, recipe, upstream,
+            Columns(first, self.shard.V),
+        )  # fmt: skip
 
     def _kept(self, values: Tensor) -> Tensor:
         """(N, ...) -> (M, ...)."""

@@ -84,6 +84,14 @@ class Upstream(NamedTuple):
 NOTHING = Upstream()
 
 
+class Columns(NamedTuple):
+    """Which columns of a row some logits are, where they are not all of it."""
+
+    first: int
+    vocabulary: int  # V: columns of the whole row
+
+
+
 def forward(
     logits: Tensor,
     dlogits: Tensor | None,
@@ -150,6 +158,7 @@ def forward(
             g = _gradient(
                 p, x, e_y * inv_d, y, valid, inv_d, s_o * inv_d, top,
                 r if scale is None else r * scale, weight, recipe,
+                V=V, place=_Place(y, None, slice(None)),
             )  # fmt: skip
             _store(dlogits, rows, g)
 
@@ -163,12 +172,20 @@ def backward(
     row_weight: Tensor | None,
     recipe: Recipe,
     upstream: Upstream = NOTHING,
+    columns: Columns | None = None,
 ) -> None:
-    """Fill `dlogits`, which may be `logits` itself, from what the forward saved."""
+    """Fill `dlogits`, which may be `logits` itself, from what the forward saved.
+
+    `columns` says which ones of the row these logits are; `target`, `weight` and `saved` are always
+    those of the whole row.
+    """
     kept = _clear_ignored(dlogits, target, recipe)
-    V = logits.shape[-1]
+    first, V = columns or Columns(0, logits.shape[-1])
     for rows, x in _parts(logits, kept, overwrite=dlogits is logits):
         y, valid = _targets(target, rows, V)
+        place = _Place(y, None, slice(None))
+        if columns is not None:
+            place = _Place.of(y, first, x.shape[1])
         top, inv_d, so_d = saved[rows].split(1, 1)
         z = score_(x, recipe).sub_(top)
         entropy = None
@@ -179,12 +196,12 @@ def backward(
             entropy = p.mul_(log_p).masked_fill_(log_p == -torch.inf, 0.0)  # 0 x -inf is 0
             entropy.mul_(upstream.entropy[rows, None])
         p = z.exp_().mul_(inv_d)
-        p_y = p.gather(1, y)
-        p.scatter_(1, y, 0.0)
+        p_y = p.gather(1, place.column)
         r = _row_factor(row_weight, rows, p)
         from_lse = None if upstream.lse is None else upstream.lse[rows, None]
         g = _gradient(
-            p, x, p_y, y, valid, inv_d, so_d, top, r, weight, recipe, from_lse, entropy
+            p, x, p_y, y, valid, inv_d, so_d, top, r, weight, recipe, from_lse, entropy,
+            V=V, place=place,
         )  # fmt: skip
         _store(dlogits, rows, g)
 
@@ -320,10 +337,25 @@ def log_of_sum(inv_d: Tensor, so_d: Tensor) -> Tensor:
     return torch.where(so_d < 0.5, (so_d / inv_d).log1p(), -inv_d.log())
 
 
-def smoothing_of_target(c_mean: Tensor, spread_y: Tensor, p_y: Tensor, so_d: Tensor) -> Tensor:
-    """`c mean(w) p_y - c w_y / V`, in which p_y is 1 - s_o / d where that is most of the mass."""
-    near = (c_mean - spread_y) - c_mean * so_d
-    return torch.where(so_d < 0.5, near, c_mean * p_y - spread_y)
+class _Place(NamedTuple):
+    """Where the targets of some rows (m, 1) are among the columns that a gradient has."""
+
+    column: Tensor  # (m, 1): any column where the target is elsewhere
+    is_here: Tensor | None  # (m, 1) bool; None: all are
+    classes: slice  # that the columns are
+
+    @staticmethod
+    def of(y: Tensor, first: int, columns: int) -> _Place:
+        """Among so many columns from `first` on."""
+        local = y - first
+        is_here = (local >= 0) & (local < columns)
+        return _Place(local.clamp(0, columns - 1), is_here, slice(first, first + columns))
+
+    def put_(self, g: Tensor, g_y: Tensor) -> None:
+        """The targets' own gradients (m, 1) into g (m, columns)."""
+        if self.is_here is not None:
+            g_y = torch.where(self.is_here, g_y, g.gather(1, self.column))
+        g.scatter_(1, self.column, g_y)
 
 
 def _gradient(
@@ -340,9 +372,11 @@ def _gradient(
     recipe: Recipe,
     from_lse: Tensor | None = None,
     from_entropy: Tensor | None = None,
+    *,
+    V: int,
+    place: _Place,
 ) -> Tensor:
-    """The gradient of some rows, in p's place; the target's column of p is taken from p_y."""
-    V = x.shape[1]
+    """The gradient of some columns of some rows, in p's place; the target's is made from p_y."""
     r = torch.where(valid, r, torch.nan)
     b = r if weight is None else r * weight[y]
     of_lse = torch.zeros_like(r)
@@ -354,14 +388,17 @@ def _gradient(
         b = b * (1 - recipe.label_smoothing)
         c = r * recipe.label_smoothing
         c_mean = c if weight is None else c * weight.mean()
-        spread = c / V if weight is None else c / V * weight
+        spread = c / V if weight is None else c / V * weight[place.classes]
         g = p.mul_(b + (c_mean + of_lse)).sub_(spread)
-        spread_y = spread if weight is None else spread.gather(1, y)
-        g_y = of_lse * p_y - b * so_d + smoothing_of_target(c_mean, spread_y, p_y, so_d)
+        spread_y = c / V if weight is None else c / V * weight[y]
+        # Where the target has most of the mass, c mean(w) p_y is c mean(w) (1 - s_o / d).
+        near = (c_mean - spread_y) - c_mean * so_d
+        smooth_y = torch.where(so_d < 0.5, near, c_mean * p_y - spread_y)
+        g_y = of_lse * p_y - b * so_d + smooth_y
     else:
         g = p.mul_(b + of_lse)
         g_y = of_lse * p_y - b * so_d
-    g.scatter_(1, y, g_y)
+    place.put_(g, g_y)
     if from_entropy is not None:
         g.sub_(from_entropy)
     return multiply_by_slope_(g, x, recipe)

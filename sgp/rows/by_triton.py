@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sgp.kernels import launch
 from sgp.kernels.layout import Matrix, matrix
-from sgp.rows.by_torch import NOTHING, RowOutputs, Upstream
+from sgp.rows.by_torch import NOTHING, Columns, RowOutputs, Upstream
 from sgp.rows.recipe import Recipe
 
 LONG_ROW = 1 << 16  # elements
@@ -71,20 +71,25 @@ def backward(
     row_weight: Tensor | None,
     recipe: Recipe,
     upstream: Upstream = NOTHING,
+    columns: Columns | None = None,
 ) -> None:
-    """Fill `dlogits`, in the same places as in `forward`, from what the forward saved."""
+    """Fill `dlogits`, in the same places as in `forward`, from what the forward saved.
+
+    `columns` as in `by_torch.backward`.
+    """
     with _device(logits):
         source, sink = _source_and_sink(logits, dlogits)
         assert sink is not None, "backward always writes a gradient"  # noqa: S101
-        options = _options(weight, row_weight, None, recipe, upstream)
+        options = _options(weight, row_weight, None, recipe, upstream, columns)
         V, N, ignored = logits.shape[-1], target.numel(), recipe.ignore_index
         rows = (source, sink, target, saved, options)
         launch.put(
             (
                 "backward", logits.device, recipe, V, _known(source), _known(sink),
                 _dtype(weight), _dtype(row_weight), _dtype(upstream.lse), _dtype(upstream.entropy),
+                columns,
             ),
-            (source.ptr, sink.ptr, target, saved, weight, row_weight, *upstream),
+            (source.ptr, sink.ptr, target, saved, options.weight, row_weight, *upstream),
             N,
             (*rows, ignored, V),
             lambda: launch.row_gradient(*rows, V=V, ignore_index=ignored),
@@ -180,9 +185,13 @@ def _options(
     scale: Tensor | None,
     recipe: Recipe,
     upstream: Upstream = NOTHING,
+    columns: Columns | None = None,
 ) -> launch.Options:
+    of_columns = weight
+    if weight is not None and columns is not None:
+        of_columns = weight[columns.first :]
     return launch.Options(
-        weight,
+        of_columns,
         None if weight is None else weight.mean(),
         row_weight,
         scale,
@@ -196,6 +205,7 @@ def _options(
         upstream.lse,
         upstream.entropy,
         upstream.entropy_value,
+        *(columns or (None, None)),
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sgp.rows import backend, by_torch
-from sgp.rows.by_torch import NOTHING, RowOutputs, Upstream
+from sgp.rows.by_torch import NOTHING, Columns, RowOutputs, Upstream
 from sgp.rows.recipe import Recipe
 
 
@@ -32,6 +32,9 @@ class RowOperations(Protocol):
 
     def vocabulary(self, columns: int) -> int:
         """V, of logits with so many columns."""
+
+    def largest_part(self, columns: int) -> int:
+        """The most columns that anyone has, where these have so many."""
 
     def forward(
         self,
@@ -58,6 +61,7 @@ class RowOperations(Protocol):
         row_weight: Tensor | None,
         recipe: Recipe,
         upstream: Upstream = NOTHING,
+        columns: Columns | None = None,
     ) -> None:
         """Fill `dlogits` from what the forward saved (see `by_torch`)."""
 
@@ -77,6 +81,8 @@ class OneDevice:
     def vocabulary(self, columns: int) -> int:
         """All of them."""
         return columns
+
+    largest_part = vocabulary
 
     def forward(self, logits: Tensor, *arguments: Any, scratch: bool = False) -> None:
         """As `by_torch.forward`."""

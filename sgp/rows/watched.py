@@ -29,12 +29,17 @@ LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def is_watched(*tensors: Tensor | None) -> bool:
-    """Whether more than autograd looks at what happens to these tensors.
+    """Whether more than autograd looks at what happens to these tensors: a tracer or a profiler."""
+    return bool(profiler._is_profiler_enabled) or is_traced(*tensors)
+
+
+def is_traced(*tensors: Tensor | None) -> bool:
+    """Whether what happens to these tensors is recorded, changed or done to others.
 
     That is torch.compile and torch.export, dispatch modes (fake tensors, make_fx, selective
-    checkpointing) and function modes, `torch.func` transforms, `torch.jit.trace`, profilers,
-    tensor subclasses, and tensors without memory: those on the meta device, those that a transform
-    has left behind, and the batches of `torch.autograd.grad(is_grads_batched=True)`.
+    checkpointing) and function modes, `torch.func` transforms, `torch.jit.trace`, tensor
+    subclasses, and tensors without memory: those on the meta device, those that a transform has
+    left behind, and the batches of `torch.autograd.grad(is_grads_batched=True)`.
     """
     if (
         torch.compiler.is_compiling()
@@ -42,7 +47,6 @@ def is_watched(*tensors: Tensor | None) -> bool:
         or _C._len_torch_function_stack()
         or _C._are_functorch_transforms_active()
         or _C._is_tracing()
-        or profiler._is_profiler_enabled
     ):
         return True
     functorch = _C._functorch

@@ -1,0 +1,122 @@
+"""The gradients of a linear head, summed over the pieces of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from sgp.head import chunks, products
+from sgp.head.calls import Gradients, Head, gradient_dtypes, new
+from sgp.head.chunks import Plan
+from sgp.head.half import Factors
+from sgp.rows.recipe import cast
+
+
+class Sums:
+    """The gradients of a head, summed over pieces."""
+
+    def __init__(self, head: Head, plan: Plan, factors: Factors | None) -> None:
+        self.head, self.factors = head, factors
+        self.dtypes = gradient_dtypes(head, head.call)
+        needs, exact = head.call.needs, head.sums_dtype
+        pieces = len(chunks.parts(head.rows.numel(), plan.group))
+        # What one matmul makes is rounded at once.
+        self.of_weight = exact if plan.way == "rows" and pieces > 1 else self.dtypes[1]
+        # Where float16 has its factor later, it is multiplied into the whole sum.
+        self.is_later = self.of_weight == exact and head.into is None
+        self.d_input = new(head.input, needs.input, self.dtypes[0], zero=not head.is_whole)
+        self.d_weight: Tensor | None = None
+        self.d_bias = new(head.bias, needs.bias, exact, zero=True)
+        self.pending: Callable[[], None] | None = None
+
+    def weighted(self, part: slice, hidden: Tensor) -> Tensor:
+        """Hidden states of some kept rows as the weight's gradient takes them."""
+        if self.factors is None:
+            return hidden
+        return (hidden * self.factors.of_hidden[part, None]).to(hidden.dtype)
+
+    def add_input(self, part: slice, g: Tensor, weight: Tensor) -> None:
+        """The input's gradient of some kept rows, from that of their logits (m, V)."""
+        if self.d_input is not None:
+            values = products.input_gradient(g, weight, self.head.sums_dtype)
+            self.put_input(part, values)
+
+    def put_input(self, part: slice, values: Tensor) -> None:
+        """Rows of the input's gradient, complete but for what other ranks have of them."""
+        if self.factors is not None:
+            values.mul_(self.factors.rest[part, None])
+        self._finish_pending()
+        summing = self.head.operations.start_sum(values)
+        if summing is None:
+            self._put(part, values)
+            return
+
+        def finish() -> None:
+            self.head.operations.finish_sum(summing)
+            self._put(part, values)
+
+        self.pending = finish  # the sum goes on beside the next matmuls
+
+    def _finish_pending(self) -> None:
+        if self.pending is not None:
+            self.pending()
+            self.pending = None
+
+    def _put(self, part: slice, values: Tensor) -> None:
+        assert self.d_input is not None, "only where it is needed"  # noqa: S101
+        whole = self.d_input.view(-1, values.shape[1])
+        if self.head.is_whole:
+            whole[part] = values
+        else:
+            whole.index_copy_(0, self.head.rows[part], cast(values, whole.dtype))
+
+    def start_weight(self, *, zero: bool = False) -> bool:
+        """See to a place for the weight's gradient; whether nothing is in it yet."""
+        if self.d_weight is not None:
+            return False
+        into, needed = self.head.into, self.head.call.needs.weight
+        self.d_weight = into
+        if into is None:
+            self.d_weight = new(self.head.weight, needed, self.of_weight, zero=zero)
+        return into is None
+
+    def add_weight(self, part: slice, g: Tensor, hidden: Tensor) -> None:
+        """The gradients of weight and bias of some kept rows, from that of their logits."""
+        first = self.start_weight()
+        self.add_columns(slice(None), part, g, self.weighted(part, hidden), first=first)
+
+    def add_columns(
+        self, columns: slice, part: slice, g: Tensor, weighted: Tensor, *, first: bool
+    ) -> None:
+        """Those of some columns; `first`: nothing is in their place yet."""
+        f = self.factors
+        if self.d_weight is not None:
+            factor = None if f is None or self.is_later else f.missing
+            place = self.d_weight[columns]
+            products.add_weight_gradient(g, weighted, place, first=first, factor=factor)
+        if self.d_bias is None:
+            return
+        if f is None:
+            self.d_bias[columns] += g.sum(0, dtype=self.d_bias.dtype)
+        else:
+            share = f.of_hidden[part, None].to(weighted.dtype)
+            products.add_weight_gradient(g, share, self.d_bias[columns, None], first=False)
+
+    def finish(self) -> Gradients:
+        """The sums in the dtypes that were promised."""
+        self._finish_pending()
+        self.start_weight(zero=True)  # of no rows
+        d_weight, d_bias = self.d_weight, self.d_bias
+        if self.factors is not None:
+            for x in (d_weight if self.is_later else None, d_bias):
+                if x is not None:
+                    x.mul_(self.factors.missing)
+        if self.head.into is not None:
+            d_weight = None
+        of_weight, of_bias = self.dtypes[1:]
+        return Gradients(
+            self.d_input,
+            None if d_weight is None else cast(d_weight, of_weight),
+            None if d_bias is None else cast(d_bias, of_bias),
+        )
