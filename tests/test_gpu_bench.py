@@ -62,6 +62,10 @@ def test_a_phase_runs_dry(name, tmp_path, monkeypatch):
     assert all(len(row) == len(t.left + t.right) for t in shown for row in t.rows)
     others = {row[1] for row in gpu_tables.others(records).rows}
     assert "sgp" not in others
+    if name == "host":
+        first = [r["name"].startswith(gpu_phases.QUICK_TO_START) for r in records]
+        assert first == sorted(first, reverse=True)
+        assert not all(first)
     if name in ("rows", "sweep"):
         timed = [r for r in records if "ms" in r]
         assert {r["data"] for r in timed} == {"bf16", "head"}
