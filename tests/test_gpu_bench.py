@@ -385,6 +385,29 @@ def test_the_fastest_line_of_each_size_is_named():
     )
 
 
+def test_the_newest_commit_of_a_card_comes_first(tmp_path):
+    """An older one stands beside it, and its records say whose they are."""
+    record = {"phase": "host", "name": "sgp", "ok": True, "form": "logits"}
+    for file, card, commit, date, us in (
+        ("b", "B", "2", "2026-01-02", 5.0),
+        ("a-old", "A", "1", "2026-01-01", 7.0),
+        ("a-again", "A", "2", "2026-01-02", 8.0),
+        ("a", "A", "2", "2026-01-03", 9.0),
+    ):
+        head = HEAD | {"machine": {"name": card}, "commit": commit, "dry_run": False}
+        lines_of_file = (head, record | {"both_us": us})
+        text = "".join(json.dumps(line) + "\n" for line in lines_of_file)
+        (tmp_path / f"gpu-{file}-{date}.jsonl").write_text(text)
+    found = gpu_tables.newest(tmp_path)
+    named = ["gpu-a-2026-01-03", "gpu-a-old-2026-01-01", "gpu-b-2026-01-02"]
+    assert [path.stem for path, _, _ in found] == named
+    (_, records), (_, others) = gpu_tables.by_card(found)
+    rows = [("logits", "sgp", "", "9"), ("logits", "sgp, commit 1", "", "7")]
+    assert gpu_tables.of_host(records).rows == rows
+    assert [row[0] for row in gpu_tables.of_checks(records).rows] == ["host", "host, commit 1"]
+    assert gpu_tables.of_host(others).rows == [("logits", "sgp", "", "5")]
+
+
 # -- kernels for an older Triton -------------------------------------------------------------------
 
 # A driver that records what it is told, in place of libcuda.
