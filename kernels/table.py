@@ -6,10 +6,11 @@ into bench/results/resources.json: registers, stack, access widths, instructions
 spills there, on sm_80, sm_90, sm_100 and gfx942 with Triton 3.9, and where rows are wide, accesses
 are 16 bytes.
 
-"timed" beside a line is its share of a copy's bandwidth with 8192 rows (float32: 4096), all kept,
-on 2026-11-27 with Triton 3.6, for the kernel that `row_streaming` was designed after
-(bench/results/gpu-*.jsonl); `row_streaming` itself has not been on a GPU yet. `python -m bench gpu`
-times the lines and others beside them, and prints lines to paste.
+"timed" beside a line is its share of a copy's bandwidth, the plain loss of 8192 rows (the head's:
+4096), all kept, on 2026-11-27 with Triton 3.6 (bench/results/gpu-*.jsonl). On an H200 these kernels
+were timed, at commit 318fc76. On an H100 those of commit bcac0b3 were, and where rows are streamed
+the prototype that `row_streaming` was designed after, which has not been on an H100 itself.
+`python -m bench gpu` times the lines and others beside them, and prints lines to paste.
 """
 
 import functools
@@ -98,16 +99,17 @@ ONE_BLOCK = (
     Line("resident", 4_096, 256),
 )
 # The head's float32 rows with a 16-bit gradient, in a cluster: up to 64 columns a thread in 128
-# registers, in pieces of 8. Anything else lost to streaming: bf16 at V = 32 000 has 45 % in a
-# cluster, at 128 256 64 %. With argmax they spilled. Not timed on an H200 or on sm_100.
+# registers, in pieces of 8. Anything else lost to streaming: on an H100 bf16 at V = 32 000 has 45 %
+# in a cluster, at 128 256 64 %. With argmax they spilled. On an H200 streaming has 69 % at 128 256
+# too, and 67 at 151 936. Not timed on sm_100.
 PIECES = (6, 7, 8, 10)  # counts that are compiled; rows between two take the larger
 CLUSTERS = (
-    Line("resident", 16_384, 256, 8, 8, 2),  # timed: H100 79 % at V = 128 256
-    Line("resident", 16_384, 256, 10, 8, 2),  # timed: H100 83 % at V = 151 936
+    Line("resident", 16_384, 256, 8, 8, 2),  # timed: H100 79 % at V = 128 256, H200 69
+    Line("resident", 16_384, 256, 10, 8, 2),  # timed: H100 83 % at V = 151 936, H200 73
     Line("resident", 32_768, 512, 8, 8),  # timed: H100 68 % at V = 262 144
 )
-# Columns. At 32 000 a cluster has 60 %, streaming 92; between there and 128 256 streaming was not
-# timed.
+# Columns. At 32 000 a cluster has 60 %, streaming 92 (H200: 77 and 83); between there and 128 256
+# streaming was not timed.
 CLUSTERS_FROM = 100_000
 
 # What is streamed, by bytes of a logit: (columns that a row must be shorter than, line).
@@ -125,16 +127,22 @@ STREAMING = {
         (None, Line("streaming", 16_384, 1_024, BV_2=8_192, descends=True)),
     ),
 }
+# An H200 has 63 MB of L2. These lines won where the bf16 rows that are read at a time have 27 to 40
+# MB; where they have 53 MB, at 50 264, the first line has 69 %. So a line goes as far as 42 MB, the
+# last one farther. Between these sizes nothing was timed.
 STREAMING_H200 = {
     2: (
-        (100_000, Line("streaming", 8_192, 256, 1, 1, 4, 4_096)),  # timed: 86 % at 32 000
-        # timed: 77 % at 128 256, 78 at 151 936, 73 at 262 144
-        (None, Line("streaming", 32_768, 1_024)),
+        (40_000, Line("streaming", 8_192, 256, 1, 1, 4, 4_096)),  # timed: 90 % at 32 000
+        # timed: 81 % at 50 264, 80 at 50 257
+        (80_000, Line("streaming", 16_384, 512, 1, 1, 2, 8_192)),
+        # timed: 77 % at 128 256, 78 at 151 936, 74 at 262 144
+        (None, Line("streaming", 32_768, 1_024, BV_2=16_384)),
     ),
     4: (
-        # timed: 82 % at 32 000
+        # timed: 83 % at 32 000 for the head's rows
         (100_000, Line("streaming", 8_192, 512, 1, 1, 2, 4_096, descends=True)),
-        (None, Line("streaming", 16_384, 1_024)),  # timed: 66 % at 151 936
+        # timed: 69 % at 128 256, 67 at 151 936 for the head's rows; 74 at 128 256 in float32
+        (None, Line("streaming", 16_384, 1_024)),
     ),
 }
 # On sm_100 a second loop of 32 columns spilled 7 registers where rows begin between two accesses.
@@ -147,7 +155,8 @@ STREAMING_100 = {
     ),
     4: STREAMING[4],
 }
-# For programs that stay, where those lines spill. Not timed.
+# For programs that stay, where those lines spill. Timed: H200 74 % at 32 000, 58 at 128 256, 56 at
+# 151 936 for the head's rows, 65 at 128 256 in float32. In bf16 not timed.
 ROOMY = {
     2: ((None, Line("streaming", 16_384, 512, BV_2=8_192)),),
     4: ((None, Line("streaming", 8_192, 512, BV_2=4_096)),),
@@ -184,12 +193,14 @@ ONE_PASS = Line("streaming", 16_384, 1_024)
 ONE_PASS_HALVING = Line("streaming", 8_192, 1_024)
 ONE_PASS_HEAVY = Line("streaming", 8_192, 512)
 
-# The lines of the form of before. Timed with its own second loop: H100 66 % at 32 000, 74 at
-# 128 256, 67 at 151 936.
+# The lines of the form of before, slower than streaming at every size.
+# timed: H200 53 % at 32 000, 62 at 128 256, 59 at 151 936, 57 at 262 144; H100, with a second loop
+# of its own, 66 % at 32 000, 74 at 128 256, 67 at 151 936
 BLOCKWISE = Line("blockwise", 16_384, 1_024)
+# timed: H200 54 % at 32 000, 51 at 128 256 and 151 936 for the head's rows
 BLOCKWISE_HALVING = Line("blockwise", 8_192, 1_024)
 BLOCKWISE_HEAVY = Line("blockwise", 8_192, 512)
-BLOCKWISE_NARROW = Line("blockwise", 4_096, 512)
+BLOCKWISE_NARROW = Line("blockwise", 4_096, 512)  # timed: H200 42 % at 50 257
 
 
 def choose(row: Row, target: Target, form: str | None = None) -> Line:
@@ -259,9 +270,10 @@ def streaming(row: Row, target: Target) -> Line:
 
 
 def staying(row: Row, target: Target) -> Line:
-    """The line of a row's loss by programs that take row after row. Not timed.
+    """The line of a row's loss by programs that take row after row.
 
-    The next row's first block takes registers beside what the options take.
+    On an H200 the plain loss lost by it, but for bf16 at V = 128 256: 78 % with a second loop of 32
+    columns. The next row's first block takes registers beside what the options take.
 
     Raises:
         ValueError: on AMD, where every line was seen to spill with some option.

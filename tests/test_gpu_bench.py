@@ -62,6 +62,10 @@ def test_a_phase_runs_dry(name, tmp_path, monkeypatch):
     assert all(len(row) == len(t.left + t.right) for t in shown for row in t.rows)
     others = {row[1] for row in gpu_tables.others(records).rows}
     assert "sgp" not in others
+    if name == "host":
+        first = [r["name"].startswith(gpu_phases.QUICK_TO_START) for r in records]
+        assert first == sorted(first, reverse=True)
+        assert not all(first)
     if name in ("rows", "sweep"):
         timed = [r for r in records if "ms" in r]
         assert {r["data"] for r in timed} == {"bf16", "head"}
@@ -379,6 +383,29 @@ def test_the_fastest_line_of_each_size_is_named():
         f"{lines.source(quick)},  # timed 0.500 ms, 80 % of a copy, V = 32 000, bf16, a GPU, "
         "2026-01-01"
     )
+
+
+def test_the_newest_commit_of_a_card_comes_first(tmp_path):
+    """An older one stands beside it, and its records say whose they are."""
+    record = {"phase": "host", "name": "sgp", "ok": True, "form": "logits"}
+    for file, card, commit, date, us in (
+        ("b", "B", "2", "2026-01-02", 5.0),
+        ("a-old", "A", "1", "2026-01-01", 7.0),
+        ("a-again", "A", "2", "2026-01-02", 8.0),
+        ("a", "A", "2", "2026-01-03", 9.0),
+    ):
+        head = HEAD | {"machine": {"name": card}, "commit": commit, "dry_run": False}
+        lines_of_file = (head, record | {"both_us": us})
+        text = "".join(json.dumps(line) + "\n" for line in lines_of_file)
+        (tmp_path / f"gpu-{file}-{date}.jsonl").write_text(text)
+    found = gpu_tables.newest(tmp_path)
+    named = ["gpu-a-2026-01-03", "gpu-a-old-2026-01-01", "gpu-b-2026-01-02"]
+    assert [path.stem for path, _, _ in found] == named
+    (_, records), (_, others) = gpu_tables.by_card(found)
+    rows = [("logits", "sgp", "", "9"), ("logits", "sgp, commit 1", "", "7")]
+    assert gpu_tables.of_host(records).rows == rows
+    assert [row[0] for row in gpu_tables.of_checks(records).rows] == ["host", "host, commit 1"]
+    assert gpu_tables.of_host(others).rows == [("logits", "sgp", "", "5")]
 
 
 # -- kernels for an older Triton -------------------------------------------------------------------

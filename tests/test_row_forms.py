@@ -126,7 +126,8 @@ def test_what_was_timed():
     assert line(128_256) == line(151_936) == (1_024, 32, 32, False)
     assert line(262_144) == (1_024, 32, 16, True)
     assert line(32_000, H200) == (256, 32, 16, False)
-    assert line(151_936, H200) == line(262_144, H200) == (1_024, 32, 32, False)
+    assert line(50_257, H200, edges=True) == line(50_264, H200) == (512, 32, 16, False)
+    assert line(128_256, H200) == line(262_144, H200) == (1_024, 32, 16, False)
     head = {"itemsize": 4, "halving": True}
     assert line(32_000, **head) == (1_024, 16, 8, False)
     old = H100._replace(triton=(3, 7))

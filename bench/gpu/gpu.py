@@ -174,7 +174,8 @@ def main() -> int:
     path = arguments.resume or arguments.output
     if path is None:
         slug = "dry-run" if dry else machine.describe(torch.device("cuda")).slug
-        path = (Path.cwd() if dry else RESULTS) / f"gpu-{slug}-{head['date']}.jsonl"
+        words = ("gpu", slug, *head["commit"].split(), head["date"])
+        path = (Path.cwd() if dry else RESULTS) / f"{'-'.join(words)}.jsonl"
     done = continued(path, head) if arguments.resume else []
     files.must_be_writable(path)
     if not arguments.resume:

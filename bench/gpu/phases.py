@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -43,6 +44,7 @@ LOGITS = ("sgp", "sgp, in place", "PyTorch, all rows", "torch.compile", "Liger",
 LINEAR = ("sgp", "PyTorch, all rows", "torch.compile", "Liger", "cut-cross-entropy", "quack")
 LOG_PROBS = ("sgp", rivals.BASELINE, "torch.compile", "TRL")
 SLOW_TO_START = ("torch.compile", "TRL")  # a dry run is without them
+QUICK_TO_START = ("sgp", "least", "PyTorch")
 HOSTED = {  # whose own time counts
     "logits": LOGITS,
     "linear": ("sgp", "PyTorch, all rows", "Liger", "cut-cross-entropy"),
@@ -75,6 +77,13 @@ class Phase:
         """Whether what is still to do is to be named, and not begun."""
         return time.time() > self.until
 
+    def skips(self, name: str, **values: Any) -> bool:
+        """Whether it is late; then what is not begun is recorded."""
+        is_late = self.is_late
+        if is_late:
+            self.record(name, ok=None, status="not run: the phase's time was spent", **values)
+        return is_late
+
     @property
     def clock(self) -> machine.Clock:
         """One for the phase: it holds what empties the caches."""
@@ -91,8 +100,7 @@ class Phase:
         self, name: str, step: Callable[[], dict[str, Any]], *, ours: bool = True, **values: Any
     ) -> None:
         """Record what the step returns, or what it raises; the phase ends if the GPU is lost."""
-        if self.is_late:
-            self.record(name, ok=None, status="not run: the phase's time was spent", **values)
+        if self.skips(name, **values):
             return
         try:
             with warnings.catch_warnings():
@@ -129,9 +137,7 @@ class Phase:
 
     def compare(self, case: Case, names: tuple[str, ...], seconds: float) -> None:
         """Every named rival on a case, in turns: right first, then time and memory."""
-        if self.is_late:
-            status = "not run: the phase's time was spent"
-            self.record(case.name, ok=None, status=status, **described(case))
+        if self.skips(case.name, **described(case)):
             return
         only = [rival.name for rival in _field(self, case.form, names)]
         seconds = 0.0 if self.dry else seconds
@@ -482,23 +488,26 @@ LEAST = Rival(
 
 
 def host(phase: Phase) -> None:
-    """Python's own time of a call, on tensors too small to matter; then calls in a loop."""
-    for form, names in HOSTED.items():
-        case = Case(form, TINY if phase.dry else Model("small", 1_024, 64), 64, 0.5)
-        field = _field(phase, form, names)
-        field += [LEAST] if form == "logits" else []
-        found = measure.check(case, field, phase.device)
-        p = cases.make(case, phase.device)
-        for rival in field:
-            _host_time(phase, rival, p, found[rival.name].status)
+    """Python's own time of a call, on tensors too small to matter; then calls in a loop.
+
+    sgp and PyTorch first: the others take seconds to start.
+    """
+    small = TINY if phase.dry else Model("small", 1_024, 64)
+    todo = [(Case(form, small, 64, 0.5), names, _host_time) for form, names in HOSTED.items()]
     for V in (512,) if phase.dry else (32_000, 151_936):
         case = Case("logits", Model(f"V = {V}", V, 1), 32 if phase.dry else 8_192, 1.0)
-        field = _field(phase, "logits", LOOPED)
+        todo.append((case, LOOPED, _loop))
+    for is_first, (case, names, measured) in itertools.product((True, False), todo):
+        field = _field(phase, case.form, names)
+        if case.form == "logits" and measured is _host_time:
+            field.append(LEAST)
+        field = [r for r in field if r.name.startswith(QUICK_TO_START) == is_first]
+        if not field or phase.skips(case.name, **described(case)):
+            continue
         found = measure.check(case, field, phase.device)
         p = cases.make(case, phase.device)
         for rival in field:
-            status = found[rival.name].status
-            _loop(phase, rival, p, status)
+            measured(phase, rival, p, found[rival.name].status)
             if rival.overwrites:
                 p = cases.make(case, phase.device)
 
@@ -706,12 +715,12 @@ class Plan(NamedTuple):
 
 
 PHASES = {
-    "env": Plan(env, 20, "the card, copy bandwidth, matmul rate"),
+    "env": Plan(env, 15, "the card, copy bandwidth, matmul rate"),
     "smoke": Plan(smoke, 50, "first calls: dtypes, in place, strided, graphs, offsets above 2^31"),
-    "rows": Plan(rows, 45, "the row kernel alone, beside others' kernels and a copy", True),
+    "rows": Plan(rows, 40, "the row kernel alone, beside others' kernels and a copy", True),
     "calls": Plan(calls, 60, "whole calls from logits, forward and backward, beside others"),
     "head": Plan(head, 50, "the linear head: time and extra memory, beside others"),
-    "host": Plan(host, 35, "microseconds of Python a call, and calls in a loop"),
+    "host": Plan(host, 45, "microseconds of Python a call, and calls in a loop"),
     "train": Plan(train, 45, "a training step of a small Qwen2"),
     "logprobs": Plan(logprobs, 40, "log-probabilities, from logits and through the head"),
     "sweep": Plan(sweep, 50, "lines that could take the place of the launch table's", True),

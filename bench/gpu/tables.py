@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ from bench import files, tables
 RESULTS = files.RESULTS
 GIB = 1 << 30
 Record = dict[str, Any]
+File = tuple[Path, Record, list[Record]]  # with its header
 
 
 class Table(NamedTuple):
@@ -40,14 +42,36 @@ def whole_lines(path: Path) -> list[str]:
     return text[: text.rfind("\n") + 1].splitlines()
 
 
-def newest(folder: Path = RESULTS) -> list[tuple[Path, Record, list[Record]]]:
-    """(path, header, records) of the newest file of each card, dry runs left out."""
-    found: dict[str, tuple[Path, Record, list[Record]]] = {}
-    for path in sorted(folder.glob("gpu-*.jsonl"), key=lambda p: p.stem[-10:]):
+def newest(folder: Path = RESULTS) -> list[File]:
+    """(path, header, records) of the newest file of each card and commit, dry runs left out.
+
+    Of a card the newest comes first.
+    """
+    found: dict[tuple[str, str], File] = {}
+    paths = folder.glob("gpu-*.jsonl")
+    for path in sorted(paths, key=lambda p: (p.stem[-10:], p.stem), reverse=True):
         head, records = load(path)
         if not head["dry_run"]:
-            found[head["machine"]["name"]] = (path, head, records)
-    return [found[name] for name in sorted(found)]
+            found.setdefault((head["machine"]["name"], head["commit"]), (path, head, records))
+    return sorted(found.values(), key=_card)
+
+
+def _card(file: File) -> str:
+    return str(file[1]["machine"]["name"])
+
+
+def by_card(found: list[File]) -> list[tuple[list[File], list[Record]]]:
+    """The files of each card, and their records; but for the newest's, names say which commit's."""
+    cards = []
+    for files_of_card in (list(group) for _, group in itertools.groupby(found, _card)):
+        (_, _, records), *earlier = files_of_card
+        for _, head, more in earlier:
+            commit = head["commit"]
+            records = records + [
+                r | {"name": f"{r['name']}, commit {commit}", "commit": commit} for r in more
+            ]
+        cards.append((files_of_card, records))
+    return cards
 
 
 # -- cells -----------------------------------------------------------------------------------------
@@ -222,13 +246,14 @@ def of_traffic(records: list[Record]) -> Table:
 def of_checks(records: list[Record]) -> Table:
     """How much was checked, and how each phase ended."""
     rows = []
-    for phase in dict.fromkeys(r["phase"] for r in records):
-        mine = [r for r in records if r["phase"] == phase]
+    for phase, commit in dict.fromkeys((r["phase"], r.get("commit")) for r in records):
+        mine = [r for r in records if (r["phase"], r.get("commit")) == (phase, commit)]
         count = {ok: sum(r["ok"] is ok for r in mine) for ok in (True, False)}
         end = next((r for r in mine if r["name"] == "the phase"), {})
         status = end.get("status", "")
         seconds = f"{end['seconds']:.0f}" if "seconds" in end else ""
-        rows.append((phase, status, str(count[True]), str(count[False]), seconds))
+        name = f"{phase}, commit {commit}" if commit else phase
+        rows.append((name, status, str(count[True]), str(count[False]), seconds))
     return Table("What was checked", ("phase", "it ended"), ("right", "not right", "s"), rows)
 
 
@@ -317,7 +342,10 @@ def summary(records: list[Record]) -> str:
         rows.append((name, cells_of(records, ("calls",), "both_ms", ms, {"V": V, "kept": 1.0})))
     size = {"form": "logits"}
     rows.append(
-        ("host, the same: microseconds", cells_of(records, ("host",), "both_us", _us, size))
+        (
+            "host, forward and backward: microseconds",
+            cells_of(records, ("host",), "both_us", _us, size),
+        )
     )
     for kept in (1.0, 0.25):
         size = {"V": 128_256, "kept": kept}
@@ -350,7 +378,7 @@ def cells_of(
     for column, names in COLUMNS.items():
         mine = [r for r in found if r["name"] in names and r["phase"] == phases[0]]
         if column == "prototype":
-            ideas = [r for r in found if r["name"].endswith("(prototype)")]
+            ideas = [r for r in found if "(prototype)" in r["name"]]
             mine = sorted(ideas, key=lambda r: float(r.get("both_ms") or r["ms"]))[:1]
         values = sorted(r[key] for r in mine)
         ends = list(dict.fromkeys(cell(x) for x in (values[:1] + values[-1:])))
@@ -358,12 +386,14 @@ def cells_of(
     return cells
 
 
-def page(found: list[tuple[Path, Record, list[Record]]], up: str = "") -> str:
+def page(found: list[File], up: str = "") -> str:
     """Every table of every card, for docs; `up` leads from the page to the root."""
     parts = []
-    for path, head, records in found:
-        parts.append(f"## {head['machine']['name']}")
-        parts.append(f"{origin(head, f'{up}bench/results/{path.name}')}. {head.get('note', '')}")
+    for files_of_card, records in by_card(found):
+        parts.append(f"## {_card(files_of_card[0])}")
+        for path, head, _ in files_of_card:
+            source = origin(head, f"{up}bench/results/{path.name}")
+            parts.append(f"{source}. {head.get('note', '')}")
         for table in tables_of(records):
             parts += [f"### {table.title}", for_page(table)]
     return "\n\n".join(part.strip() for part in parts)

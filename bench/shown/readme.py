@@ -12,20 +12,20 @@ from bench.shown import page
 
 Record = dict[str, Any]
 COLUMNS = ("sgp", "PyTorch", "torch.compile", "Liger", "CCE")
+PHASES = {  # of `python -m bench gpu`, in words
+    "rows": "row kernels", "calls": "calls from logits", "head": "the head",
+    "logprobs": "log-probabilities", "train": "a training step", "host": "the host's time",
+}  # fmt: skip
 
 
 def status(up: str) -> str:
     """Where it was tested, measured and compiled."""
-    cards = gpu_tables.newest()
-    same: dict[tuple[str, str], list[str]] = {}  # cards that were measured on one day, one commit
-    for path, head, _ in cards:
+    measured = []
+    for path, head, records in gpu_tables.newest():
+        phases = {r["phase"] for r in records}
+        what = ", ".join(words for phase, words in PHASES.items() if phase in phases)
         card = f"one [{head['machine']['name']}]({up}bench/results/{path.name})"
-        same.setdefault((head["date"], head["commit"]), []).append(card)
-    measured = "; ".join(
-        f"{' and '.join(names)}, {date}, commit {commit}" for (date, commit), names in same.items()
-    )
-    only = all("later commits were not measured" in head.get("note", "") for _, head, _ in cards)
-    later = " The kernels of later commits have not been on a GPU yet." if only else ""
+        measured.append(f"    * {card}, {head['date']}, commit {head['commit']}: {what}.")
     found = json.loads((page.RESULTS / "resources.json").read_text())["records"]
     targets = list(dict.fromkeys(r["target"] for r in found))
     words = {2: "two", 3: "three", 4: "four", 5: "five"}
@@ -34,7 +34,8 @@ def status(up: str) -> str:
         "**Status**",
         "",
         "* **Tested** on CPUs on every change; there the kernels run in Triton's interpreter.",
-        f"* **Measured** on {measured}.{later}",
+        "* **Measured** on",
+        *measured,
         f"* **Compiled** for {count} targets without a GPU: {', '.join(targets)}.",
         "* **Not on the package index.** Install it from a clone.",
     ]

@@ -5,8 +5,8 @@
 
 A table stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->` on any page.
 
-For each machine the newest results file of `python -m bench compare` counts, and for each card that
-of `python -m bench gpu`. What nobody measured is said to be not measured.
+For each machine the newest results file of `python -m bench compare` counts, and for each card and
+commit that of `python -m bench gpu`. What nobody measured is said to be not measured.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def render(
     found: list[tuple[Path, dict[str, Any]]],
     root: Path = ROOT,
     *,
-    gpus: Sequence[tuple[Path, dict[str, Any], list[dict[str, Any]]]] = (),
+    gpus: Sequence[gpu_tables.File] = (),
     up: str = "",
 ) -> str:
     """Each machine's main tables, from files of `compare` and of `gpu`."""
-    parts = [_gpu(*each, root, up) for each in gpus[:1]]
+    parts = [_gpu(*each, root, up) for each in gpu_tables.by_card([*gpus])]
     if not gpus and all(content["machine"]["device"] == "cpu" for _, content in found):
         parts.append("**On a GPU: not measured yet.** No GPU was at hand; no speed is claimed.")
     for path, content in found:
@@ -49,15 +49,15 @@ def render(
     return "\n\n".join(parts)
 
 
-def _gpu(
-    path: Path, head: dict[str, Any], records: list[dict[str, Any]], root: Path, up: str
-) -> str:
-    origin = gpu_tables.origin(head, f"{up}{path.relative_to(root).as_posix()}")
-    note = head.get("note", "").partition(". ")[0]
+def _gpu(of_card: list[gpu_tables.File], records: list[dict[str, Any]], root: Path, up: str) -> str:
+    origins = "; ".join(
+        gpu_tables.origin(head, f"{up}{path.relative_to(root).as_posix()}")
+        for path, head, _ in of_card
+    )
     what = (
-        f"**On a GPU** ({origin}; [all tables and cards](gpu.md)). "
-        f"{note}{'.' if note else ''} bf16, 8192 rows or tokens; f is the kept fraction, 1 where "
-        "none is given; a range is that of several runs."
+        f"**On a GPU** ({origins}; [all tables and cards](gpu.md)). sgp is that of the "
+        "first commit named here, a prototype is in no version. bf16, 8192 rows or tokens; f is "
+        "the kept fraction, 1 where none is given; a range is that of several runs."
     )
     return f"{what}\n\n{gpu_tables.summary(records)}"
 
