@@ -125,7 +125,7 @@ def assert_right(ours, plain, truth, *, backend="torch", roundings=1, dtype=None
 
 def check(
     tensors, target, upstream=None, *, chunk_rows=None, backend="torch", needs=ALL, roundings=1,
-    **options,
+    memory_budget=None, **options,
 ):  # fmt: skip
     """Loss and gradients against the reference in float64; returns ours.
 
@@ -140,7 +140,8 @@ def check(
         plain[1:] = run(plain_logits, tensors, target, upstream, needs, **options)[1:]
     if dtype == torch.float16:
         roundings = 2  # of the logits' gradient, and of the result
-    ours = ours_of(tensors, target, upstream, needs, chunk_rows=chunk_rows, **options)
+    how = {"chunk_rows": chunk_rows, "memory_budget": memory_budget}
+    ours = ours_of(tensors, target, upstream, needs, **how, **options)
     assert_right(ours, plain, truth, backend=backend, roundings=roundings)
     return ours
 
@@ -849,7 +850,7 @@ def test_bf16_in_64_chunks(reduction, backend, device):
     tokens, classes = (256, 512) if backend == "torch" else (64, 96)
     hidden, head = (torch.randn(n, 32, device=device).bfloat16() for n in (tokens, classes))
     target = torch.randint(classes, (tokens,), device=device)
-    assert len(chunks.split(tokens, tokens // 64)) == 64
+    assert len(chunks.parts(tokens, tokens // 64)) == 64
     truth = truth_of([hidden, head, None], target, reduction=reduction)
     ours = ours_of([hidden, head, None], target, reduction=reduction, chunk_rows=tokens // 64)
     assert relative_error(ours[0].sum(), truth[0].sum()) < 2e-5

@@ -301,14 +301,15 @@ def by_rows(shape: Shape, rows: int, group: int) -> Plan:
     logits = s.sum_bytes() * chunk * s.V
     kept = group * -(-s.V // 8) * 8 * s.operand_bytes if s.weight_grad and chunk < group else 0
     rows_of_group = _gathered(s, group)
-    # While a chunk is made the weight's gradient is not there yet, if one matmul makes it.
-    making = logits + kept + rows_of_group + _of_input(s, chunk) + _waiting(s)
+    # While a chunk is made: not yet the weight's gradient, if one matmul makes it.
+    at_once = max(_of_input(s, chunk), _converted(s, chunk))
+    making = logits + kept + rows_of_group + at_once + _waiting(s)
     if narrow or groups == 1:
-        making += summed - _of_weight(s)
-    multiplying = (kept or logits) + rows_of_group + summed + _waiting(s) + _before_factor(s, group)
-    if summed:
-        multiplying -= _of_weight(s)
-    finishing = summed + _waiting(s)
+        making += (summed if groups > 1 else 0) - _of_weight(s)
+    multiplying = (kept or logits) + rows_of_group + _waiting(s) + _converted(s, group)
+    multiplying += summed - _of_weight(s) if summed else _before_factor(s)
+    multiplying += group * s.D * s.operand_bytes if s.is_half else 0
+    finishing = summed + _waiting(s) + (s.N * s.D * s.input_bytes if s.wide else 0)
     most = max(making, multiplying, finishing) if s.weight_grad else making
     again = int(s.late and s.weight_grad)  # the logits, in backward
     matmuls = 1 + s.input_grad + s.weight_grad + again
@@ -328,15 +329,15 @@ def by_slices(shape: Shape, rows: int, columns: int) -> Plan:
     s, M = shape, max(1, shape.M)
     chunk, columns = even(M, rows), even(s.V, columns)
     logits = s.sum_bytes() * chunk * s.V
-    counting = logits + _gathered(s, chunk) + _copied_weight(s)
-    if not s.late:
-        counting -= _of_results(s)
+    counting = logits + _gathered(s, chunk) + _copied_weight(s) + _converted(s, chunk)
+    counting -= _of_results(s)  # which are not there yet
     summed = s.sum_bytes() * M * s.D if s.input_grad else 0
-    slicing = s.sum_bytes() * M * columns + _gathered(s, M) + summed
+    slicing = s.sum_bytes() * M * columns + _gathered(s, M) + summed + _converted(s, M)
     slicing -= s.N * s.D * s.input_bytes if s.input_grad else 0
     if s.operand_bytes != s.weight_bytes:
         slicing += columns * s.D * s.operand_bytes
-    slicing += _before_factor(s, M, columns)
+    if s.is_half and s.weight_grad:
+        slicing += _before_factor(s, columns) + M * s.D * s.operand_bytes
     finishing = summed if _is_whole(s) else summed + M * s.D * s.input_bytes
     matmuls = 2 + s.input_grad + s.weight_grad
     slower = 1 / _busy(chunk) + (matmuls - 1) / _busy(columns, FULL_COLUMNS)
@@ -354,12 +355,15 @@ def hold(shape: Shape, rows: int) -> Plan:
     """All logits, made in chunks of `rows`, until the backward has their gradient in their place."""
     s, M = shape, max(1, shape.M)
     chunk = even(M, rows)
-    logits = s.sum_bytes() * M * s.V
-    multiplying = logits + _gathered(s, M) + max(_of_input(s, M), _before_factor(s, M))
+    logits, copied = s.sum_bytes() * M * s.V, _copied_weight(s)
+    making = _gathered(s, chunk) + _converted(s, chunk) + copied - _of_results(s)
+    of_input = _gathered(s, M) + _of_input(s, M) + copied - _of_weight(s)
+    of_weight = _gathered(s, M) + _before_factor(s) + _converted(s, M)
+    of_weight += M * s.D * s.operand_bytes if s.is_half else 0
     matmuls = 1 + s.input_grad + s.weight_grad
     return Plan(
         "held", chunk, M, 0, M,
-        bytes=multiplying + _numbers(s) + _copied_weight(s),
+        bytes=logits + max(making, of_input, of_weight) + _numbers(s),
         flops=2 * M * s.V * s.D * matmuls,
         traffic=_row_traffic(s),
         busy=matmuls / (1 / _busy(chunk) + (matmuls - 1) / _busy(M)),
@@ -388,6 +392,11 @@ def _gathered(s: Shape, rows: int) -> int:
     return rows * s.D * s.operand_bytes
 
 
+def _converted(s: Shape, rows: int) -> int:
+    """Rows in float32 on a CPU, which has no matmul of 16 bits with a float32 result."""
+    return rows * s.D * s.sum_bytes() if s.is_cpu and s.is_narrow() else 0
+
+
 def _of_input(s: Shape, rows: int) -> int:
     """The float32 gradient of some hidden states, and rounded to theirs before it is scattered."""
     if not s.input_grad:
@@ -397,18 +406,17 @@ def _of_input(s: Shape, rows: int) -> int:
 
 
 def _waiting(s: Shape) -> int:
-    """The input's gradient in float32, which waits for the loss scaler's factor."""
+    """What the input's gradient takes more in float32, while it waits for the scaler's factor."""
     if not (s.wide and s.input_grad):
         return 0
-    return s.N * s.D * s.sum_bytes()
+    return s.N * s.D * (s.sum_bytes() - s.input_bytes)
 
 
-def _before_factor(s: Shape, rows: int, columns: int = MOST) -> int:
-    """float16: hidden states, and part of the weight's gradient, before the factors of rows."""
+def _before_factor(s: Shape, columns: int = MOST) -> int:
+    """float16: a part of the weight's gradient before its factor."""
     if not (s.is_half and s.weight_grad):
         return 0
-    part = 0 if s.wide else min(columns * s.D, s.V * s.D, FACTOR_ELEMENTS)
-    return rows * s.D * s.operand_bytes + s.sum_bytes() * part
+    return s.sum_bytes() * min(columns * s.D, s.V * s.D, FACTOR_ELEMENTS)
 
 
 def _copied_weight(s: Shape) -> int:
