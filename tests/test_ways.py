@@ -120,7 +120,7 @@ def test_no_row_and_all_rows(name, force):
         options = {"reduction": reduction, "memory_budget": budget_of(name)}
         loss, *grads = ours_of(tensors, torch.full((N,), IGNORE), **options)
         assert not any(x.any() for x in (loss, *grads)), "nothing carries loss"
-        test_linear.check(tensors, torch.arange(N), **options, upstream=None)
+        test_linear.check(tensors, torch.arange(N), **options, roundings=2)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -168,6 +168,7 @@ def test_a_second_backward_makes_the_logits_again(name, force):
         test_linear.assert_same(other, found[0])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside PyTorch itself
 @pytest.mark.parametrize("name", WAYS)
 def test_what_looks_on_gets_the_same(name, force):
     """torch.func, batched gradients and torch.compile: nothing is held there, and all is right."""
@@ -195,24 +196,23 @@ def test_gradients_are_added_to_a_callers_tensor(name, dtype, force):
     hidden, head = torch.randn(N, D).to(dtype), torch.randn(V, D).to(dtype)
     target = torch.tensor([3, IGNORE, 10, 0, IGNORE, 3])
     leaves = leaves_of([hidden, head, None])
-    total = torch.full((V, D), 2.0)
+    rounding = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-9}[dtype]
     for reduction in ("mean", "none"):
+        total = torch.zeros(V, D)
         upstream = torch.randn(N if reduction == "none" else ())
         truth = test_linear.truth_of([hidden, head, None], target, upstream, reduction=reduction)
-        plain = ours_of([hidden, head, None], target, upstream, reduction=reduction)
-        before = total.clone()
-        loss = sgp.linear_cross_entropy(
-            *leaves[:2], target, reduction=reduction, accumulate_into=total,
-            memory_budget=budget_of(name),
-        )  # fmt: skip
-        assert torch.equal(total, before), "nothing is added before the backward"
-        loss.backward(upstream.to(loss.dtype))
-        added = total - before
+        for turn in (1, 2):
+            before = total.clone()
+            loss = sgp.linear_cross_entropy(
+                *leaves[:2], target, reduction=reduction, accumulate_into=total,
+                memory_budget=budget_of(name),
+            )  # fmt: skip
+            assert torch.equal(total, before), "nothing is added before the backward"
+            loss.backward(upstream.to(loss.dtype))
+            error = test_linear.relative_error(total, turn * truth[2])
+            assert error <= rounding, f"{error:.3g} in turn {turn}"
         assert leaves[1].grad is None
-        error = test_linear.relative_error(added, truth[2])
-        rounding = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
-        assert error <= rounding, f"{error:.3g}"
-        torch.testing.assert_close(leaves[0].grad, plain[1])
+        assert test_linear.relative_error(leaves[0].grad, 2 * truth[1]) <= 2 * rounding
         leaves[0].grad = None
 
 
@@ -308,8 +308,9 @@ def test_peak_memory_is_the_planned(case):
      ("held", "none", ALL, 3), ("held", "sequence_mean", ALL, 3), ("held", "none", HEAD, 2),
      ("gradient kept", "none", ALL, 4), ("gradient kept", "mean", INPUT, 2)],
 )  # fmt: skip
-def test_matmul_flops(name, reduction, needs, matmuls, force):
+def test_matmul_flops(name, reduction, needs, matmuls, force, monkeypatch):
     """2 M V D each."""
+    monkeypatch.setattr("sgp.head.products.FEW_ROWS", 0)  # a CPU's BLAS gets more rows then
     force(name)
     tensors = [torch.randn(size) for size in ((2 * N, D), (V, D), (V,))]
     target = torch.tensor([3, IGNORE, 10, 0, IGNORE, 3]).repeat(2)
@@ -414,7 +415,7 @@ def test_property_pieces_cover_everything_and_are_few(M, most):
 
 def test_chunks_of_a_cpu_and_an_override():
     cpu = chunks.plan("f", shape(8192, is_cpu=True))
-    assert (cpu.rows, cpu.group) == (384, 384)  # 256 MiB are 523 rows: 16 chunks of equal size
+    assert (cpu.rows, cpu.group) == (512, 512)  # 256 MiB are 523 rows
     given_ = chunks.plan("f", shape(8192), chunk_rows=1000)
     assert given_.way == "rows"
     assert given_.rows == given_.group <= 1000

@@ -118,7 +118,7 @@ def defaults(up: str) -> str:
         taken = chunks.plan("bench", shape)
         units = taken.flops / (shape.M * V * D)
         gib = f"{taken.bytes / GIB:.2f}"
-        lines.append(f"| {name} | {plan.words(taken)} | {gib} | `{units:g} M V D` |")
+        lines.append(f"| {name} | {taken.words()} | {gib} | `{units:g} M V D` |")
     source = (
         f"V = {gpu_tables.spaced(V)}, D = {D}; bf16 where nothing else is said. `python -m bench "
         "report` asks the planner."

@@ -183,13 +183,6 @@ def plain(shape: Shape) -> Plan:
     return whole._replace(bytes=most + copy, traffic=moved * logits)
 
 
-def words(way: Plan) -> str:
-    """The planner's, and for slices the chunks of the statistics before them."""
-    if way.way == "slices":
-        return f"{way.words()}, after chunks of {way.rows} rows"
-    return way.words()
-
-
 # -- what is printed -------------------------------------------------------------------------------
 
 
@@ -207,7 +200,7 @@ def _table(shown: list[Plan], chosen: Plan | None, shape: Shape, gpu: Gpu) -> Ta
     table.add_column("way")
     for heading in ("GiB", "M V D", "TFLOP", "GB moved", "ms"):
         table.add_column(heading, justify="right", no_wrap=True)
-    rows = [(f"{words(way)} (chosen)" if way == chosen else words(way), way) for way in shown]
+    rows = [(f"{way.words()} (chosen)" if way == chosen else way.words(), way) for way in shown]
     for text, way in rows:
         table.add_row(text, *_cells(way, shape, gpu), style="bold" if way == chosen else None)
     table.add_section()
@@ -244,7 +237,7 @@ def _verdict(a: argparse.Namespace, chosen: Plan | None, shape: Shape) -> str:
     if chosen is None:
         return f"{size}: none of these ways fits."
     return (
-        f"{size} and takes: {words(chosen)}. Of the ways within {chunks.AS_FAST - 1:.0%} of the "
+        f"{size} and takes: {chosen.words()}. Of the ways within {chunks.AS_FAST - 1:.0%} of the "
         f"fastest that fits it is the smallest, by the data sheet of {chunks.NOMINAL.name} "
         "whatever the GPU, so that all ranks agree."
     )

@@ -120,7 +120,7 @@ class Plan(NamedTuple):
     def words(self) -> str:
         """What is done, for people."""
         if self.way == "slices":
-            return f"slices of {self.columns} columns"
+            return f"slices of {self.columns} columns, after chunks of {self.rows} rows"
         if self.way == "held":
             return "logits held for backward"
         if self.rows >= self.padded:
@@ -257,15 +257,15 @@ def ways(shape: Shape, budget: int, *, held: bool) -> Iterator[Plan]:
         if shape.is_narrow():
             yield from (by_rows(shape, size, group) for size in sizes if size < group)
     yield from (by_rows(shape, size, size) for size in sizes)
-    if not shape.weight_grad:
-        return
     if shape.late and held:
         yield hold(shape, 4 * busy)
-    if shape.late or (held and not shape.is_half):
-        rows = 2 * busy
-        while rows > LEAST_ROWS and by_slices(shape, rows, LEAST_COLUMNS).bytes > budget:
-            rows //= 2
-        yield from (by_slices(shape, rows, columns) for columns in _columns(shape, rows, budget))
+    if not shape.weight_grad or not (shape.late or (held and not shape.is_half)):
+        return
+    rows = 2 * busy
+    while rows > LEAST_ROWS and by_slices(shape, rows, LEAST_COLUMNS).bytes > budget:
+        rows //= 2
+    for fewer in {rows, max(rows // 2, min(rows, LEAST_ROWS))}:
+        yield from (by_slices(shape, fewer, columns) for columns in _columns(shape, fewer, budget))
 
 
 def _groups(shape: Shape, sizes: Iterable[int]) -> list[int]:
@@ -311,7 +311,7 @@ def by_rows(shape: Shape, rows: int, group: int) -> Plan:
     multiplying += group * s.D * s.operand_bytes if s.is_half else 0
     finishing = summed + _waiting(s) + (s.N * s.D * s.input_bytes if s.wide else 0)
     most = max(making, multiplying, finishing) if s.weight_grad else making
-    again = int(s.late and s.weight_grad)  # the logits, in backward
+    again = int(s.late and (s.input_grad or s.weight_grad))  # the logits, in backward
     matmuls = 1 + s.input_grad + s.weight_grad + again
     slower = (matmuls - s.weight_grad) / _busy(chunk) + s.weight_grad / _busy(group)
     of_sum = 2 * s.sum_bytes() * s.V * s.D * (groups - 1) if s.weight_grad else 0
