@@ -32,16 +32,16 @@ from sgp.head.products import FACTOR_ELEMENTS
 CPU_BYTES = 256 << 20  # of a chunk's float32 logits
 GPU_BYTES = 4 << 30  # at most, whatever the vocabulary
 DEFAULT_ROWS = 4096  # of the chunk that the default budget has room for
-BUSY_ROWS = 512  # that keep the matmuls of a GPU busy where nothing is summed over chunks
+BUSY_ROWS = 1024  # that keep the matmuls of a GPU busy where nothing is summed over chunks
 LEAST_ROWS, LEAST_COLUMNS = 16, 128  # of a piece: smaller ones would save next to nothing
 MOST_COLUMNS = 16_384  # of a slice: longer ones were no faster
 TILE = 128  # rows or columns of a matmul's tile
 MOST = 1 << 40  # rows or bytes: an operator's argument is an int64
 AS_FAST = 1.03  # ways within 3 % of the fastest are as fast, and the smallest of them is taken
 
-# A matmul of n rows reaches n / (n + 80) of its full rate, one of n columns n / (n + 420): a fit to
-# 256 to 8192 rows and 2048 to 16 384 columns on an H100 at D = 4096.
-FULL_ROWS, FULL_COLUMNS = 80, 420
+# A matmul of n rows reaches n / (n + 80) of its full rate, one of n columns n / (n + 100): a fit to
+# 256 to 8192 rows and 4096 to 16 384 columns at D = 4096 on an H100 and an H200.
+FULL_ROWS, FULL_COLUMNS = 80, 100
 
 UNSET = 0  # of chunk_rows and memory_budget
 
@@ -52,7 +52,7 @@ class Gpu(NamedTuple):
     name: str
     flops: float  # dense bf16 operations a second
     bandwidth: float  # bytes a second
-    reached: float = 0.74  # of `flops`, by a large matmul: 730 TFLOP/s measured on an H100
+    reached: float = 0.77  # of `flops`, by a large matmul: 730 TFLOP/s on an H100, 790 on an H200
     copied: float = 0.9  # of `bandwidth`
 
 
