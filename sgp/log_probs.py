@@ -119,15 +119,16 @@ def linear_token_log_probs(
         torch.Size([2])
 
     Args:
-        input, linear_weight, target, linear_bias, shift, chunk_rows: as in
-            `sgp.linear_cross_entropy`, class indices or a Selection only.
+        input, linear_weight, target, linear_bias, shift, chunk_rows, memory_budget,
+            accumulate_into: as in `sgp.linear_cross_entropy`, class indices or a Selection only.
         ignore_index, temperature, softcap, logit_scale, return_argmax: as in `token_log_probs`.
 
     Returns:
         TokenLogProbs as `token_log_probs`. Numbers stand at the row that predicts the token: after
         a shift column t is about token t + 1, and the last column is zero. Matmuls: `2 M V D`
         floating-point operations forward, and in backward, which makes the logits again, `6 M V D`
-        (`4 M V D` with one side frozen).
+        (`4 M V D` with one side frozen). A `memory_budget` with room for the float32 logits,
+        `4 M V` bytes, holds them until the backward: `6 M V D` in all instead of `8 M V D`.
 
     Raises:
         ValueError, TypeError, IndexError: as `sgp.linear_cross_entropy`.

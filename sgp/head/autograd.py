@@ -60,7 +60,10 @@ class HeadOptions(NamedTuple):
         if self.operations is None and self.into is None and held is None:
             return operators.head_backward(*arguments, self.call)
         rows = self.operations or ONE_DEVICE
-        return operators.backward(rows, *arguments, self.call, held=held, into=self.into)
+        found = operators.backward(rows, *arguments, self.call, held=held, into=self.into)
+        if self.into is None:
+            return found
+        return found._replace(weight=_told_to_megatron(arguments[0].weight, self.into))
 
     def losses(self, *, saved: bool = False) -> HeadCall:
         """A pass without gradients, and what a backward needs where asked."""
@@ -136,6 +139,21 @@ def head_options(
     )
     may_hold = budget != UNSET and any(needs) and not is_traced(*head)
     return HeadOptions(call, operations=operations, may_hold=may_hold, into=into)
+
+
+def _told_to_megatron(weight: Tensor, into: Tensor) -> Tensor | None:
+    """What autograd gets for a weight whose gradient has been added: nothing.
+
+    Megatron's hooks add a `.grad` to `main_grad` unless `grad_added_to_main_grad` is set, and where
+    they overlap the reduction they ask for some `.grad`: such a weight gets zeros.
+    """
+    main = getattr(weight, "main_grad", None)
+    if not hasattr(weight, "grad_added_to_main_grad") or main is None:
+        return None
+    if main.data_ptr() != into.data_ptr():
+        return None
+    weight.grad_added_to_main_grad = True
+    return weight.new_zeros(()).expand(weight.shape)
 
 
 def _where_there(x: Tensor | None) -> tuple[Tensor, ...]:
