@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sgp import dtensors
-from sgp.head.calls import LinearHead
 from sgp.head.autograd import (
     LINEAR_CROSS_ENTROPY,
     HeadOptions,
@@ -20,6 +19,7 @@ from sgp.head.autograd import (
     head_options,
     linear_head,
 )
+from sgp.head.calls import LinearHead
 from sgp.head.chunks import check_sizes
 from sgp.head.problem import Pieces, check_head, make_head_problem
 from sgp.labels import tokens_ahead
@@ -102,7 +102,8 @@ def linear_cross_entropy(
 
     Takes what `torch.nn.functional.linear_cross_entropy` takes, by the same names and with the
     same meaning. Rows whose target is ignored are never read, whatever they hold (NaN included):
-    the M kept rows are gathered first, and their logits are made, used and forgotten in pieces. Under `torch.autocast` the matmuls' operands have the autocast dtype.
+    the M kept rows are gathered first, and their logits are made, used and forgotten in pieces.
+    Under `torch.autocast` the matmuls' operands have the autocast dtype.
 
     Example:
         >>> import torch, sgp

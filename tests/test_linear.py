@@ -20,7 +20,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils.checkpoint import checkpoint
 
 import sgp
-from sgp.head import chunks, products
+from sgp.head import chunks
 from sgp.head import operators as head_operators
 from sgp.head.calls import HeadCall, LinearHead, Needs
 from sgp.rows import by_torch, problem

@@ -16,7 +16,7 @@ from sgp.head import chunks
 from sgp.head.chunks import Plan, Shape
 from sgp.train.memory import cpu_peak
 from tests import test_linear, test_log_probs
-from tests.test_linear import ALL, HEAD, IGNORE, INPUT, N, V, D, cast, flops, leaves_of, ours_of
+from tests.test_linear import ALL, HEAD, IGNORE, INPUT, D, N, V, cast, flops, leaves_of, ours_of
 
 GIB = 1 << 30
 ROOM = 1 << 40  # bytes that everything fits
@@ -45,9 +45,7 @@ def force(monkeypatch):
     """A function that makes the planner choose a way."""
 
     def forced(name):
-        monkeypatch.setattr(
-            chunks, "plan", lambda _, shape, **__: WAYS[name](shape.M)
-        )
+        monkeypatch.setattr(chunks, "plan", lambda _, shape, **__: WAYS[name](shape.M))
 
     return forced
 
@@ -230,8 +228,8 @@ def hooked(register):
 @pytest.mark.parametrize(
     ("head", "into", "error", "words"),
     [
-        (weight(requires_grad=True), torch.zeros(D, V), ValueError, r"accumulate_into is \(5, 11\)"),
-        (weight(requires_grad=True), weight().bfloat16(), ValueError, r"torch.bfloat16; expected"),
+        (weight(requires_grad=True), torch.zeros(D, V), ValueError, r"accumulate_into is \(5, 1"),
+        (weight(requires_grad=True), weight().bfloat16(), ValueError, r"torch.bfloat16 and"),
         (weight(requires_grad=True), [1.0], TypeError, "accumulate_into"),
         (weight(requires_grad=True), weight(requires_grad=True), ValueError, "requires grad"),
         (weight(requires_grad=True), torch.zeros(D, V).t(), ValueError, "not contiguous"),
@@ -375,7 +373,9 @@ def test_log_probabilities_take_three_matmuls_where_logits_fit():
 
 def shape(M, N=8192, **options):
     sizes = {"input_bytes": 2, "weight_bytes": 2, "operand_bytes": 2}
-    return Shape(M, N, 128_256, 4096, **{**sizes, "input_grad": True, "weight_grad": True, **options})
+    return Shape(
+        M, N, 128_256, 4096, **{**sizes, "input_grad": True, "weight_grad": True, **options}
+    )
 
 
 @pytest.mark.parametrize(
@@ -466,7 +466,9 @@ def test_chunks_of_a_cpu_and_an_override():
 def test_a_budget_that_nothing_fits_names_the_least():
     leaves = leaves_of([torch.randn(64, 8), torch.randn(512, 8), None])
     target = torch.randint(512, (64,))
-    with pytest.raises(ValueError, match=r"memory_budget = 10; the least .* is (\d+) bytes") as seen:
+    with pytest.raises(
+        ValueError, match=r"memory_budget = 10; the least .* is (\d+) bytes"
+    ) as seen:
         sgp.linear_cross_entropy(*leaves[:2], target, memory_budget=10)
     least = int(str(seen.value).split("is ")[1].split(" bytes")[0])
     loss = sgp.linear_cross_entropy(*leaves[:2], target, memory_budget=least)

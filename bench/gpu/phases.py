@@ -41,7 +41,15 @@ TRIALS = (  # the row kernel: V, data
     (128_256, "fp32"),
 )
 LOGITS = ("sgp", "sgp, in place", "PyTorch, all rows", "torch.compile", "Liger", "quack")
-LINEAR = ("sgp", "sgp, small budget", "PyTorch, all rows", "torch.compile", "Liger", "cut-cross-entropy", "quack")
+LINEAR = (
+    "sgp",
+    "sgp, small budget",
+    "PyTorch, all rows",
+    "torch.compile",
+    "Liger",
+    "cut-cross-entropy",
+    "quack",
+)
 LOG_PROBS = ("sgp", "sgp, logits held", rivals.BASELINE, "torch.compile", "TRL")
 SLOW_TO_START = ("torch.compile", "TRL")  # a dry run is without them
 QUICK_TO_START = ("sgp", "least", "PyTorch")

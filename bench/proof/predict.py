@@ -114,7 +114,7 @@ def predict(case: Case, gpu: Gpu) -> Prediction:
     way = _plan(case)
     if way.way == "slices":  # the input's gradient is the sum
         moved += 8.0 * (-(-V // way.columns) - 1) * M * D
-    elif M > way.group:
+    elif way.group < M:
         moved += 8.0 * (-(-M // way.group) - 1) * V * D
     bytes_ms, flops_ms = 1e3 * moved / speed, 1e3 * flops / rate
     total = bytes_ms + flops_ms + launches

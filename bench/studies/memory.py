@@ -3,9 +3,9 @@
     python -m bench memory                # two minutes on two CPU cores; table and results file
     python -m bench memory --device cuda  # the same on a GPU, by CUDA's counters, at a real size
 
-A way is forced, one call is made forward and backward, and the most bytes that were held at once are
-counted, less the gradients: on a CPU from the allocator's events, with the float32 copies of slices
-that only a CPU makes kept tiny. The last column is counted by planned.
+A way is forced, one call is made forward and backward, and the most bytes that were held at once
+are counted, less the gradients: on a CPU from the allocator's events, with the float32 copies of
+slices that only a CPU makes kept tiny. The last column is counted by planned.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def counted(case: Case, way: Plan, size: tuple[int, int, int], device: torch.dev
 def forced(way: Plan) -> Iterator[None]:
     """The planner chooses this; working copies of a CPU are small."""
     with (
-        mock.patch.object(chunks, "plan", lambda *_, **__: way),
+        mock.patch.object(chunks, "plan", return_value=way),
         mock.patch.object(products, "SLICE", SMALL),
         mock.patch.object(by_torch, "CHUNK_ELEMENTS", SMALL),
     ):
@@ -174,10 +174,17 @@ def study(device: torch.device, cases: tuple[Case, ...] = CASES) -> list[dict[st
         shape = case.shape(size, is_cpu=device.type == "cpu")
         for way in ways(shape):
             bytes_ = counted(case, way, size, device)
+            units = way.flops / (way.padded * shape.V * shape.D)
             found.append(
-                {**case._asdict(), "way": way.words(), "planned": way.bytes, "counted": bytes_,
-                 "by": round(bytes_ / way.bytes, 4), "matmuls_mvd": round(way.flops / (way.padded * shape.V * shape.D), 2)}
-            )  # fmt: skip
+                {
+                    **case._asdict(),
+                    "way": way.words(),
+                    "planned": way.bytes,
+                    "counted": bytes_,
+                    "by": round(bytes_ / way.bytes, 4),
+                    "mvd": round(units, 2),
+                }
+            )
     return found
 
 

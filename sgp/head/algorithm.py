@@ -154,15 +154,15 @@ def _group(
 ) -> Tensor | None:
     """The gradient (m, V) of a group's logits. The buffer of float32 logits is given back here."""
     V, count = weight.shape[0], group.stop - group.start
-    kept = buffer = g = None
+    kept = g = None
     if sums is not None and plan.keeps():
         aligned = -(-V // 8) * 8  # rows that begin at 16 bytes
         kept = weight.new_empty(plan.group, aligned)[:count, :V]
-    if held is None:
-        buffer = weight.new_empty(plan.rows, V, dtype=head.sums_dtype)
+    rows = plan.rows if held is None else 0
+    buffer = weight.new_empty(rows, V, dtype=head.sums_dtype)
     for part in chunks.parts(count, plan.rows):
         absolute = slice(group.start + part.start, group.start + part.stop)
-        logits = held[absolute] if buffer is None else buffer[: part.stop - part.start]
+        logits = buffer[: part.stop - part.start] if held is None else held[absolute]
         chunk = _Chunk(absolute, hidden[part], logits)
         products.logits(chunk.hidden, weight, head.bias, logits)
         if sums is None:

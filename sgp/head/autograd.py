@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sgp.head import operators
-from sgp.head.calls import HeadCall, LinearHead, Needs
+from sgp.head.calls import Gradients, HeadCall, LinearHead, Needs
 from sgp.head.chunks import MOST, UNSET
 from sgp.head.problem import Pieces, compute_dtype
 from sgp.rows.autograd import (
@@ -52,18 +52,23 @@ class HeadOptions(NamedTuple):
         """The operator's outputs, or those of what it calls, with other row operations or held."""
         if self.operations is None and not self.may_hold:
             return operators.head_forward(*arguments, call), None
-        rows = self.operations or ONE_DEVICE
-        return operators.forward(rows, *arguments, call, may_hold=self.may_hold and call.late)
+        may_hold = self.may_hold and call.late
+        return operators.forward(self._rows(), *arguments, call=call, may_hold=may_hold)
 
-    def backward(self, held: Tensor | None, *arguments: Any) -> Any:
+    def backward(self, held: Tensor | None, head: LinearHead, *arguments: Any) -> Gradients:
         """The same of the backward, of all gradients; `held` is used up."""
         if self.operations is None and self.into is None and held is None:
-            return operators.head_backward(*arguments, self.call)
-        rows = self.operations or ONE_DEVICE
-        found = operators.backward(rows, *arguments, self.call, held=held, into=self.into)
+            found = operators.head_backward(head, *arguments, self.call)
+            return Gradients(*found)
+        found = operators.backward(
+            self._rows(), head, *arguments, call=self.call, held=held, into=self.into
+        )
         if self.into is None:
             return found
-        return found._replace(weight=_told_to_megatron(arguments[0].weight, self.into))
+        return found._replace(weight=_told_to_megatron(head.weight, self.into))
+
+    def _rows(self) -> RowOperations:
+        return self.operations or ONE_DEVICE
 
     def losses(self, *, saved: bool = False) -> HeadCall:
         """A pass without gradients, and what a backward needs where asked."""

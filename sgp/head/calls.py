@@ -159,9 +159,7 @@ def new_gradients(head: LinearHead, call: HeadCall) -> Gradients:
     )
 
 
-def new(
-    x: Tensor | None, needed: bool, dtype: torch.dtype, *, zero: bool = False
-) -> Tensor | None:
+def new(x: Tensor | None, needed: bool, dtype: torch.dtype, *, zero: bool = False) -> Tensor | None:
     """A contiguous tensor of x's shape, where it is needed."""
     if x is None or not needed:
         return None

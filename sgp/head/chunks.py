@@ -190,9 +190,7 @@ def padded(M: int, N: int) -> int:
 # -- the plan --------------------------------------------------------------------------------------
 
 
-def plan(
-    name: str, shape: Shape, *, chunk_rows: int = UNSET, memory_budget: int = UNSET
-) -> Plan:
+def plan(name: str, shape: Shape, *, chunk_rows: int = UNSET, memory_budget: int = UNSET) -> Plan:
     """The way that a call takes.
 
     Args:
@@ -352,7 +350,7 @@ def by_slices(shape: Shape, rows: int, columns: int) -> Plan:
 
 
 def hold(shape: Shape, rows: int) -> Plan:
-    """All logits, made in chunks of `rows`, until the backward has their gradient in their place."""
+    """All logits, made in chunks of `rows`, until their gradient takes their place in backward."""
     s, M = shape, max(1, shape.M)
     chunk = even(M, rows)
     logits, copied = s.sum_bytes() * M * s.V, _copied_weight(s)

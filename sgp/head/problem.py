@@ -71,8 +71,9 @@ class Pieces(NamedTuple):
         expected = accumulation_dtype(linear_weight.dtype)
         if into.dtype != expected or into.shape != linear_weight.shape:
             raise ValueError(
-                f"{name}: {label} is {tuple(into.shape)} {into.dtype}; expected "
-                f"{tuple(linear_weight.shape)} {expected}, as linear_weight is {linear_weight.dtype}"
+                f"{name}: {label} is {tuple(into.shape)} {into.dtype} and linear_weight "
+                f"{tuple(linear_weight.shape)} {linear_weight.dtype}; expected its shape in "
+                f"{expected}"
             )
         if into.device != linear_weight.device:
             raise ValueError(

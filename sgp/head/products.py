@@ -90,24 +90,29 @@ def add_weight_gradient(
             add_weight_gradient(g[:, part], hidden, some, first=True)
             some.mul_(factor)
             out[part] = some if first else some.add_(out[part])
-    elif g.dtype == hidden.dtype == out.dtype:
-        for part in _ranges(out.shape[0], FAST_COLUMNS if g.is_cuda else out.shape[0]):
-            if first:
-                torch.mm(g[:, part].t(), hidden, out=out[part])
-            else:
-                out[part].addmm_(g[:, part].t(), hidden)
-    elif g.dtype == hidden.dtype and _has_wide(g, "mm"):
-        for part in _ranges(out.shape[0], FAST_COLUMNS):
+        return
+    is_exact = g.dtype == hidden.dtype == out.dtype
+    if not is_exact and not (g.dtype == hidden.dtype and _has_wide(g, "mm")):
+        _add_converted(g, hidden, out, first=first)
+        return
+    for part in _ranges(out.shape[0], FAST_COLUMNS if g.is_cuda else out.shape[0]):
+        if not is_exact:
             _add_wide(g[:, part], hidden, out[part], first=first)
-    else:
-        wide = hidden.float()
-        for part in _slices(out, g):
-            if out.dtype != torch.float32:
-                out[part] = torch.mm(g[:, part].float().t(), wide)
-            elif first:
-                torch.mm(g[:, part].float().t(), wide, out=out[part])
-            else:
-                out[part].addmm_(g[:, part].float().t(), wide)
+        elif first:
+            torch.mm(g[:, part].t(), hidden, out=out[part])
+        else:
+            out[part].addmm_(g[:, part].t(), hidden)
+
+
+def _add_converted(g: Tensor, hidden: Tensor, out: Tensor, *, first: bool) -> None:
+    wide = hidden.float()
+    for part in _slices(out, g):
+        if out.dtype != torch.float32:
+            out[part] = torch.mm(g[:, part].float().t(), wide)
+        elif first:
+            torch.mm(g[:, part].float().t(), wide, out=out[part])
+        else:
+            out[part].addmm_(g[:, part].float().t(), wide)
 
 
 def _add_wide(g: Tensor, hidden: Tensor, out: Tensor, *, first: bool) -> None:

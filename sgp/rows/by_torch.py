@@ -91,7 +91,6 @@ class Columns(NamedTuple):
     vocabulary: int  # V: columns of the whole row
 
 
-
 def forward(
     logits: Tensor,
     dlogits: Tensor | None,
