@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from sgp import dtensors
-from sgp.head.calls import LinearHead
 from sgp.head.autograd import (
     LINEAR_LOG_PROBS,
     HeadOptions,
@@ -14,6 +13,7 @@ from sgp.head.autograd import (
     head_options,
     linear_head,
 )
+from sgp.head.calls import LinearHead
 from sgp.head.problem import Pieces, check_head, make_head_problem
 from sgp.losses import token_statistics
 from sgp.reference import TokenLogProbs

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sgp.head.autograd import head_options
+from sgp.head.problem import Pieces
 from sgp.linear import head_loss
 from sgp.log_probs import head_statistics
 from sgp.losses import check_argmax, check_inplace, token_statistics

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sgp.dtensors import is_dtensor
-from sgp.head.calls import LinearHead
 from sgp.head.autograd import linear_head
+from sgp.head.calls import LinearHead
 from sgp.head.operators import kept_rows
 from sgp.head.problem import Pieces, check_head, compute_dtype, make_head_problem
 from sgp.parallel.shard import Group, Header, Shard, agree, checksum, process_group, sampled
