@@ -119,8 +119,8 @@ def linear_token_log_probs(
         torch.Size([2])
 
     Args:
-        input, linear_weight, target, linear_bias, shift, chunk_rows: as in
-            `sgp.linear_cross_entropy`, class indices or a Selection only.
+        input, linear_weight, target, linear_bias, shift, chunk_rows, memory_budget,
+            accumulate_into: as in `sgp.linear_cross_entropy`, class indices or a Selection only.
         ignore_index, temperature, softcap, logit_scale, return_argmax: as in `token_log_probs`.
 
     Returns:
