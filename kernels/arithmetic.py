@@ -60,7 +60,7 @@ class Options(NamedTuple):
     lse_weight: object = None  # (N,) fp32: upstream gradient of lse; backward only
     entropy_weight: object = None  # (N,) fp32: upstream gradient of the entropy; backward only
     entropy: object = None  # (N,) fp32: H; given exactly when `entropy_weight` is
-    first: object = None  # int: logits and `weight` begin with this column of a row; backward only
+    first: object = None  # int: the logits begin with this column of a row; backward only
     vocabulary: object = None  # int: columns of the whole row; given exactly when `first` is
 
 

@@ -39,14 +39,14 @@ def row_backward(
         p_x = row_pointer(logits, i_row, 1)
         if opt.first is None:
             m_y = (y >= 0) & (y < V)
-            i_y = tl.where(m_y, y, 0).to(tl.int32)
-            i_w = i_y
+            i_w = tl.where(m_y, y, 0).to(tl.int32)
+            i_y = i_w
             x_y = tl.load(p_x + column_offset(logits, i_y), mask=m_y, other=float("nan"))
         else:  # some columns of a row: the target may be another one
             m_y = (y >= 0) & (y < opt.vocabulary)
-            i_w = (y - opt.first).to(tl.int32)  # of the whole row's class weights, from here
-            is_here = (i_w >= 0) & (i_w < V)
-            i_y = tl.where(is_here, i_w, -1)
+            i_w = tl.where(m_y, y, 0).to(tl.int32)
+            is_here = m_y & (y >= opt.first) & (y < opt.first + V)
+            i_y = tl.where(is_here, i_w - opt.first, -1)
             x_y = tl.load(p_x + column_offset(logits, i_y), mask=is_here, other=0.0)
         tl.debug_barrier()  # in place, the block that holds the target is stored later
         top = tl.load(saved + 3 * i_row)

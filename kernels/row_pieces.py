@@ -44,6 +44,8 @@ def zero_row(
 @triton.jit
 def load_class_weight(o_col, m_col, opt):
     if opt.weight is not None:
+        if opt.first is not None:
+            o_col += opt.first
         return tl.load(opt.weight + o_col, mask=m_col, other=0.0)
     else:
         return 1.0

@@ -1,11 +1,13 @@
-"""The command line: `sgp train`, `sgp audit`, `sgp verify`, `sgp doctor`.
+"""The command line: `sgp train`, `sgp audit`, `sgp plan`, `sgp verify`, `sgp doctor`.
 
 Only the standard library is imported here; each command imports what it needs when it runs.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from importlib import metadata
 from pathlib import Path
 
@@ -14,6 +16,12 @@ from sgp import interrupt
 _USAGE = 2
 
 _MODEL = "folder or hub name of a causal language model (default: a tiny Llama)"
+
+_LARGEST = 1 << 40  # tokens, classes or features: more than anyone has
+_UNITS = {
+    "": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6,
+    "gb": 10**9,
+}  # fmt: skip
 
 _Job = Callable[[], int]
 
@@ -62,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_audit(
         commands.add_parser("audit", help="look for wrong masks in a file, and at its gradient")
+    )
+    _add_plan(
+        commands.add_parser("plan", help="say what a head needs: memory and time, way by way")
     )
     verify = commands.add_parser("verify", help="check the kernels against the reference")
     verify.add_argument("--quick", action="store_true", help="a small part of the checks")
@@ -188,6 +199,61 @@ def _audit(arguments: argparse.Namespace) -> _Job:
     return lambda: audit.run(arguments)
 
 
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    from sgp.head.chunks import GPUS  # noqa: PLC0415  # `import sgp` has it
+
+    parser.description = (
+        "List the ways in which linear_cross_entropy can make its logits on a GPU: memory, "
+        "operations, bytes moved and milliseconds on paper, and which way a call takes. Exit code "
+        "1 if no way fits the budget."
+    )
+    add = parser.add_argument
+    add("--tokens", type=_size, required=True, metavar="N", help="of a batch")
+    add(
+        "--kept",
+        type=_fraction,
+        default=1.0,
+        metavar="F",
+        help="share of them that carries loss, above 0 and at most 1 (default: %(default)s)",
+    )
+    add("--vocab", type=_size, required=True, metavar="V", help="classes; of one rank's part")
+    add("--width", type=_size, required=True, metavar="D", help="of the hidden states")
+    add(
+        "--dtype",
+        choices=("bf16", "fp16", "fp32", "autocast"),
+        default="bf16",
+        help="of hidden states and weight; autocast: both in fp32 and matmuls in bf16 "
+        "(default: %(default)s)",
+    )
+    add(
+        "--budget",
+        type=_bytes,
+        metavar="BYTES",
+        help="memory_budget=, as 512MiB, 1.5GiB, 2GB or a number of bytes (default: the "
+        "call's own, which is printed)",
+    )
+    add(
+        "--gpu",
+        choices=tuple(GPUS),
+        default="h100",
+        help="whose data sheet the milliseconds are from (default: %(default)s)",
+    )
+    add("--frozen-head", action="store_true", help="the weight has no gradient, as under LoRA")
+    add(
+        "--per-token",
+        action="store_true",
+        help="gradients in backward, with a factor a token: reduction none, a loss a sequence, "
+        "log-probabilities",
+    )
+    parser.set_defaults(prepare=_plan)
+
+
+def _plan(arguments: argparse.Namespace) -> _Job:
+    from sgp.commands import plan  # noqa: PLC0415  # only this command needs it
+
+    return lambda: plan.run(arguments)
+
+
 def _verify(arguments: argparse.Namespace) -> _Job:
     from sgp.commands import verify  # noqa: PLC0415  # only this command needs it
 
@@ -224,4 +290,29 @@ def _positive(text: str) -> float:
         value = 0.0
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def _size(text: str) -> int:
+    value = _count(text)
+    if value > _LARGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {_LARGEST}")
+    return value
+
+
+def _fraction(text: str) -> float:
+    value = _positive(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than 1, which is all tokens")
+    return value
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text.strip(), re.ASCII)
+    unit = _UNITS.get(found[2].lower()) if found else None
+    value = int(Fraction(found[1]) * unit) if found and unit else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no size; write 512MiB, 1.5GiB, 2GB or a number of bytes"
+        )
     return value

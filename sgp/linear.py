@@ -102,8 +102,7 @@ def linear_cross_entropy(
 
     Takes what `torch.nn.functional.linear_cross_entropy` takes, by the same names and with the
     same meaning. Rows whose target is ignored are never read, whatever they hold (NaN included):
-    the M kept rows are gathered first, and their logits are made, used and forgotten `chunk_rows`
-    at a time. Under `torch.autocast` the matmuls' operands have the autocast dtype.
+    the M kept rows are gathered first, and their logits are made, used and forgotten in pieces. Under `torch.autocast` the matmuls' operands have the autocast dtype.
 
     Example:
         >>> import torch, sgp
@@ -134,8 +133,18 @@ def linear_cross_entropy(
             (T,) are one sequence; for several use Selection.from_labels(cu_seqlens=). Results a
             token stand at the row that predicts it, so that the last of a sequence is 0. A whole
             number k: row t predicts token t + k (multi-token prediction); True is 1.
-        chunk_rows: the most rows of logits held at once, `4 V` bytes each. None: 4096, fewer where
-            these would take more than 4 GiB; on a CPU what fits 256 MiB (`sgp/head/chunks.py`).
+        chunk_rows: rows of float32 logits at once, `4 V` bytes each, each chunk added to the
+            gradients before the next is made. None: by the planner (`sgp/head/chunks.py`).
+        memory_budget: the most bytes that the call may hold at once beyond its inputs, its results
+            and gradients; the planner takes the fastest way that fits, always with float32 sums.
+            None: as many as a chunk of 4096 rows and a float32 sum of the weight's gradient take,
+            `4 V (min(M, 4096) + D)` less the gradient, for more memory is not faster; on a CPU
+            256 MiB of logits. `sgp plan` shows the ways. Not together with `chunk_rows`.
+        accumulate_into: a float32 tensor like `linear_weight` (float64 for a float64 one), to which
+            its gradient is added in backward, such as Megatron's `main_grad`; `linear_weight.grad`
+            gets nothing. Refused for a weight that is no leaf or has hooks on its gradient, for
+            DTensors, and under torch.compile; a wrapper that reduces `.grad` over ranks (DDP) does
+            not see it.
         return_stats, return_argmax: return (loss, TokenLogProbs), detached, from the same pass; as
             in `cross_entropy`.
         options: PyTorch's, accepted and ignored.
@@ -144,15 +153,17 @@ def linear_cross_entropy(
         The loss in nats, float32 (float64 for float64 input); shapes as in `cross_entropy`.
 
     Cost: matmuls take `6 M V D` floating-point operations with gradients for "mean" and "sum",
-    `4 M V D` with one side frozen, `2 M V D` without gradients. Reductions with an upstream
-    gradient a token or a sequence make the logits again in backward: `8 M V D`, `6 M V D` where
-    only `linear_weight` requires grad, `4 M V D` where only `input` does. Memory beyond inputs and
-    gradients: `4 chunk_rows V` bytes of logits and, for a bf16 or fp16 `linear_weight` and several
-    chunks, `4 V D` bytes in which its gradient is summed; the rest, float16 and autocast included,
-    is in `sgp.head.chunks.extra_bytes`.
+    `8 M V D` where a small budget makes the logits twice; `4 M V D` with one side frozen, `2 M V D`
+    without gradients. Reductions with an upstream gradient a token or a sequence, and
+    `accumulate_into`, make the logits again in backward: `8 M V D`, `6 M V D` where only
+    `linear_weight` requires grad, `4 M V D` where only `input` does; a `memory_budget` that has
+    room for all float32 logits, `4 M V` bytes, holds them until then and saves `2 M V D`.
+    The bytes of every way are in `sgp/head/chunks.py`, and counted they are within 5 %
+    (`python -m bench memory`).
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices or constants that do not fit.
+        ValueError, TypeError: shapes, dtypes, devices or constants that do not fit; a budget that
+            no way fits, with the least that one takes.
         IndexError: a target outside [0, V), on a CPU or with SGP_CHECK=1. On a GPU the loss and
             gradients become NaN.
         RuntimeError: a second backward through "mean" or "sum", or a second derivative.
@@ -184,6 +195,7 @@ def linear_cross_entropy(
     check_head(NAME, input, linear_weight, linear_bias, target)
     pieces.check(NAME, linear_weight)
     if linear_weight.dim() > 2 or (isinstance(target, Tensor) and target.is_floating_point()):
+        pieces.refuse(NAME)
         return _whole_logits(
             input, linear_weight, target, linear_bias, shift, weight,
             ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,

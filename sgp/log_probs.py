@@ -127,7 +127,8 @@ def linear_token_log_probs(
         TokenLogProbs as `token_log_probs`. Numbers stand at the row that predicts the token: after
         a shift column t is about token t + 1, and the last column is zero. Matmuls: `2 M V D`
         floating-point operations forward, and in backward, which makes the logits again, `6 M V D`
-        (`4 M V D` with one side frozen).
+        (`4 M V D` with one side frozen). A `memory_budget` with room for the float32 logits,
+        `4 M V` bytes, holds them until the backward: `6 M V D` in all instead of `8 M V D`.
 
     Raises:
         ValueError, TypeError, IndexError: as `sgp.linear_cross_entropy`.

@@ -160,14 +160,14 @@ def test_alone_it_prints_its_help(capsys, monkeypatch):
     assert cli.main() == cli.main([]) == 0
     shown = capsys.readouterr()
     assert shown.out == 2 * cli._parser().format_help()
-    assert all(name in shown.out for name in ("train", "audit", "verify", "doctor"))
+    assert all(name in shown.out for name in ("train", "audit", "plan", "verify", "doctor"))
     assert shown.err == ""
 
 
 def test_every_option_has_help():
     parser = cli._parser()
     (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    assert set(commands.choices) == {"train", "audit", "verify", "doctor"}
+    assert set(commands.choices) == {"train", "audit", "plan", "verify", "doctor"}
     for command in commands.choices.values():
         assert all(action.help for action in command._actions)
         text = " ".join(command.format_help().split())  # a stray % in a help text is an error

@@ -14,12 +14,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from PIL import Image
 
 import sgp
 from bench import __main__ as bench_main
 from bench.gpu import tables as gpu_tables
 from bench.proof import resources
-from bench.shown import page, readme, report
+from bench.shown import memory, page, readme, report
+from sgp.commands import plan
 from sgp.head import chunks
 from sgp.kernels import table as launch_table
 from tests import families, page_names
@@ -270,13 +272,37 @@ def test_no_time_or_size_without_a_source():
     """Outside the tables that are made of results, there is none but those of a formula."""
     units = r"\d[\d.]*\s?(?:ms|us|microseconds|s|MiB|GiB|GB/s|TB/s|TFLOP/s|%)(?=\W)"
     found = {(name_of(p), x) for p in PAGES for x in re.findall(units, prose_of(p))}
-    assert (chunks.GPU_BYTES, chunks.CPU_BYTES) == (4 << 30, 256 << 20)
-    V, D = 151_936, 4_096
-    rows = chunks.default_chunk_rows(V, "cuda")
-    logits, accumulator = 4 * rows * V / 2**30, 4 * V * D / 2**30
-    memory = "docs/how-to/memory.md"
-    formula = {f"{logits:.1f} GiB", f"{accumulator:.1f} GiB", "4 GiB", "256 MiB"}
-    assert found <= {(memory, figure) for figure in formula}
+    default = chunks.default_budget(plan.shape_of(8192, 8192, 128_256, 4096)) / 2**30
+    formula = {f"{default:.0f} GiB", "256 MiB", "3 %"}
+    assert (chunks.DEFAULT_ROWS, chunks.CPU_BYTES, chunks.AS_FAST) == (4096, 256 << 20, 1.03)
+    asked = {("docs/how-to/memory.md", "512MiB"), ("docs/commands/plan.md", "512MiB")}  # --budget
+    assert found == asked | {("docs/how-to/memory.md", figure) for figure in formula}
+
+
+def test_the_picture_of_memory_is_the_planners():
+    with Image.open(memory.picture()) as shown:
+        assert shown.text["Description"] == memory.fingerprint(), "run `python -m bench report`"
+
+
+def test_the_picture_of_memory_has_the_records(tmp_path, monkeypatch):
+    """Some by hand; a drawing of them comes out, in a file of its own."""
+    from bench.shown import frontier
+
+    _, points = memory.measured()
+    found = {
+        (kept, p.who, round(p.gib, 2), round(p.ms, 1)) for kept in points for p in points[kept]
+    }
+    assert found >= {
+        (1.0, "Liger", 0.06, 64.3),
+        (1.0, "torch.compile", 1.96, 39.4),
+        (1.0, memory.PROTOTYPE, 0.35, 57.5),
+        (0.25, memory.PROTOTYPE, 0.49, 9.9),
+        (0.25, memory.OURS_LATE, 1.04, 14.0),
+    }
+    assert not [p for p in points[0.25] if p.who == "torch.compile"], "it computes every row"
+    monkeypatch.setattr(memory, "picture", lambda: tmp_path / "frontier.png")
+    with Image.open(frontier.draw()) as drawn:
+        assert drawn.text["Description"] == memory.fingerprint()
 
 
 def test_resident_rows_are_the_launch_table():

@@ -125,7 +125,7 @@ def assert_right(ours, plain, truth, *, backend="torch", roundings=1, dtype=None
 
 def check(
     tensors, target, upstream=None, *, chunk_rows=None, backend="torch", needs=ALL, roundings=1,
-    **options,
+    memory_budget=None, **options,
 ):  # fmt: skip
     """Loss and gradients against the reference in float64; returns ours.
 
@@ -140,7 +140,8 @@ def check(
         plain[1:] = run(plain_logits, tensors, target, upstream, needs, **options)[1:]
     if dtype == torch.float16:
         roundings = 2  # of the logits' gradient, and of the result
-    ours = ours_of(tensors, target, upstream, needs, chunk_rows=chunk_rows, **options)
+    how = {"chunk_rows": chunk_rows, "memory_budget": memory_budget}
+    ours = ours_of(tensors, target, upstream, needs, **how, **options)
     assert_right(ours, plain, truth, backend=backend, roundings=roundings)
     return ours
 
@@ -849,7 +850,7 @@ def test_bf16_in_64_chunks(reduction, backend, device):
     tokens, classes = (256, 512) if backend == "torch" else (64, 96)
     hidden, head = (torch.randn(n, 32, device=device).bfloat16() for n in (tokens, classes))
     target = torch.randint(classes, (tokens,), device=device)
-    assert len(chunks.split(tokens, tokens // 64)) == 64
+    assert len(chunks.parts(tokens, tokens // 64)) == 64
     truth = truth_of([hidden, head, None], target, reduction=reduction)
     ours = ours_of([hidden, head, None], target, reduction=reduction, chunk_rows=tokens // 64)
     assert relative_error(ours[0].sum(), truth[0].sum()) < 2e-5
@@ -911,6 +912,15 @@ def extra_peak(hidden, head, target, *, needs=(True, True), **options):
     return held.peak_bytes - sum(grad.numel() * grad.element_size() for grad in grads)
 
 
+def planned(kept, hidden, head, *, chunk_rows=chunks.UNSET, needs=(True, True)):
+    """Bytes of the plan of a mean."""
+    shape = chunks.Shape(
+        kept, len(hidden), *head.shape, hidden.itemsize, head.itemsize, head.itemsize, *needs,
+        is_half=head.dtype == torch.float16, wide=head.dtype == torch.float16, is_cpu=True,
+    )  # fmt: skip
+    return chunks.plan("f", shape, chunk_rows=chunk_rows).bytes
+
+
 @pytest.mark.parametrize("form", ["labels", "selection"])
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
 @pytest.mark.parametrize("chunk_rows", [512, 64], ids=["one chunk", "several"])
@@ -921,32 +931,11 @@ def test_peak_memory_is_the_formulas(chunk_rows, needs, form):
     y = sgp.Selection.from_labels(y) if form == "selection" else y
     hidden, head = torch.randn(tokens, width), torch.randn(classes, width)
     extra = extra_peak(hidden, head, y, needs=needs, chunk_rows=chunk_rows)
-    formula = chunks.extra_bytes(
-        kept, tokens, classes, width, chunk_rows=chunk_rows, itemsize=4, weight_grad=needs[1]
-    )
+    formula = planned(kept, hidden, head, chunk_rows=chunk_rows, needs=needs)
     logits = 4 * min(kept, chunk_rows) * classes
     assert logits <= extra <= 1.05 * formula, f"{extra} bytes, formula {formula}"
     assert formula <= 1.05 * logits, "the logits of one chunk, and little else"
     assert extra - logits < hidden.numel() * 4, "no copy of the input, and no all logits"
-
-
-@pytest.mark.parametrize("chunk_rows", [256, 64], ids=["one chunk", "several"])
-@pytest.mark.parametrize("kind", ["bf16", "fp16", "fp32 under bf16 autocast"])
-def test_peak_memory_of_16_bits_is_the_formulas(kind, chunk_rows):
-    """On a CPU two converted slices come on top, as the formula says."""
-    tokens, classes, width = 256, 16_384, 512
-    autocast = kind.endswith("autocast")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind, torch.float32)
-    hidden, head = torch.randn(tokens, width).to(dtype), torch.randn(classes, width).to(dtype)
-    y = torch.randint(classes, (tokens,))
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        extra = extra_peak(hidden, head, y, chunk_rows=chunk_rows)
-    formula = chunks.extra_bytes(
-        tokens, tokens, classes, width, chunk_rows=chunk_rows, itemsize=dtype.itemsize,
-        float16=dtype == torch.float16, autocast=autocast,
-    )  # fmt: skip
-    slices = 2 * 4 * products.SLICE
-    assert extra <= 1.05 * formula + slices, f"{extra} bytes, formula {formula}"
 
 
 def test_peak_memory_of_float16_rows_that_wait():
@@ -956,9 +945,7 @@ def test_peak_memory_of_float16_rows_that_wait():
     y = torch.full((tokens,), IGNORE)
     y[::256] = 3
     extra = extra_peak(hidden, head, y)
-    formula = chunks.extra_bytes(
-        32, tokens, classes, width, chunk_rows=512, itemsize=2, float16=True
-    )
+    formula = planned(32, hidden, head)
     assert 4 * tokens * width <= extra <= 1.05 * formula, f"{extra} bytes, formula {formula}"
 
 
@@ -1060,10 +1047,9 @@ def test_peak_memory_is_bounded_whatever_n_is():
         y = torch.randint(classes, (tokens,))
         y[1::2] = IGNORE
         y = sgp.Selection.from_labels(y)
-        extra.append(extra_peak(torch.randn(tokens, width), head, y, chunk_rows=chunk_rows))
-        formula = chunks.extra_bytes(
-            tokens // 2, tokens, classes, width, chunk_rows=chunk_rows, itemsize=4
-        )
+        hidden = torch.randn(tokens, width)
+        extra.append(extra_peak(hidden, head, y, chunk_rows=chunk_rows))
+        formula = planned(tokens // 2, hidden, head, chunk_rows=chunk_rows)
         assert 4 * chunk_rows * classes <= extra[-1] <= 1.05 * formula
     assert extra[1] - extra[0] <= 64 * (256 - 64), "64 bytes a token"
 
@@ -1256,25 +1242,6 @@ def test_every_operator_is_checked():
     library = {name for name in module if isinstance(module[name], Operator)}
     checked = {operator.op._opname for operator, _ in operator_samples().values()}
     assert checked == library, "an operator without opcheck"
-
-
-@settings(deadline=None, derandomize=True, database=None)
-@given(st.integers(0, 20_000), st.integers(1, 6_000))
-def test_property_chunks_cover_all_rows_and_are_few(rows, most):
-    parts = chunks.split(rows, most)
-    sizes = [part.stop - part.start for part in parts]
-    assert [part.start for part in parts] == list(itertools.accumulate(sizes, initial=0))[:-1]
-    assert sum(sizes) == rows
-    assert all(0 < size <= most for size in sizes)
-    assert len(parts) == -(-rows // most), "as few as possible"
-    assert len(set(sizes[:-1])) <= 1, "all but the last are of one size"
-
-
-def test_chunk_rows_come_from_shapes_alone():
-    assert chunks.default_chunk_rows(131_072, "cpu") == 512
-    assert chunks.default_chunk_rows(151_936, "cuda") == 4096
-    assert chunks.default_chunk_rows(262_145, "cuda") == 4095
-    assert chunks.default_chunk_rows(2**40, "cpu") == 1
 
 
 # -- the module ------------------------------------------------------------------------------------

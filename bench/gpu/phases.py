@@ -41,8 +41,8 @@ TRIALS = (  # the row kernel: V, data
     (128_256, "fp32"),
 )
 LOGITS = ("sgp", "sgp, in place", "PyTorch, all rows", "torch.compile", "Liger", "quack")
-LINEAR = ("sgp", "PyTorch, all rows", "torch.compile", "Liger", "cut-cross-entropy", "quack")
-LOG_PROBS = ("sgp", rivals.BASELINE, "torch.compile", "TRL")
+LINEAR = ("sgp", "sgp, small budget", "PyTorch, all rows", "torch.compile", "Liger", "cut-cross-entropy", "quack")
+LOG_PROBS = ("sgp", "sgp, logits held", rivals.BASELINE, "torch.compile", "TRL")
 SLOW_TO_START = ("torch.compile", "TRL")  # a dry run is without them
 QUICK_TO_START = ("sgp", "least", "PyTorch")
 HOSTED = {  # whose own time counts

@@ -108,7 +108,7 @@ def _is_telling(case: Case) -> bool:
     """Whether a case is one of those that are likely to spill, or to be the first to break."""
     if case.V in (256, 1_024, 2_048, 50_264) or case.gpu:
         return False
-    return case.options in ("logged", "predicted", "all") or (case.options, case.dtype) == (
+    return case.options in ("logged", "predicted", "all", "part, all") or (case.options, case.dtype) == (
         "plain",
         "bf16",
     )
@@ -197,12 +197,14 @@ def head_cases() -> Iterator[Case]:
         yield Case("forward", V, "fp32", "plain", "head", form="blockwise")
     for V, options in itertools.product((50_264, 50_257), ("plain", "all")):
         yield Case("backward", V, "fp32", options, "head")
+    for V, options in itertools.product((4_096, 8_064, 16_128), ("part", "part, all")):
+        yield Case("backward", V, "fp32", options, "head")  # a slice of the vocabulary
 
 
 def one_pass_cases() -> Iterator[Case]:
     """The backward and the factor, and what goes element by element."""
     for V, dtype in itertools.product((50_257, 151_936), WIDE):
-        for options in ("plain", "log-probs", "all"):
+        for options in ("plain", "log-probs", "all", "part, all"):
             yield Case("backward", V, dtype, options)
         yield Case("factor", V, dtype, "plain")
     for dtype in (*WIDE, "fp16"):
@@ -231,7 +233,10 @@ def call_of(case: Case, on: Target) -> launch.Call:
     light = Options(None, None, row, empty(), 0.1, 1e-4, logit_scale=0.5, inverse_temperature=0.7)
     if case.kernel == "backward":
         everything = everything._replace(lse_weight=row, entropy_weight=row, entropy=row)
+    part = {"first": 16_128, "vocabulary": 1 << 18}
     options = {
+        "part": Options(row_weight=row, **part),
+        "part, all": everything._replace(**part),
         "plain": Options(scale=empty()),
         "reported": Options(scale=empty()),
         "logged": light,

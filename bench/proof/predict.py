@@ -35,7 +35,7 @@ from rich.console import Console
 from bench import files, tables
 from bench.against import cases
 from bench.against.cases import Case
-from sgp.head.chunks import default_chunk_rows
+from sgp.head import chunks
 
 COPY = 0.90  # of the data sheet's bandwidth
 MATMUL = 0.75  # of the data sheet's dense rate
@@ -111,13 +111,29 @@ def predict(case: Case, gpu: Gpu) -> Prediction:
     flops = (6.0 if case.form == "linear" else 8.0) * M * V * D
     passes = 1 if case.form == "linear" else 2  # log-probabilities read the logits in both
     moved = (passes * 4.0 + case.itemsize) * M * V
-    chunks = -(-M // default_chunk_rows(V, "cuda"))
-    if chunks > 1 or case.dtype == "float16":
-        moved += 8.0 * chunks * V * D
+    way = _plan(case)
+    if way.way == "slices":  # the input's gradient is the sum
+        moved += 8.0 * (-(-V // way.columns) - 1) * M * D
+    elif M > way.group:
+        moved += 8.0 * (-(-M // way.group) - 1) * V * D
     bytes_ms, flops_ms = 1e3 * moved / speed, 1e3 * flops / rate
     total = bytes_ms + flops_ms + launches
     again = 4.0 * M * V if case.form == "linear" else 0.0
     return Prediction(bytes_ms, flops_ms, total, total + 1e3 * again / speed, flops, moved)
+
+
+def _plan(case: Case) -> chunks.Plan:
+    """What the head does by default on a GPU."""
+    half = case.dtype == "float16"
+    late = case.form != "linear"
+    return chunks.plan(
+        "sgp",
+        chunks.Shape(
+            M=case.M, N=case.N, V=case.model.V, D=case.model.D, input_bytes=case.itemsize,
+            weight_bytes=case.itemsize, operand_bytes=case.itemsize, input_grad=True,
+            weight_grad=True, late=late, is_half=half, wide=half and not late,
+        ),
+    )  # fmt: skip
 
 
 def measured(gpu: Gpu) -> dict[str, tuple[float, str]]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from bench import files, tables
 from bench.gpu import tables as gpu_tables
-from bench.shown import page, readme
+from bench.shown import memory, page, readme
 
 ROOT = files.ROOT
 MIB = 1 << 20
@@ -131,7 +131,7 @@ def machines(up: str) -> str:
     return render(files.newest(), gpus=gpu_tables.newest(), up=up)
 
 
-BLOCKS = {**page.BLOCKS, **readme.BLOCKS, "machines": machines}
+BLOCKS = {**page.BLOCKS, **readme.BLOCKS, **memory.BLOCKS, "machines": machines}
 
 
 def pages() -> list[Path]:
@@ -172,11 +172,12 @@ def main() -> int:
         print("run `python -m bench report`" if changed else "the tables are the results files'")
         return 1 if changed else 0
     files.must_have_matplotlib()
-    from bench.shown import plots  # noqa: PLC0415  (matplotlib is optional)
+    from bench.shown import frontier, plots  # noqa: PLC0415  (matplotlib is optional)
 
     for path, content in files.newest():
         for picture in plots.draw(content, path.with_suffix("")):
             print(f"wrote {picture}")
+    print(f"wrote {frontier.draw()}")
     for path in changed:
         path.write_text(texts[path])
         print(f"wrote {path}")

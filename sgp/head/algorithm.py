@@ -191,7 +191,7 @@ def _by_slices(
     of_rows = _of_rows(head, slice(None), saved, row_weight, upstream)
     buffer = hidden.new_empty(plan.padded * plan.columns, dtype=head.sums_dtype)
     total = None
-    if sums.d_input is not None:
+    if head.call.needs.input:
         total = hidden.new_zeros(plan.padded, hidden.shape[1], dtype=head.sums_dtype)[:M]
     all_rows = slice(0, M)
     weighted = sums.weighted(all_rows, hidden)
@@ -206,7 +206,7 @@ def _by_slices(
         if total is not None:
             products.add_input_gradient(g, weight, total)
         sums.add_columns(part, all_rows, g, weighted, first=first)
-        del g, logits
+        del g, logits, weight  # before the next ones are made
     del buffer
     if total is not None:
         sums.put_input(all_rows, total)

@@ -60,7 +60,10 @@ class HeadOptions(NamedTuple):
         if self.operations is None and self.into is None and held is None:
             return operators.head_backward(*arguments, self.call)
         rows = self.operations or ONE_DEVICE
-        return operators.backward(rows, *arguments, self.call, held=held, into=self.into)
+        found = operators.backward(rows, *arguments, self.call, held=held, into=self.into)
+        if self.into is None:
+            return found
+        return found._replace(weight=_told_to_megatron(arguments[0].weight, self.into))
 
     def losses(self, *, saved: bool = False) -> HeadCall:
         """A pass without gradients, and what a backward needs where asked."""
@@ -138,12 +141,32 @@ def head_options(
     return HeadOptions(call, operations=operations, may_hold=may_hold, into=into)
 
 
-def _held(ctx: Any, held: Tensor | None, *upstream: Tensor | None) -> Tensor | None:
+def _told_to_megatron(weight: Tensor, into: Tensor) -> Tensor | None:
+    """What autograd gets for a weight whose gradient has been added: nothing.
+
+    Megatron's hooks add a `.grad` to `main_grad` unless `grad_added_to_main_grad` is set, and where
+    they overlap the reduction they ask for some `.grad`: such a weight gets zeros.
+    """
+    main = getattr(weight, "main_grad", None)
+    if not hasattr(weight, "grad_added_to_main_grad") or main is None:
+        return None
+    if main.data_ptr() != into.data_ptr():
+        return None
+    weight.grad_added_to_main_grad = True
+    return weight.new_zeros(()).expand(weight.shape)
+
+
+def _where_there(x: Tensor | None) -> tuple[Tensor, ...]:
+    """An output, and none that is None, which torch.compile would not take."""
+    return () if x is None else (x,)
+
+
+def _held(ctx: Any, held: tuple[Tensor, ...], *upstream: Tensor | None) -> Tensor | None:
     """The logits that were held, for the first backward; later ones make them again."""
-    if held is None or getattr(ctx, "has_used_held", False) or is_traced(*upstream):
+    if not held or getattr(ctx, "has_used_held", False) or is_traced(*upstream):
         return None
     ctx.has_used_held = True
-    return held.data  # written over: a second backward is right to find another version
+    return held[0].data  # written over, unnoticed by autograd
 
 
 def _of_kept_rows(upstream: Tensor, target: Tensor, recipe: Recipe, d_input: Tensor) -> Tensor:
@@ -227,28 +250,29 @@ class HeadRowLoss(Transformed):
         (loss, saved, *stats, d_input, _, _), held = o.forward(
             call, LinearHead(*head), weight, row_weight, None
         )
-        return loss, *stats, saved, d_input, held
+        return loss, *stats, saved, d_input, *_where_there(held)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, options = inputs
-        _, log_prob, entropy, lse, is_top1, argmax, saved, d_input, held = output
+        _, log_prob, entropy, lse, is_top1, argmax, saved, d_input, *held = output
         scaled = options.is_scaled()
         origin, other = (d_input, saved) if scaled else (saved, d_input)
-        constants = (log_prob, entropy, None if options.of_lse else lse, is_top1, argmax, held)
+        constants = (log_prob, entropy, None if options.of_lse else lse, is_top1, argmax, *held)
         mark_constant(ctx, *constants, other, origin=origin)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.dtype = options, tensors[0].dtype
         target = tensors[3]
         kept = (None, None, None, target, *(None,) * 4) if scaled else tensors
-        ctx.save_for_backward(*kept, saved, d_input, held)
+        ctx.save_for_backward(*kept, saved, d_input, *held)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         of_loss, of_lse = grads[0], grads[3] if ctx.options.of_lse else None
         if of_loss is None and of_lse is None:
             return (None,) * 9
-        *tensors, weight, row_weight, saved, d_input, held = ctx.saved_tensors
+        *tensors, weight, row_weight, saved, d_input = ctx.saved_tensors[:10]
+        held = ctx.saved_tensors[10:]
         o: HeadOptions = ctx.options
         needs = o.call.needs
         gradients: tuple[Tensor | None, ...]
@@ -278,23 +302,24 @@ class HeadStatistics(Transformed):
         (_, saved, *stats, _, _, _), held = o.forward(
             o.losses(saved=True), LinearHead(*head), None, None, None
         )
-        return *stats, saved, held
+        return *stats, saved, *_where_there(held)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, options = inputs
-        _, entropy, _, is_top1, argmax, saved, held = output
-        mark_constant(ctx, is_top1, argmax, held, origin=saved)
+        _, entropy, _, is_top1, argmax, saved, *held = output
+        mark_constant(ctx, is_top1, argmax, *held, origin=saved)
         ctx.set_materialize_grads(False)
         ctx.options = options
-        ctx.save_for_backward(*tensors, saved, entropy, held)
+        ctx.save_for_backward(*tensors, saved, entropy, *held)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         upstream = grads[:3]
         if all(gradient is None for gradient in upstream):
             return (None,) * 7
-        *tensors, saved, entropy, held = ctx.saved_tensors
+        *tensors, saved, entropy = ctx.saved_tensors[:8]
+        held = ctx.saved_tensors[8:]
         o: HeadOptions = ctx.options
         with torch.no_grad():
             r, rest = row_upstream(upstream, saved, entropy)

@@ -32,16 +32,16 @@ from sgp.head.products import FACTOR_ELEMENTS
 CPU_BYTES = 256 << 20  # of a chunk's float32 logits
 GPU_BYTES = 4 << 30  # at most, whatever the vocabulary
 DEFAULT_ROWS = 4096  # of the chunk that the default budget has room for
-BUSY_ROWS = 512  # that keep the matmuls of a GPU busy where nothing is summed over chunks
+BUSY_ROWS = 1024  # that keep the matmuls of a GPU busy where nothing is summed over chunks
 LEAST_ROWS, LEAST_COLUMNS = 16, 128  # of a piece: smaller ones would save next to nothing
 MOST_COLUMNS = 16_384  # of a slice: longer ones were no faster
 TILE = 128  # rows or columns of a matmul's tile
 MOST = 1 << 40  # rows or bytes: an operator's argument is an int64
 AS_FAST = 1.03  # ways within 3 % of the fastest are as fast, and the smallest of them is taken
 
-# A matmul of n rows reaches n / (n + 80) of its full rate, one of n columns n / (n + 420): a fit to
-# 256 to 8192 rows and 2048 to 16 384 columns on an H100 at D = 4096.
-FULL_ROWS, FULL_COLUMNS = 80, 420
+# A matmul of n rows reaches n / (n + 80) of its full rate, one of n columns n / (n + 100): a fit to
+# 256 to 8192 rows and 4096 to 16 384 columns at D = 4096 on an H100 and an H200.
+FULL_ROWS, FULL_COLUMNS = 80, 100
 
 UNSET = 0  # of chunk_rows and memory_budget
 
@@ -52,7 +52,7 @@ class Gpu(NamedTuple):
     name: str
     flops: float  # dense bf16 operations a second
     bandwidth: float  # bytes a second
-    reached: float = 0.74  # of `flops`, by a large matmul: 730 TFLOP/s measured on an H100
+    reached: float = 0.77  # of `flops`, by a large matmul: 730 TFLOP/s on an H100, 790 on an H200
     copied: float = 0.9  # of `bandwidth`
 
 
@@ -120,7 +120,7 @@ class Plan(NamedTuple):
     def words(self) -> str:
         """What is done, for people."""
         if self.way == "slices":
-            return f"slices of {self.columns} columns"
+            return f"slices of {self.columns} columns, after chunks of {self.rows} rows"
         if self.way == "held":
             return "logits held for backward"
         if self.rows >= self.padded:
@@ -257,15 +257,15 @@ def ways(shape: Shape, budget: int, *, held: bool) -> Iterator[Plan]:
         if shape.is_narrow():
             yield from (by_rows(shape, size, group) for size in sizes if size < group)
     yield from (by_rows(shape, size, size) for size in sizes)
-    if not shape.weight_grad:
-        return
     if shape.late and held:
         yield hold(shape, 4 * busy)
-    if shape.late or (held and not shape.is_half):
-        rows = 2 * busy
-        while rows > LEAST_ROWS and by_slices(shape, rows, LEAST_COLUMNS).bytes > budget:
-            rows //= 2
-        yield from (by_slices(shape, rows, columns) for columns in _columns(shape, rows, budget))
+    if not shape.weight_grad or not (shape.late or (held and not shape.is_half)):
+        return
+    rows = 2 * busy
+    while rows > LEAST_ROWS and by_slices(shape, rows, LEAST_COLUMNS).bytes > budget:
+        rows //= 2
+    for fewer in {rows, max(rows // 2, min(rows, LEAST_ROWS))}:
+        yield from (by_slices(shape, fewer, columns) for columns in _columns(shape, fewer, budget))
 
 
 def _groups(shape: Shape, sizes: Iterable[int]) -> list[int]:
@@ -301,16 +301,17 @@ def by_rows(shape: Shape, rows: int, group: int) -> Plan:
     logits = s.sum_bytes() * chunk * s.V
     kept = group * -(-s.V // 8) * 8 * s.operand_bytes if s.weight_grad and chunk < group else 0
     rows_of_group = _gathered(s, group)
-    # While a chunk is made the weight's gradient is not there yet, if one matmul makes it.
-    making = logits + kept + rows_of_group + _of_input(s, chunk) + _waiting(s)
+    # While a chunk is made: not yet the weight's gradient, if one matmul makes it.
+    at_once = max(_of_input(s, chunk), _converted(s, chunk))
+    making = logits + kept + rows_of_group + at_once + _waiting(s)
     if narrow or groups == 1:
-        making += summed - _of_weight(s)
-    multiplying = (kept or logits) + rows_of_group + summed + _waiting(s) + _before_factor(s, group)
-    if summed:
-        multiplying -= _of_weight(s)
-    finishing = summed + _waiting(s)
+        making += (summed if groups > 1 else 0) - _of_weight(s)
+    multiplying = (kept or logits) + rows_of_group + _waiting(s) + _converted(s, group)
+    multiplying += summed - _of_weight(s) if summed else _before_factor(s)
+    multiplying += group * s.D * s.operand_bytes if s.is_half else 0
+    finishing = summed + _waiting(s) + (s.N * s.D * s.input_bytes if s.wide else 0)
     most = max(making, multiplying, finishing) if s.weight_grad else making
-    again = int(s.late and s.weight_grad)  # the logits, in backward
+    again = int(s.late and (s.input_grad or s.weight_grad))  # the logits, in backward
     matmuls = 1 + s.input_grad + s.weight_grad + again
     slower = (matmuls - s.weight_grad) / _busy(chunk) + s.weight_grad / _busy(group)
     of_sum = 2 * s.sum_bytes() * s.V * s.D * (groups - 1) if s.weight_grad else 0
@@ -328,15 +329,15 @@ def by_slices(shape: Shape, rows: int, columns: int) -> Plan:
     s, M = shape, max(1, shape.M)
     chunk, columns = even(M, rows), even(s.V, columns)
     logits = s.sum_bytes() * chunk * s.V
-    counting = logits + _gathered(s, chunk) + _copied_weight(s)
-    if not s.late:
-        counting -= _of_results(s)
+    counting = logits + _gathered(s, chunk) + _copied_weight(s) + _converted(s, chunk)
+    counting -= _of_results(s)  # which are not there yet
     summed = s.sum_bytes() * M * s.D if s.input_grad else 0
-    slicing = s.sum_bytes() * M * columns + _gathered(s, M) + summed
+    slicing = s.sum_bytes() * M * columns + _gathered(s, M) + summed + _converted(s, M)
     slicing -= s.N * s.D * s.input_bytes if s.input_grad else 0
     if s.operand_bytes != s.weight_bytes:
         slicing += columns * s.D * s.operand_bytes
-    slicing += _before_factor(s, M, columns)
+    if s.is_half and s.weight_grad:
+        slicing += _before_factor(s, columns) + M * s.D * s.operand_bytes
     finishing = summed if _is_whole(s) else summed + M * s.D * s.input_bytes
     matmuls = 2 + s.input_grad + s.weight_grad
     slower = 1 / _busy(chunk) + (matmuls - 1) / _busy(columns, FULL_COLUMNS)
@@ -354,12 +355,15 @@ def hold(shape: Shape, rows: int) -> Plan:
     """All logits, made in chunks of `rows`, until the backward has their gradient in their place."""
     s, M = shape, max(1, shape.M)
     chunk = even(M, rows)
-    logits = s.sum_bytes() * M * s.V
-    multiplying = logits + _gathered(s, M) + max(_of_input(s, M), _before_factor(s, M))
+    logits, copied = s.sum_bytes() * M * s.V, _copied_weight(s)
+    making = _gathered(s, chunk) + _converted(s, chunk) + copied - _of_results(s)
+    of_input = _gathered(s, M) + _of_input(s, M) + copied - _of_weight(s)
+    of_weight = _gathered(s, M) + _before_factor(s) + _converted(s, M)
+    of_weight += M * s.D * s.operand_bytes if s.is_half else 0
     matmuls = 1 + s.input_grad + s.weight_grad
     return Plan(
         "held", chunk, M, 0, M,
-        bytes=multiplying + _numbers(s) + _copied_weight(s),
+        bytes=logits + max(making, of_input, of_weight) + _numbers(s),
         flops=2 * M * s.V * s.D * matmuls,
         traffic=_row_traffic(s),
         busy=matmuls / (1 / _busy(chunk) + (matmuls - 1) / _busy(M)),
@@ -388,6 +392,11 @@ def _gathered(s: Shape, rows: int) -> int:
     return rows * s.D * s.operand_bytes
 
 
+def _converted(s: Shape, rows: int) -> int:
+    """Rows in float32 on a CPU, which has no matmul of 16 bits with a float32 result."""
+    return rows * s.D * s.sum_bytes() if s.is_cpu and s.is_narrow() else 0
+
+
 def _of_input(s: Shape, rows: int) -> int:
     """The float32 gradient of some hidden states, and rounded to theirs before it is scattered."""
     if not s.input_grad:
@@ -397,18 +406,17 @@ def _of_input(s: Shape, rows: int) -> int:
 
 
 def _waiting(s: Shape) -> int:
-    """The input's gradient in float32, which waits for the loss scaler's factor."""
+    """What the input's gradient takes more in float32, while it waits for the scaler's factor."""
     if not (s.wide and s.input_grad):
         return 0
-    return s.N * s.D * s.sum_bytes()
+    return s.N * s.D * (s.sum_bytes() - s.input_bytes)
 
 
-def _before_factor(s: Shape, rows: int, columns: int = MOST) -> int:
-    """float16: hidden states, and part of the weight's gradient, before the factors of rows."""
+def _before_factor(s: Shape, columns: int = MOST) -> int:
+    """float16: a part of the weight's gradient before its factor."""
     if not (s.is_half and s.weight_grad):
         return 0
-    part = 0 if s.wide else min(columns * s.D, s.V * s.D, FACTOR_ELEMENTS)
-    return rows * s.D * s.operand_bytes + s.sum_bytes() * part
+    return s.sum_bytes() * min(columns * s.D, s.V * s.D, FACTOR_ELEMENTS)
 
 
 def _copied_weight(s: Shape) -> int:

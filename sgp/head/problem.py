@@ -43,6 +43,19 @@ class Pieces(NamedTuple):
         into = self.accumulate_into
         return self if into is None else self._replace(accumulate_into=into[:count])
 
+    def refuse(self, name: str) -> None:
+        """Where whole logits are made, a budget would be broken and nothing added.
+
+        Raises:
+            ValueError: for either.
+        """
+        for label in ("memory_budget", "accumulate_into"):
+            if getattr(self, label) is not None:
+                raise ValueError(
+                    f"{name}: {label} needs class indices and a linear_weight (V, D); class "
+                    "probabilities and a linear_weight (V, d1, ..., D) make whole logits"
+                )
+
     def check(self, name: str, linear_weight: Tensor) -> None:
         """Refuse what is no size, and a tensor that the weight's gradient cannot be added to.
 

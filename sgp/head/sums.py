@@ -25,7 +25,7 @@ class Sums:
         self.of_weight = exact if plan.way == "rows" and pieces > 1 else self.dtypes[1]
         # Where float16 has its factor later, it is multiplied into the whole sum.
         self.is_later = self.of_weight == exact and head.into is None
-        self.d_input = new(head.input, needs.input, self.dtypes[0], zero=not head.is_whole)
+        self.d_input: Tensor | None = None
         self.d_weight: Tensor | None = None
         self.d_bias = new(head.bias, needs.bias, exact, zero=True)
         self.pending: Callable[[], None] | None = None
@@ -38,7 +38,7 @@ class Sums:
 
     def add_input(self, part: slice, g: Tensor, weight: Tensor) -> None:
         """The input's gradient of some kept rows, from that of their logits (m, V)."""
-        if self.d_input is not None:
+        if self.head.call.needs.input:
             values = products.input_gradient(g, weight, self.head.sums_dtype)
             self.put_input(part, values)
 
@@ -64,12 +64,18 @@ class Sums:
             self.pending = None
 
     def _put(self, part: slice, values: Tensor) -> None:
-        assert self.d_input is not None, "only where it is needed"  # noqa: S101
-        whole = self.d_input.view(-1, values.shape[1])
+        whole = self._start_input(zero=not self.head.is_whole).view(-1, values.shape[1])
         if self.head.is_whole:
             whole[part] = values
         else:
             whole.index_copy_(0, self.head.rows[part], cast(values, whole.dtype))
+
+    def _start_input(self, *, zero: bool) -> Tensor:
+        """The input's gradient, in which ignored rows are zero."""
+        if self.d_input is None:
+            self.d_input = new(self.head.input, True, self.dtypes[0], zero=zero)
+        assert self.d_input is not None, "it is needed"  # noqa: S101
+        return self.d_input
 
     def start_weight(self, *, zero: bool = False) -> bool:
         """See to a place for the weight's gradient; whether nothing is in it yet."""
@@ -107,6 +113,8 @@ class Sums:
         """The sums in the dtypes that were promised."""
         self._finish_pending()
         self.start_weight(zero=True)  # of no rows
+        if self.head.call.needs.input:
+            self._start_input(zero=True)
         d_weight, d_bias = self.d_weight, self.d_bias
         if self.factors is not None:
             for x in (d_weight if self.is_later else None, d_bias):

@@ -89,7 +89,7 @@ def backward(
                 _dtype(weight), _dtype(row_weight), _dtype(upstream.lse), _dtype(upstream.entropy),
                 columns,
             ),
-            (source.ptr, sink.ptr, target, saved, options.weight, row_weight, *upstream),
+            (source.ptr, sink.ptr, target, saved, weight, row_weight, *upstream),
             N,
             (*rows, ignored, V),
             lambda: launch.row_gradient(*rows, V=V, ignore_index=ignored),
@@ -187,11 +187,8 @@ def _options(
     upstream: Upstream = NOTHING,
     columns: Columns | None = None,
 ) -> launch.Options:
-    of_columns = weight
-    if weight is not None and columns is not None:
-        of_columns = weight[columns.first :]
     return launch.Options(
-        of_columns,
+        weight,
         None if weight is None else weight.mean(),
         row_weight,
         scale,

@@ -1,0 +1,231 @@
+"""Peak memory of every way of the linear head: what the planner says, and what was counted.
+
+    python -m bench memory                # two minutes on two CPU cores; table and results file
+    python -m bench memory --device cuda  # the same on a GPU, by CUDA's counters, at a real size
+
+A way is forced, one call is made forward and backward, and the most bytes that were held at once are
+counted, less the gradients: on a CPU from the allocator's events, with the float32 copies of slices
+that only a CPU makes kept tiny. The last column is counted by planned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime as dt
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import sgp
+from bench import files, tables
+from bench.against import machine
+from sgp.head import chunks, products
+from sgp.head.chunks import Plan, Shape
+from sgp.rows import by_torch
+from sgp.train.memory import cpu_peak
+
+MIB = 1 << 20
+WITHIN = 0.05  # of the planned bytes
+SIZE = (512, 16_384, 64)
+LARGE = (8_192, 128_256, 4_096)
+SMALL = 1 << 14  # elements that are worked on at once where only a CPU makes copies
+
+
+class Case(NamedTuple):
+    """What is differentiated, and of what."""
+
+    dtype: str  # "bf16" | "fp16" | "fp32" | "autocast"
+    kept: float
+    needs: str  # "both" | "input" | "weight"
+    reduction: str  # "mean" | "none"
+    into: bool = False  # the weight's gradient is added to a tensor of the caller's
+
+    def shape(self, size: tuple[int, int, int], *, is_cpu: bool) -> Shape:
+        """What the planner is told."""
+        tokens, classes, width = size
+        weight = torch.float32 if self.dtype == "autocast" else DTYPES[self.dtype]
+        scaled = self.reduction == "none" and self.needs == "input"
+        late = (self.reduction == "none" and not scaled) or self.into
+        return Shape(
+            M=round(tokens * self.kept),
+            N=tokens,
+            V=classes,
+            D=width,
+            input_bytes=weight.itemsize,
+            weight_bytes=weight.itemsize,
+            operand_bytes=DTYPES[self.dtype].itemsize,
+            input_grad=self.needs != "weight",
+            weight_grad=self.needs != "input",
+            late=late,
+            is_half=self.dtype == "fp16",
+            wide=self.dtype == "fp16" and not late,
+            into=self.into,
+            is_cpu=is_cpu,
+        )
+
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "autocast": torch.bfloat16,
+}
+CASES = (
+    *(Case("bf16", kept, needs, reduction)
+      for kept in (1.0, 0.25) for needs in ("both", "input", "weight")
+      for reduction in ("mean", "none")),
+    *(Case(dtype, kept, "both", reduction)
+      for dtype in ("fp16", "fp32", "autocast") for kept in (1.0, 0.25)
+      for reduction in ("mean", "none")),
+    *(Case(dtype, 1.0, "input", "mean") for dtype in ("fp16", "fp32", "autocast")),
+    *(Case("bf16", kept, "both", "mean", into=True) for kept in (1.0, 0.25)),
+)  # fmt: skip
+
+
+def ways(shape: Shape) -> Iterator[Plan]:
+    """One of each kind, in pieces that are small beside the whole."""
+    M = shape.M
+    few = M // 4
+    yield chunks.by_rows(shape, M, M)
+    yield chunks.by_rows(shape, few, few)
+    if not shape.weight_grad:
+        return
+    if shape.is_narrow():
+        yield chunks.by_rows(shape, few, M)
+        yield chunks.by_rows(shape, few, M // 2)
+    if not shape.wide:
+        yield chunks.by_slices(shape, few, shape.V // 4)
+    if shape.late:
+        yield chunks.hold(shape, few)
+
+
+def counted(case: Case, way: Plan, size: tuple[int, int, int], device: torch.device) -> int:
+    """Most bytes above the inputs and their gradients, forward and backward."""
+    leaves, selection, upstream = _tensors(case, size, device)
+    hidden, head = leaves
+    options: dict[str, Any] = {"reduction": case.reduction}
+    if case.into:
+        options["accumulate_into"] = torch.zeros(head.shape, device=device)
+    if way.way == "held":
+        options["memory_budget"] = 1 << 60  # or nothing may be held
+
+    def work() -> None:
+        loss = sgp.linear_cross_entropy(hidden, head, selection, **options)
+        loss.backward(upstream if loss.dim() else None)
+
+    with forced(way), torch.autocast(device.type, torch.bfloat16, case.dtype == "autocast"):
+        if device.type == "cuda":
+            work()  # the first call compiles, and cuBLAS takes its workspace
+            hidden.grad = head.grad = None
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            work()
+            peak = torch.cuda.max_memory_allocated() - before
+        else:
+            with cpu_peak() as held:
+                work()
+            peak = held.peak_bytes or 0
+    return peak - sum(leaf.grad.nbytes for leaf in leaves if leaf.grad is not None)
+
+
+@contextlib.contextmanager
+def forced(way: Plan) -> Iterator[None]:
+    """The planner chooses this; working copies of a CPU are small."""
+    with (
+        mock.patch.object(chunks, "plan", lambda *_, **__: way),
+        mock.patch.object(products, "SLICE", SMALL),
+        mock.patch.object(by_torch, "CHUNK_ELEMENTS", SMALL),
+    ):
+        yield
+
+
+def _tensors(
+    case: Case, size: tuple[int, int, int], device: torch.device
+) -> tuple[tuple[Tensor, Tensor], sgp.Selection, Tensor]:
+    tokens, classes, width = size
+    generator = torch.Generator(device).manual_seed(0)
+    dtype = torch.float32 if case.dtype == "autocast" else DTYPES[case.dtype]
+    hidden, head = (
+        torch.randn(n, width, device=device, generator=generator).to(dtype)
+        for n in (tokens, classes)
+    )
+    target = torch.randint(classes, (tokens,), device=device, generator=generator)
+    target[round(tokens * case.kept) :] = -100
+    hidden.requires_grad_(case.needs != "weight")
+    head.requires_grad_(case.needs != "input")
+    return (hidden, head), sgp.Selection.from_labels(target), torch.ones(tokens, device=device)
+
+
+def study(device: torch.device, cases: tuple[Case, ...] = CASES) -> list[dict[str, Any]]:
+    """A record for each way of each case."""
+    size = LARGE if device.type == "cuda" else SIZE
+    found = []
+    for case in cases:
+        shape = case.shape(size, is_cpu=device.type == "cpu")
+        for way in ways(shape):
+            bytes_ = counted(case, way, size, device)
+            found.append(
+                {**case._asdict(), "way": way.words(), "planned": way.bytes, "counted": bytes_,
+                 "by": round(bytes_ / way.bytes, 4), "matmuls_mvd": round(way.flops / (way.padded * shape.V * shape.D), 2)}
+            )  # fmt: skip
+    return found
+
+
+def show(records: list[dict[str, Any]]) -> Table:
+    """All of them."""
+    table = tables.make(
+        "Most MiB beyond inputs and gradients",
+        ("dtype, reduction", "gradients", "kept", "way"),
+        ("planned", "counted", "by"),
+    )
+    for r in records:
+        into = ", added" if r["into"] else ""
+        table.add_row(
+            f"{r['dtype']}, {r['reduction']}{into}", r["needs"], f"{r['kept']:g}", r["way"],
+            f"{r['planned'] / MIB:.2f}", f"{r['counted'] / MIB:.2f}", f"{r['by']:.3f}",
+        )  # fmt: skip
+    return table
+
+
+def main() -> int:
+    """Count, show, write; 1 if anything is not within 5 %."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench memory",
+        description="Peak memory of the linear head, way by way: planned and counted.",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--output", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    described = machine.describe(device)
+    today = dt.datetime.now(dt.timezone.utc).date().isoformat()
+    path = arguments.output or files.RESULTS / f"memory-{described.slug}-{today}.json"
+    files.must_be_writable(path)
+    records = study(device)
+    found = {
+        "machine": described._asdict(),
+        "date": today,
+        "commit": machine.commit(),
+        "versions": {"torch": torch.__version__},
+        "size": dict(zip("NVD", LARGE if device.type == "cuda" else SIZE, strict=True)),
+        "records": records,
+    }
+    files.replace(path, json.dumps(found, indent=1) + "\n")
+    Console(width=120).print(show(records))
+    wrong = [r for r in records if abs(r["by"] - 1) > WITHIN]
+    print(f"{len(records)} ways, {len(wrong)} not within {100 * WITHIN:.0f} %: {path}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
