@@ -11,7 +11,8 @@ rest, and differentiated by autograd. For a kept row with scored logits s and ta
 (for class probabilities, as in PyTorch, sum(r) divides both; a `denominator` always does).
 
 The functions take the arguments of their namesakes in `sgp` that define a number; what only says
-how to compute it (`inplace`, `chunk_rows`, `options`) is not among them.
+how to compute it (`inplace`, `chunk_rows`, `memory_budget`, `accumulate_into`, `options`) is not
+among them.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from trl.trainer.sft_trainer import SFTTrainer as TRLTrainer
 
 from sgp.caller import warn
+from sgp.head.chunks import check_sizes
 from sgp.huggingface import UnsupportedModelError, probe
 from sgp.huggingface.loss import next_tokens
 from sgp.huggingface.patching import described, is_plain
@@ -48,6 +49,7 @@ class _Fused:
     before: Any  # what forward was, unbound: it serves copies of the model too
     temperature: float
     outputs: frozenset[str]
+    memory_budget: int | None
 
 
 def add_fused_lm_head(
@@ -55,6 +57,8 @@ def add_fused_lm_head(
     temperature: float = 1.0,
     cast_lm_head_to_fp32: bool = False,
     outputs: tuple[str, ...] = ("log_probs",),
+    *,
+    memory_budget: int | None = None,
 ) -> None:
     """Give a model TRL's `fused_lm_head=True`, computed by `sgp`.
 
@@ -76,11 +80,14 @@ def add_fused_lm_head(
         outputs: of "log_probs", "entropy", "is_top1" and "mean_logits"; the last, the mean of a
             row's logits, is a product with the mean row of the weight, and there is none for a
             softcapped model.
+        memory_budget: bytes, as in `sgp.linear_token_log_probs`, which computes all but
+            "mean_logits"; one that is too small is an error of the model's forward pass.
 
     Raises:
         UnsupportedModelError: a head that is not a plain `nn.Linear`, or logits that are more than
             scaled and softcapped.
         ValueError: an option or an output that is not supported; TRL's function has it.
+        ValueError, TypeError: a budget that is no whole number of bytes.
         RuntimeError: a TRL older than 1.16. One newer than is tested gives a warning.
     """
     _check_version()
@@ -89,6 +96,7 @@ def add_fused_lm_head(
             f"{NAME}: cast_lm_head_to_fp32 = {cast_lm_head_to_fp32}, outputs = {outputs}; expected "
             f"False and some of {sorted(OUTPUTS)}. TRL's own function has the others"
         )
+    check_sizes(NAME, None, memory_budget)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     head = model.get_output_embeddings()  # type: ignore[operator]
     selectives = _selectives(head) or _add_to(model, head)
@@ -98,7 +106,7 @@ def add_fused_lm_head(
             f"{NAME}: {type(model).__name__} has a softcap of {softcap}: the mean of its logits "
             "needs all of them"
         )
-    fused = _Fused(_inner(model), temperature, frozenset(outputs))
+    fused = _Fused(_inner(model), temperature, frozenset(outputs), memory_budget)
 
     @functools.wraps(type(model).forward)
     def forward(self: nn.Module, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
@@ -145,22 +153,24 @@ def _add_to(model: nn.Module, head: nn.Module) -> list[SelectiveHead]:
 class SFTTrainer(TRLTrainer):
     """TRL's SFTTrainer with `sgp`'s head: the loss, and its metrics, of the scored tokens alone.
 
-    Takes what TRL's takes, and logs what TRL's logs.
+    Takes what TRL's takes, and the `memory_budget` of `add_fused_lm_head`. Logs what TRL's logs.
 
     Example:
         >>> trainer = sgp.trl.SFTTrainer(model, args, train_dataset=data)  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
 
     Raises:
-        UnsupportedModelError, RuntimeError: as `add_fused_lm_head`.
+        UnsupportedModelError, RuntimeError, ValueError, TypeError: as `add_fused_lm_head`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, memory_budget: int | None = None, **kwargs: Any) -> None:
         """Make TRL's trainer, then put the head in."""
         _check_version()
+        check_sizes("sgp.trl.SFTTrainer", None, memory_budget)
         super().__init__(*args, **kwargs)
         model: Any = self.model
-        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+        asked = ("log_probs", "entropy", "is_top1")
+        add_fused_lm_head(model, outputs=asked, memory_budget=memory_budget)
 
 
 def _inner(model: nn.Module) -> Any:
@@ -200,8 +210,9 @@ def _run(
     def compute(hidden: Tensor, weight: Tensor, **head: Any) -> tuple[Tensor, ...]:
         scored = target.to(hidden.device)
         found = linear_token_log_probs(
-            hidden, weight, scored, temperature=fused.temperature, **head
-        )
+            hidden, weight, scored, temperature=fused.temperature,
+            memory_budget=fused.memory_budget, **head,
+        )  # fmt: skip
         means = found.log_prob.new_zeros(())
         if "mean_logits" in fused.outputs:
             factor = head["logit_scale"] / fused.temperature

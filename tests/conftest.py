@@ -21,6 +21,7 @@ import torch
 from packaging.version import Version
 
 from bench.proof.interpreter import watch_accesses
+from sgp.head import chunks
 from tests.quick_interpreter import patch_once
 
 patch_once()
@@ -54,6 +55,19 @@ def backend(request, monkeypatch):
             yield request.param
     else:
         yield request.param
+
+
+@pytest.fixture
+def budgets(monkeypatch):
+    """The memory budgets that linear heads plan by in a test, one for each plan."""
+    seen, inner = [], chunks.plan
+
+    def spy(*arguments, **asked):
+        seen.append(asked["memory_budget"])
+        return inner(*arguments, **asked)
+
+    monkeypatch.setattr(chunks, "plan", spy)
+    return seen
 
 
 def pytest_collection_modifyitems(items):

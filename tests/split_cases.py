@@ -84,6 +84,8 @@ def cases():
     yield Case(head, {"linear_bias": True}, padding=5)
     yield Case(head, {"chunk_rows": 2, **ALL})
     yield Case(head, {"chunk_rows": 2, "reduction": "none"})
+    yield Case(head, {"memory_budget": 1 << 13, **ALL})
+    yield Case(head, {"memory_budget": 1 << 13, "reduction": "none"})  # holds the logits
     yield Case(head, {"shift": True})
     for frozen in ("head", "hidden"):
         yield Case(head, {}, frozen=frozen)

@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional as F
 
 import sgp
+from sgp.head import chunks
 from sgp.tolerance import relative_error
 from tests.ranks import caught, run_ranks
 from tests.split_cases import flat
@@ -185,6 +186,17 @@ def refused(_):
         ),
         "by hand": caught(lambda: sgp.parallel.linear_cross_entropy(hidden, weight, labels)),
         "fsdp": caught(lambda: sgp.linear_cross_entropy(hidden, weight, tokens)),
+        "adds": caught(
+            lambda: sgp.linear_cross_entropy(hidden, weight, labels, accumulate_into=head)
+        ),
+        "adds to a DTensor": caught(
+            lambda: sgp.linear_token_log_probs(hidden, weight, labels, accumulate_into=weight)
+        ),
+        "adds beside one": caught(
+            lambda: sgp.linear_cross_entropy(
+                distribute_tensor(hidden, mesh, [Shard(0)]), head, labels, accumulate_into=head
+            )
+        ),
     }
 
 
@@ -199,6 +211,63 @@ def test_other_shards_are_refused(tmp_path):
         assert "pass it to sgp.linear_cross_entropy" in found["by hand"]
         assert "disagree on the targets" in found["fsdp"]
         assert "A weight that FSDP shards is no shard of a vocabulary" in found["fsdp"]
+        assert "ValueError: sgp.linear_cross_entropy: accumulate_into of a" in found["adds"]
+        assert "is a DTensor (Shard(dim=0),)" in found["adds"]
+        assert "leave it out and use .grad" in found["adds"]
+        assert "sgp.parallel.linear_token_log_probs takes" in found["adds to a DTensor"]
+        assert "accumulate_into beside DTensors; leave it out" in found["adds beside one"]
+
+
+def budgeted(_):
+    """Of a head and of tokens that are sharded: errors of one byte, and (budgets seen, values)."""
+    hidden, head, labels = make()
+    mesh = init_device_mesh("cpu", (2,))
+    placements = {"head": ([Replicate()], [Shard(0)]), "tokens": ([Shard(1)], [Replicate()])}
+    seen, inner, found = [], chunks.plan, {}
+
+    def spy(*arguments, **asked):
+        seen.append(asked["memory_budget"])
+        return inner(*arguments, **asked)
+
+    for name, (of_hidden, of_head) in placements.items():
+        for reduction in ("mean", "none"):
+            x = distribute_tensor(hidden, mesh, of_hidden).requires_grad_()
+            w = distribute_tensor(head, mesh, of_head).requires_grad_()
+            given = (sgp.linear_cross_entropy, x, w, labels)
+            text = caught(lambda: given[0](*given[1:], memory_budget=1))  # noqa: B023
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(chunks, "plan", spy)
+                loss = given[0](*given[1:], memory_budget=10_000, reduction=reduction)
+                loss.sum().backward()
+            values = (loss.detach(), x.grad, w.grad)
+            found[name, reduction] = (text, {*seen}, [v.full_tensor() for v in values])
+            seen.clear()
+    return found
+
+
+def test_a_budget_arrives(tmp_path):
+    for found in run_ranks(budgeted, 2, tmp_path):
+        for (name, reduction), (text, seen, values) in found.items():
+            assert "memory_budget = 1; the least that" in text, name
+            assert seen == {10_000}
+            for value, exact in zip(values, expected(reduction=reduction), strict=True):
+                assert relative_error(value, exact) <= LIMIT, name
+
+
+def added_to(_):
+    """What a rank's own part of a DTensor's gradient was added to, as the error advises."""
+    hidden, head, labels = make()
+    weight = distribute_tensor(head, init_device_mesh("cpu", (2,)), [Shard(0)]).requires_grad_()
+    own = weight.to_local().detach().requires_grad_()
+    into = torch.ones_like(own).detach()
+    sgp.parallel.linear_cross_entropy(hidden, own, labels, accumulate_into=into).backward()
+    return into - 1
+
+
+def test_a_part_of_a_dtensor_has_its_gradient_added(tmp_path):
+    _, _, truth = expected()
+    found = torch.cat(run_ranks(added_to, 2, tmp_path))
+    torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-6)
 
 
 TOKENS = {  # of (5, 6) targets on 4 ranks: chunks of 2, 2, 1 and 0 rows, or of 2, 2 and 2 columns
@@ -458,10 +527,11 @@ def nonsense_of_shared_tokens(_, world):
         "linear_cross_entropy": {"input": hidden, "linear_weight": head, "target": labels},
     }
     others = ("target", "reduction", "shift", "ignore_index", "token_weight", "weight")
+    of_head = ("chunk_rows", "memory_budget", "accumulate_into")
     faults = [
         fault(getattr(sgp, name), argument, what, {**usual[name], argument: value})
         for name in usual
-        for argument in others
+        for argument in (others + of_head if "linear" in name else others)
         for what, value in NONSENSE.items()
         # What one rank alone refuses would leave the others in an exchange.
         if what in NEVER or (argument in ("reduction", "shift") and isinstance(value, torch.Tensor))

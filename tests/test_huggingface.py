@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import pickle
+import re
 import threading
 import warnings
 
@@ -128,6 +129,67 @@ def test_a_second_patch_is_the_first_or_changes_its_mode(model, batch):
     assert patch(model).mode == "rows"
     assert len(model._forward_pre_hooks) == 1
     assert model(**batch).logits.shape == (KEPT, V)
+
+
+def test_a_budget_reaches_the_head_and_changes_nothing(model, batch, budgets):
+    stock = step(model, batch)
+    with torch.no_grad():
+        evaluated = model.eval()(**batch).loss.item()
+    patch(model.train(), memory_budget=1)
+    with pytest.raises(ValueError, match="memory_budget = 1; the least that") as said:
+        model(**batch)
+    least = int(re.search(r"take is (\d+) bytes", str(said.value))[1])
+    handle = patch(model, memory_budget=least)
+    assert handle.mode == "fused"
+    budgets.clear()
+    assert_same(step(model, batch), stock)
+    assert {*budgets} == {least}
+    budgets.clear()
+    assert_same(step(copy.deepcopy(model), batch), stock)
+    assert_same(step(pickle.loads(pickle.dumps(model)), batch), stock)  # noqa: S301  (our own)
+    assert {*budgets} == {least}
+    patch(model, memory_budget=10_000)
+    budgets.clear()
+    with torch.no_grad():
+        out = model.eval()(**batch)
+    assert out.loss.item() == pytest.approx(evaluated, rel=NEAR)
+    assert {*budgets} == {10_000}
+
+
+def test_a_second_patch_keeps_the_budget_or_takes_another(model, batch, budgets):
+    patch(model, memory_budget=50_000)
+    budgets.clear()
+    for again, expected in (({}, 50_000), ({"memory_budget": 60_000}, 60_000), ({}, 60_000)):
+        assert patch(model, **again).mode == "fused"
+        budgets.clear()
+        model(**batch).loss.backward()
+        assert {*budgets} == {expected}
+    patch(model, mode="rows")
+    assert patch(model, memory_budget=70_000).mode == "fused", "the only mode that has one"
+    budgets.clear()
+    patch(model).remove()
+    patch(model)
+    model(**batch).loss.backward()
+    assert 70_000 not in budgets
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_a_budget_without_effect_is_refused(model, batch):
+    before = everything(model)
+    with pytest.raises(ValueError, match=r"memory_budget = 999 has no effect in mode 'rows'"):
+        patch(model, mode="rows", memory_budget=999)
+    for budget in (0, -1, True, 1.5, "1 GiB"):
+        with pytest.raises((ValueError, TypeError), match=r"patch: memory_budget = .*; expected"):
+            patch(model, memory_budget=budget)
+    assert everything(model) == before
+    loss = model(**batch).loss.item()
+    lora = peft.LoraConfig(r=2, target_modules=["lm_head"])
+    adapted = peft.get_peft_model(model, lora)
+    assert patch(adapted).mode == "rows"
+    with pytest.raises(UnsupportedModelError, match=r"memory_budget = 999 needs mode 'fused'"):
+        patch(adapted, memory_budget=999)
+    assert adapted(**batch).loss.item() == pytest.approx(loss, rel=NEAR)
+    assert adapted(**batch).logits.shape == (KEPT, V), "still patched as it was"
 
 
 @pytest.mark.parametrize("mode", ["rows", "fused"])

@@ -52,15 +52,17 @@ LOSS = (
 )  # fmt: skip
 MODULE = tuple(name for name in LOSS if name not in ("token_weight", "denominator"))
 STATISTICS = ("ignore_index", "temperature", "softcap", "logit_scale", "shift", "return_argmax")
+HOW = ("chunk_rows", "memory_budget", "accumulate_into")
+OF_HEAD = ("linear_bias", *HOW)
 LOGITS = {"input": X, "target": Y}
 LINEAR = {"input": HIDDEN, "linear_weight": HEAD, "target": Y}
 FUNCTIONS = {
     "cross_entropy": (LOGITS, (*LOSS, "inplace")),
-    "linear_cross_entropy": (LINEAR, (*LOSS, "linear_bias", "chunk_rows")),
+    "linear_cross_entropy": (LINEAR, (*LOSS, *OF_HEAD)),
     "token_log_probs": (LOGITS, STATISTICS),
-    "linear_token_log_probs": (LINEAR, (*STATISTICS, "linear_bias", "chunk_rows")),
+    "linear_token_log_probs": (LINEAR, (*STATISTICS, *OF_HEAD)),
 }
-NOT_OF_REFERENCE = ("return_stats", "return_argmax", "inplace", "chunk_rows")
+NOT_OF_REFERENCE = ("return_stats", "return_argmax", "inplace", *HOW)
 CALLS = {
     **{f"sgp.{name}": (getattr(sgp, name), *call) for name, call in FUNCTIONS.items()},
     **{
@@ -79,7 +81,12 @@ CALLS = {
     "sgp.LinearCrossEntropyLoss": (
         lambda **options: sgp.LinearCrossEntropyLoss(**options)(HIDDEN, Y),
         {"in_features": 3, "num_classes": 5},
-        (*MODULE, "chunk_rows", "bias", "out_features"),
+        (*MODULE, "chunk_rows", "memory_budget", "bias", "out_features"),
+    ),
+    "a call of sgp.LinearCrossEntropyLoss": (
+        lambda **options: sgp.LinearCrossEntropyLoss(3, 5)(HIDDEN, Y, **options),
+        {},
+        ("token_weight", "denominator", "accumulate_into"),
     ),
     "Selection.from_labels": (
         sgp.Selection.from_labels,
@@ -141,6 +148,11 @@ CALLS |= {
         {"input_ids": IDS, "context_lengths": torch.tensor([1])},
         ("model", "lengths", "context_grad", "num_outputs_per_context", "reduction", "denominator"),
     ),
+    "sgp.huggingface.patch": (
+        lambda **options: sgp.huggingface.patch(model(), **options).remove(),
+        {},
+        ("mode", "memory_budget"),
+    ),
 }
 
 
@@ -173,6 +185,16 @@ def test_nonsense_is_refused_in_words_that_help(name):
         for what, value in NONSENSE.items()
     ]
     assert not any(faults), "\n".join(filter(None, faults))
+
+
+@pytest.mark.parametrize("name", [name for name, call in CALLS.items() if "chunk_rows" in call[2]])
+def test_chunks_and_a_budget_are_not_taken_together(name):
+    function, usual, _ = CALLS[name]
+    with pytest.raises(
+        ValueError, match="chunk_rows = 2 and memory_budget = 999; pass one"
+    ) as said:
+        function(**usual, chunk_rows=2, memory_budget=999)
+    assert str(said.value).startswith(f"{name}: ")
 
 
 @pytest.mark.parametrize("scale", [2**70, -(2**70), np.int64(2), np.float64(0.5)], ids=repr)

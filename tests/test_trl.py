@@ -1,6 +1,8 @@
 """sgp in TRL: the log-probabilities, metrics and losses of TRL's own functions."""
 
 import copy
+import functools
+import re
 import runpy
 import warnings
 
@@ -83,6 +85,27 @@ def test_only_scored_rows_reach_the_head(monkeypatch):
     assert rows == [int(out.label_mask.sum())]
 
 
+def test_a_budget_reaches_the_head_and_changes_nothing(budgets):
+    model, batch = make("llama"), make_batch()
+    sgp.trl.add_fused_lm_head(model, outputs=FIELDS)
+    expected, true = run(model, batch)
+    sgp.trl.add_fused_lm_head(model, outputs=FIELDS, memory_budget=1)
+    with pytest.raises(ValueError, match="memory_budget = 1; the least that") as said:
+        run(model, batch)
+    least = int(re.search(r"take is (\d+) bytes", str(said.value))[1])
+    sgp.trl.add_fused_lm_head(model, outputs=FIELDS, memory_budget=least)
+    budgets.clear()
+    found, gradients = run(model, batch)
+    assert {*budgets} == {least}
+    for name in (*FIELDS, "loss"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+    for name, gradient in true.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
+    for budget in (0, True, 1.5, "1 GiB"):
+        with pytest.raises((ValueError, TypeError), match=r"head: memory_budget = .*; expected"):
+            sgp.trl.add_fused_lm_head(model, memory_budget=budget)
+
+
 @pytest.fixture(scope="module")
 def data():
     """Prompts and completions of numbers, and a tokenizer for them."""
@@ -109,6 +132,17 @@ def train(kind, model, data, folder, **more):
     trainer = kind(model, arguments, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
     return [log for log in trainer.state.log_history if "loss" in log]
+
+
+def test_a_trainers_budget_reaches_the_head(data, tmp_path, budgets):
+    expected = quiet(lambda: train(sgp.trl.SFTTrainer, make("llama"), data, tmp_path))
+    budgets.clear()
+    kind = functools.partial(sgp.trl.SFTTrainer, memory_budget=60_000)
+    found = quiet(lambda: train(kind, make("llama"), data, tmp_path))
+    assert {*budgets} == {60_000}
+    assert [log["loss"] for log in found] == pytest.approx([log["loss"] for log in expected])
+    with pytest.raises(TypeError, match=r"sgp\.trl\.SFTTrainer: memory_budget = '1 GiB'; expected"):
+        sgp.trl.SFTTrainer(memory_budget="1 GiB")
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])

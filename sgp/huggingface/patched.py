@@ -30,6 +30,7 @@ class Call:
     ignore_index: int
     num_items_in_batch: Tensor | float | None
     selection: Selection | None
+    memory_budget: int | None = None
     target: Any = None  # Tensor | Selection: what each position predicts, where the patch acts
     request: Request | None = None
 
@@ -54,6 +55,7 @@ class Call:
         scored = self.target
         scored = scored if scored.device == hidden.device else scored.to(hidden.device)
         options: dict[str, Any] = {"ignore_index": self.ignore_index, "denominator": denominator}
+        options["memory_budget"] = self.memory_budget
         return linear_cross_entropy(hidden, weight, scored, **options, **head)  # type: ignore[no-any-return]
 
 
@@ -67,6 +69,7 @@ class Patch:
     apart: bool = False  # the model keeps packed sequences apart
     late: bool = False  # logits of an evaluation can wait until somebody looks at them
     looked: bool = False  # at the targets of a training call
+    memory_budget: int | None = None  # of the linear head in mode "fused"
 
     def before(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Say which rows carry loss: to the model, or to its head."""
@@ -90,6 +93,7 @@ class Patch:
             ignore_index=kwargs.get("ignore_index", IGNORE),
             num_items_in_batch=kwargs.get("num_items_in_batch"),
             selection=selection,
+            memory_budget=self.memory_budget,
         )
         if self._acts(model, kwargs, call):
             call.target = _target(kwargs, call.ignore_index, selection)

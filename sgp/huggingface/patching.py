@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sgp.head.chunks import check_sizes
 from sgp.huggingface import probe
 from sgp.huggingface.callers import NAME
 from sgp.huggingface.patched import Patch, owns_head, owns_loss
@@ -49,7 +50,7 @@ class Handle:
         return f"Handle({type(self.model).__name__}, mode={self.mode!r})"
 
 
-def patch(model: nn.Module, *, mode: str = "auto") -> Handle:
+def patch(model: nn.Module, *, mode: str = "auto", memory_budget: int | None = None) -> Handle:
     """Put `sgp`'s loss into a causal language model, so that its head runs on kept rows only.
 
     Acts in training mode on calls with `labels`, or with the `selection` of an `sgp.Collator`,
@@ -72,23 +73,26 @@ def patch(model: nn.Module, *, mode: str = "auto") -> Handle:
             One wait for a GPU, which counts them. "fused": no logits at all, `sgp`'s linear head
             inside the head's forward; `out.logits` is None; the head must be a plain `nn.Linear`,
             and what follows it a scale and a softcap at most. "auto": "fused" if that can be, else
-            "rows".
+            "rows"; with a budget "fused" alone.
+        memory_budget: bytes, as in `sgp.linear_cross_entropy`, of which the loss of mode "fused" is
+            a call; one that is too small is an error of the model's forward pass. In mode "rows"
+            the model's own head makes the logits.
 
     Returns:
-        The handle. A model that is patched already keeps its patch, or changes its mode; one whose
-        head was replaced since is patched anew.
+        The handle. A model that is patched already keeps its patch, or takes the mode and the
+        budget that are given; one whose head was replaced since is patched anew.
 
     Raises:
         UnsupportedModelError: if the model cannot be patched, with the reason; it is as before.
-        ValueError: an unknown mode.
+        ValueError, TypeError: an unknown mode; a budget that is none, or in mode "rows".
     """
-    if mode not in MODES:
-        raise ValueError(f"{NAME}: mode = {mode!r}; expected one of {MODES}")
+    mode = _checked_mode(mode, memory_budget)
     model = _unwrapped(model)
     old = _patch_of(model)
     if old is not None:
         whole = _is_whole(model, old)
         if whole and mode in ("auto", old.mode):
+            old.memory_budget = old.memory_budget if memory_budget is None else memory_budget
             return Handle(model, old.mode)
         _uninstall(model, old)
         old = old if whole else None
@@ -106,6 +110,7 @@ def patch(model: nn.Module, *, mode: str = "auto") -> Handle:
             _install(model, made)
             _verify(model, head, made, stock)
             made.late = _logits_wait_well(model, head, made, stock)
+            made.memory_budget = memory_budget
         except UnsupportedModelError as error:
             if made is not None:
                 _uninstall(model, made)
@@ -114,10 +119,30 @@ def patch(model: nn.Module, *, mode: str = "auto") -> Handle:
             return Handle(model, made.mode)
     if old is not None:
         _install(model, old)
+    if memory_budget is not None:
+        reasons.append(
+            f"memory_budget = {memory_budget} needs mode 'fused'; leave it out to try mode 'rows'"
+        )
     raise UnsupportedModelError(f"{name}: {'; '.join(reasons)}")
 
 
 # -- what can be patched ---------------------------------------------------------------------------
+
+
+def _checked_mode(mode: str, memory_budget: int | None) -> str:
+    """The mode; "fused" in place of "auto" where there is a budget, which no other has."""
+    if mode not in MODES:
+        raise ValueError(f"{NAME}: mode = {mode!r}; expected one of {MODES}")
+    check_sizes(NAME, None, memory_budget)
+    if memory_budget is None:
+        return mode
+    if mode == "rows":
+        raise ValueError(
+            f"{NAME}: memory_budget = {memory_budget} has no effect in mode 'rows', where the "
+            "model's own head makes the logits of the tokens that carry loss; use mode='fused' or "
+            "leave it out"
+        )
+    return "fused"
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from sgp.head.chunks import check_sizes
 from sgp.labels import IGNORE, tokens_ahead
 from sgp.parallel import losses
 from sgp.reference import TokenLogProbs
@@ -83,10 +84,11 @@ def of_head(
     Raises:
         ValueError: for a head that is sharded on its columns or waits to be summed; hidden states
             sharded on their width, or on another mesh; a bias that is not sharded as the weight is;
-            and as `of_logits`.
+            `accumulate_into`; and as `of_logits`.
     """
     name = f"sgp.{single.__name__}"
     weight: Any = linear_weight
+    _check_pieces(single.__name__, weight, options)
     at = _mesh_dim(name, "linear_weight", weight, 0) if isinstance(weight, DTensor) else None
     for label, x in (("input", input), ("linear_bias", linear_bias)):
         if at is not None and isinstance(x, DTensor) and x.device_mesh != weight.device_mesh:
@@ -338,6 +340,23 @@ def _labels_of(
     weight = selection.dense_weight
     options["token_weight"] = None if weight is None else weight.view(selection.shape)
     return selection.dense_target.view(selection.shape), options
+
+
+def _check_pieces(function: str, weight: Any, options: dict[str, Any]) -> None:
+    """Refuse sizes that are none, and a tensor to which no DTensor's gradient can be added."""
+    name = f"sgp.{function}"
+    check_sizes(name, options["chunk_rows"], options["memory_budget"])
+    if options["accumulate_into"] is None:
+        return
+    what = "beside DTensors; leave it out, or pass what each DTensor's .to_local() gives"
+    if isinstance(weight, DTensor):
+        what = (
+            f"of a linear_weight that is a DTensor {weight.placements}, whose gradient is one too; "
+            "leave it out and use .grad. Where its rows are a vocabulary split over ranks, "
+            f"sgp.parallel.{function} takes linear_weight.to_local().detach().requires_grad_() "
+            "and a tensor of that shape"
+        )
+    raise ValueError(f"{name}: accumulate_into {what}")
 
 
 def _is_whole(x: DTensor, i: int) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sgp.head.autograd import head_options
+from sgp.head.problem import Pieces
 from sgp.linear import head_loss
 from sgp.log_probs import head_statistics
 from sgp.losses import check_argmax, check_inplace, token_statistics
@@ -269,6 +270,9 @@ def linear_cross_entropy(
         ignore_index, reduction, label_smoothing, token_weight, denominator, softcap, logit_scale,
             lse_square_scale, shift, chunk_rows, return_stats, return_argmax: as in
             `sgp.linear_cross_entropy`. `chunk_rows` None takes the largest shard's.
+        memory_budget: as in `sgp.linear_cross_entropy`, the same on every rank: what the rank with
+            the largest shard may hold, by which all of them plan.
+        accumulate_into: this rank's part (V_r, D), on every rank or on none.
         options: PyTorch's, accepted and ignored.
 
     Returns:
@@ -277,7 +281,8 @@ def linear_cross_entropy(
     Exchanged: what `cross_entropy` does, one all-gather a chunk; and where `input` requires grad,
     its gradient on the kept rows, 4 D bytes each (8 D for float64), summed by an all-reduce that
     goes on beside the matmul of `local_weight`'s gradient. For "mean" and "sum" all of it happens
-    in forward; other reductions sum that gradient in backward, which every rank has to run.
+    in forward; other reductions, `accumulate_into`, and a float16 head's `memory_budget` sum that
+    gradient in backward, which every rank has to run.
     Float operations: `6 M V_r D` as in `sgp.linear_cross_entropy`.
 
     Raises:
@@ -391,6 +396,7 @@ def linear_token_log_probs(
             `linear_cross_entropy`.
         ignore_index, temperature, softcap, logit_scale, shift, chunk_rows, return_argmax: as in
             `sgp.linear_token_log_probs`.
+        memory_budget, accumulate_into: as in `linear_cross_entropy`.
 
     Returns:
         As `sgp.linear_token_log_probs`, the same bits on every rank. The gradient of `input` is

@@ -46,7 +46,7 @@ class Header(NamedTuple):
 
 WHAT = {
     "function": "the function",
-    "options": "the options (reduction, smoothing, softcap, shift, chunk_rows and the like)",
+    "options": "the options (reduction, smoothing, shift, chunk_rows, memory_budget and the like)",
     "dtypes": "the dtypes (autocast's, too)",
     "grads": "which tensors require grad",
     "vocab_size": "vocab_size",
