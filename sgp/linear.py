@@ -157,10 +157,9 @@ def linear_cross_entropy(
     `8 M V D` where a small budget makes the logits twice; `4 M V D` with one side frozen, `2 M V D`
     without gradients. Reductions with an upstream gradient a token or a sequence, and
     `accumulate_into`, make the logits again in backward: `8 M V D`, `6 M V D` where only
-    `linear_weight` requires grad, `4 M V D` where only `input` does; a `memory_budget` that has
-    room for all float32 logits, `4 M V` bytes, holds them until then and saves `2 M V D`.
-    The bytes of every way are in `sgp/head/chunks.py`, and counted they are within 5 %
-    (`python -m bench memory`).
+    `linear_weight` requires grad, `4 M V D` where only `input` does; a `memory_budget` with room
+    for all float32 logits, `4 M V` bytes, holds them until then and saves `2 M V D`. The bytes of
+    every way are in `sgp/head/chunks.py`.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or constants that do not fit; a budget that
@@ -266,9 +265,7 @@ def _row_losses(
     if any(o.call.needs):
         out = apply(HeadRowLoss, *head, p.weight, p.token_weight, o)
         return out[0], out[1:6]
-    (loss, _, *stats, _, _, _), _ = o.forward(
-        o.losses(), head.detached(), p.weight, p.token_weight, None
-    )
+    (loss, _, *stats, _, _, _), _ = o.forward(o.losses(), head.detached(), p.weight, p.token_weight)
     return loss, tuple(stats)
 
 

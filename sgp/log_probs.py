@@ -164,6 +164,6 @@ def head_statistics(problem: Problem, head: LinearHead, options: HeadOptions) ->
     if any(o.call.needs):
         out = apply(HeadStatistics, *head, o._replace(call=o.call._replace(late=True)))
     else:
-        (_, _, *stats, _, _, _), _ = o.forward(o.losses(), head.detached(), None, None, None)
+        (_, _, *stats, _, _, _), _ = o.forward(o.losses(), head.detached())
         out = tuple(stats)
     return token_statistics(problem, out, o.call.wanted.argmax)

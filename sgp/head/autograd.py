@@ -48,21 +48,36 @@ class HeadOptions(NamedTuple):
     may_hold: bool = False  # whether logits may wait for the backward
     into: Tensor | None = None  # what the weight's gradient is added to
 
-    def forward(self, call: HeadCall, *arguments: Any) -> tuple[tuple[Any, ...], Tensor | None]:
+    def forward(
+        self,
+        call: HeadCall,
+        head: LinearHead,
+        weight: Tensor | None = None,
+        row_weight: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> tuple[tuple[Any, ...], Tensor | None]:
         """The operator's outputs, or those of what it calls, with other row operations or held."""
         if self.operations is None and not self.may_hold:
-            return operators.head_forward(*arguments, call), None
+            return operators.head_forward(head, weight, row_weight, scale, call), None
         may_hold = self.may_hold and call.late
-        return operators.forward(self._rows(), *arguments, call=call, may_hold=may_hold)
-
-    def backward(self, held: Tensor | None, head: LinearHead, *arguments: Any) -> Gradients:
-        """The same of the backward, of all gradients; `held` is used up."""
-        if self.operations is None and self.into is None and held is None:
-            found = operators.head_backward(head, *arguments, self.call)
-            return Gradients(*found)
-        found = operators.backward(
-            self._rows(), head, *arguments, call=self.call, held=held, into=self.into
+        return operators.forward(
+            self._rows(), head, weight, row_weight, scale, call, may_hold=may_hold
         )
+
+    def backward(
+        self,
+        held: Tensor | None,
+        head: LinearHead,
+        saved: Tensor,
+        weight: Tensor | None,
+        row_weight: Tensor | None,
+        upstream: Upstream,
+    ) -> Gradients:
+        """The same of the backward, of all gradients; `held` is used up."""
+        rest = (head, saved, weight, row_weight, upstream, self.call)
+        if self.operations is None and self.into is None and held is None:
+            return Gradients(*operators.head_backward(*rest))
+        found = operators.backward(self._rows(), *rest, held=held, into=self.into)
         if self.into is None:
             return found
         return found._replace(weight=_told_to_megatron(head.weight, self.into))
@@ -253,7 +268,7 @@ class HeadRowLoss(Transformed):
         *head, weight, row_weight, o = arguments
         call = o.early() if o.is_scaled() else o.losses(saved=True)
         (loss, saved, *stats, d_input, _, _), held = o.forward(
-            call, LinearHead(*head), weight, row_weight, None
+            call, LinearHead(*head), weight, row_weight
         )
         return loss, *stats, saved, d_input, *_where_there(held)
 
@@ -304,9 +319,7 @@ class HeadStatistics(Transformed):
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         o: HeadOptions
         *head, o = arguments
-        (_, saved, *stats, _, _, _), held = o.forward(
-            o.losses(saved=True), LinearHead(*head), None, None, None
-        )
+        (_, saved, *stats, _, _, _), held = o.forward(o.losses(saved=True), LinearHead(*head))
         return *stats, saved, *_where_there(held)
 
     @staticmethod

@@ -100,7 +100,8 @@ class Head(NamedTuple):
             wide=call.wide,
             into=call.into,
             is_cpu=not self.input.is_cuda,
-            is_contiguous=self.input.is_contiguous(),
+            # Ranks plan alike, and only their own hidden states may be strided.
+            is_contiguous=self.operations.is_part or self.input.is_contiguous(),
         )
         return chunks.plan(
             self.operations.name,

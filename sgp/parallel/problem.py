@@ -154,9 +154,7 @@ def agree_on_head(
     header = Header(
         function=checksum(name),
         options=checksum(p.recipe, head.bias is None, options),
-        dtypes=checksum(
-            p.input.dtype, compute_dtype(p.input), head.weight.dtype, p.input.is_contiguous()
-        ),
+        dtypes=checksum(p.input.dtype, compute_dtype(p.input), head.weight.dtype),
         grads=checksum(needs),
         columns=head.weight.shape[0],
         vocab_size=_given(name, vocab_size),
