@@ -116,7 +116,7 @@ def _broken_accesses(case: Case, record: dict[str, Any]) -> list[str]:
     for kind, expected in (("loads", loads), ("stores", stores)):
         if record[f"{kind}_16"] < expected:
             broken.append(f"{record[f'{kind}_16']} {kind} of 16 bytes, expected {expected}")
-    has_weights = case.options in ("class weight", "all")
+    has_weights = case.options in ("class weight", "all", "part, all")
     if is_resident and not has_weights and record["loads_16"] != loads:
         broken.append(f"{record['loads_16']} loads of 16 bytes, once is {loads}")
     # The target's gradient of a resident row is a store of one element in every lane, masked off.
