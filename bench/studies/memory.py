@@ -1,7 +1,7 @@
 """Peak memory of every way of the linear head: what the planner says, and what was counted.
 
     python -m bench memory                # two minutes on two CPU cores; table and results file
-    python -m bench memory --device cuda  # 16 bits on a GPU, by CUDA's counters, at a real size
+    python -m bench memory --device cuda  # 16 bits on a GPU, at a real size, and milliseconds
 
 A way is forced, one call is made forward and backward, and the most bytes that were held at once
 are counted, less the gradients: on a CPU from the allocator's events, with the float32 copies of
@@ -14,8 +14,9 @@ import argparse
 import contextlib
 import datetime as dt
 import json
+import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -37,6 +38,7 @@ MIB = 1 << 20
 WITHIN = 0.05  # of the planned bytes
 SIZE = (512, 16_384, 64)
 LARGE = (8_192, 128_256, 4_096)
+TURNS = 7
 SMALL = 1 << 14  # elements that are worked on at once where only a CPU makes copies
 
 
@@ -110,6 +112,44 @@ def ways(shape: Shape) -> Iterator[Plan]:
 
 def counted(case: Case, way: Plan, size: tuple[int, int, int], device: torch.device) -> int:
     """Most bytes above the inputs and their gradients, forward and backward."""
+    work, leaves = _work(case, way, size, device)
+    with forced(way), torch.autocast(device.type, torch.bfloat16, case.dtype == "autocast"):
+        if device.type == "cuda":
+            work()  # the first call compiles, and cuBLAS takes its workspace
+            for leaf in leaves:
+                leaf.grad = None
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            work()
+            peak = torch.cuda.max_memory_allocated() - before
+        else:
+            with cpu_peak() as held:
+                work()
+            peak = held.peak_bytes or 0
+    return peak - sum(leaf.grad.nbytes for leaf in leaves if leaf.grad is not None)
+
+
+def milliseconds(case: Case, way: Plan, size: tuple[int, int, int], device: torch.device) -> float:
+    """The median of some turns, forward and backward, caches emptied before each."""
+    work, leaves = _work(case, way, size, device)
+    clock = machine.Clock(device)
+    with forced(way), torch.autocast(device.type, torch.bfloat16, case.dtype == "autocast"):
+        laps = []
+        for _ in range(TURNS + 1):
+            for leaf in leaves:
+                leaf.grad = None
+            clock.start()
+            work()
+            clock.lap()
+            laps += clock.laps()
+    return statistics.median(laps[1:])
+
+
+def _work(
+    case: Case, way: Plan, size: tuple[int, int, int], device: torch.device
+) -> tuple[Callable[[], None], tuple[Tensor, Tensor]]:
+    """One call, forward and backward, and the tensors whose gradients it makes."""
     leaves, selection, upstream = _tensors(case, size, device)
     hidden, head = leaves
     options: dict[str, Any] = {"reduction": case.reduction}
@@ -122,20 +162,7 @@ def counted(case: Case, way: Plan, size: tuple[int, int, int], device: torch.dev
         loss = sgp.linear_cross_entropy(hidden, head, selection, **options)
         loss.backward(upstream if loss.dim() else None)
 
-    with forced(way), torch.autocast(device.type, torch.bfloat16, case.dtype == "autocast"):
-        if device.type == "cuda":
-            work()  # the first call compiles, and cuBLAS takes its workspace
-            hidden.grad = head.grad = None
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            work()
-            peak = torch.cuda.max_memory_allocated() - before
-        else:
-            with cpu_peak() as held:
-                work()
-            peak = held.peak_bytes or 0
-    return peak - sum(leaf.grad.nbytes for leaf in leaves if leaf.grad is not None)
+    return work, leaves
 
 
 @contextlib.contextmanager
@@ -176,6 +203,10 @@ def study(device: torch.device, cases: tuple[Case, ...] = CASES) -> list[dict[st
         shape = case.shape(size, is_cpu=device.type == "cpu")
         for way in ways(shape):
             bytes_ = counted(case, way, size, device)
+            timed = {}
+            if device.type == "cuda":
+                ms = milliseconds(case, way, size, device)
+                timed = {"ms": ms, "predicted_ms": 1e3 * way.seconds()}
             units = way.flops / (way.padded * shape.V * shape.D)
             found.append(
                 {
@@ -185,6 +216,7 @@ def study(device: torch.device, cases: tuple[Case, ...] = CASES) -> list[dict[st
                     "counted": bytes_,
                     "by": round(bytes_ / way.bytes, 4),
                     "mvd": round(units, 2),
+                    **timed,
                 }
             )
     return found
