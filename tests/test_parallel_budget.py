@@ -211,8 +211,8 @@ def test_a_budget_that_does_not_fit_or_differs_is_refused_by_all(tmp_path):
         assert text in first[what], what
         assert first[what] == second[what], what
     for rank, found in enumerate((first, second)):
-        expected = f"accumulate_into is (440, 24) torch.float32; expected ({SMALL.parts[rank]}, 24)"
-        assert expected in found["of the whole"]
+        given = f"(440, 24) torch.float32 and local_weight ({SMALL.parts[rank]}, 24) torch.float32"
+        assert f"accumulate_into is {given}; expected its shape" in found["of the whole"]
 
 
 def padded(rank):
