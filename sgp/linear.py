@@ -212,7 +212,7 @@ def linear_cross_entropy(
         problem, scale = as_mean(NAME, problem, denominator)
     head = linear_head(linear_weight, linear_bias, target, problem)
     wanted = Wanted(stats=return_stats, argmax=return_argmax)
-    chosen = head_options(problem.recipe, head, pieces, wanted)
+    chosen = head_options(problem.recipe, head, pieces, wanted, name=NAME)
     return head_loss(problem, head, scale, chosen, reduction)
 
 

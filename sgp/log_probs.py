@@ -153,7 +153,7 @@ def linear_token_log_probs(
     refuse_forward_mode(name, input, linear_weight, linear_bias)
     head = linear_head(linear_weight, linear_bias, target, problem)
     wanted = Wanted(stats=True, argmax=return_argmax)
-    chosen = head_options(problem.recipe, head, pieces, wanted)
+    chosen = head_options(problem.recipe, head, pieces, wanted, name=name)
     return head_statistics(problem, head, chosen)
 
 

@@ -84,6 +84,8 @@ def backward(
         held: the logits of forward, which are used up.
     """
     factors, plan = None, head.plan()
+    if plan.way == "held" and held is None:  # used up by an earlier backward
+        plan = plan._replace(way="rows", group=plan.rows)
     if head.call.is_half:
         of_lse = upstream.lse is not None
         slope = half_scale(head.input, head.call.recipe, head.class_weight, of_lse=of_lse)
@@ -207,7 +209,7 @@ def _by_slices(
             products.add_input_gradient(g, weight, total)
         sums.add_columns(part, all_rows, g, weighted, first=first)
         del g, logits, weight  # before the next ones are made
-    del buffer
+    del buffer, hidden, weighted, of_rows
     if total is not None:
         sums.put_input(all_rows, total)
     return sums.finish()

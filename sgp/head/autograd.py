@@ -57,9 +57,9 @@ class HeadOptions(NamedTuple):
         scale: Tensor | None = None,
     ) -> tuple[tuple[Any, ...], Tensor | None]:
         """The operator's outputs, or those of what it calls, with other row operations or held."""
-        if self.operations is None and not self.may_hold:
-            return operators.head_forward(head, weight, row_weight, scale, call), None
         may_hold = self.may_hold and call.late
+        if self.operations is None and not may_hold:
+            return operators.head_forward(head, weight, row_weight, scale, call), None
         return operators.forward(
             self._rows(), head, weight, row_weight, scale, call, may_hold=may_hold
         )
@@ -138,6 +138,8 @@ def head_options(
     pieces: Pieces,
     wanted: Wanted,
     operations: RowOperations | None = None,
+    *,
+    name: str,
 ) -> HeadOptions:
     """What this call computes, in which dtype, and in which pieces."""
 
@@ -156,6 +158,7 @@ def head_options(
         memory_budget=budget,
         planned=needs,
         into=into is not None,
+        name=name,
     )
     may_hold = budget != UNSET and any(needs) and not is_traced(*head)
     return HeadOptions(call, operations=operations, may_hold=may_hold, into=into)
@@ -291,8 +294,8 @@ class HeadRowLoss(Transformed):
         of_loss, of_lse = grads[0], grads[3] if ctx.options.of_lse else None
         if of_loss is None and of_lse is None:
             return (None,) * 9
-        *tensors, weight, row_weight, saved, d_input = ctx.saved_tensors[:10]
-        held = ctx.saved_tensors[10:]
+        kept = ctx.saved_tensors  # once: a checkpoint unpacks no tensor twice
+        *tensors, weight, row_weight, saved, d_input = kept[:10]
         o: HeadOptions = ctx.options
         needs = o.call.needs
         gradients: tuple[Tensor | None, ...]
@@ -304,7 +307,7 @@ class HeadRowLoss(Transformed):
                 r = loss_upstream(of_loss, row_weight, saved)
                 upstream = Upstream(contiguous(of_lse))
                 gradients = o.backward(
-                    _held(ctx, held, of_loss, of_lse), LinearHead(*tensors), saved, weight, r,
+                    _held(ctx, kept[10:], of_loss, of_lse), LinearHead(*tensors), saved, weight, r,
                     upstream,
                 )  # fmt: skip
         origin = d_input if o.is_scaled() else saved
@@ -336,13 +339,13 @@ class HeadStatistics(Transformed):
         upstream = grads[:3]
         if all(gradient is None for gradient in upstream):
             return (None,) * 7
-        *tensors, saved, entropy = ctx.saved_tensors[:8]
-        held = ctx.saved_tensors[8:]
+        kept = ctx.saved_tensors
+        *tensors, saved, entropy = kept[:8]
         o: HeadOptions = ctx.options
         with torch.no_grad():
             r, rest = row_upstream(upstream, saved, entropy)
             gradients = o.backward(
-                _held(ctx, held, *upstream), LinearHead(*tensors), saved, None, r, rest
+                _held(ctx, kept[8:], *upstream), LinearHead(*tensors), saved, None, r, rest
             )
         given = _give(o.named(LINEAR_LOG_PROBS), gradients, o.call.needs, saved, *upstream)
         return *given, *(None,) * 4

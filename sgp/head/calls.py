@@ -35,6 +35,7 @@ class HeadCall(NamedTuple):
     planned: Needs = Needs()  # of the whole call, forward and backward
     late: bool = False  # the call's gradients are made in backward
     into: bool = False  # the weight's gradient is added to a tensor of the caller's
+    name: str = "sgp"  # of the function that was called, for messages
 
     @property
     def is_half(self) -> bool:
@@ -100,11 +101,11 @@ class Head(NamedTuple):
             wide=call.wide,
             into=call.into,
             is_cpu=not self.input.is_cuda,
-            # Ranks plan alike, and only their own hidden states may be strided.
-            is_contiguous=self.operations.is_part or self.input.is_contiguous(),
+            # Ranks plan alike, so as for one whose hidden states are strided and copied.
+            is_contiguous=self.input.is_contiguous() and not self.operations.is_part,
         )
         return chunks.plan(
-            self.operations.name,
+            call.name,
             shape,
             chunk_rows=call.chunk_rows,
             memory_budget=call.memory_budget,

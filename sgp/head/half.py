@@ -38,7 +38,7 @@ class Factors(NamedTuple):
     @property
     def rest(self) -> Tensor:
         """Factors (M,) that d_input lacks."""
-        return self.share / self.folded * (self.largest / self.scale)
+        return self.of_hidden * self.missing
 
     @property
     def of_hidden(self) -> Tensor:

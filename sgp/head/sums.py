@@ -34,7 +34,7 @@ class Sums:
         """Hidden states of some kept rows as the weight's gradient takes them."""
         if self.factors is None:
             return hidden
-        return (hidden * self.factors.of_hidden[part, None]).to(hidden.dtype)
+        return hidden * self.factors.of_hidden[part, None].to(hidden.dtype)  # powers of two
 
     def add_input(self, part: slice, g: Tensor, weight: Tensor) -> None:
         """The input's gradient of some kept rows, from that of their logits (m, V)."""

@@ -313,7 +313,7 @@ def linear_cross_entropy(
     check_weight_length(name, weight, shard)
     wanted = Wanted(stats=return_stats, argmax=return_argmax)
     pieces = pieces.of_classes(shard.size)
-    chosen = head_options(problem.recipe, head, pieces, wanted, ShardRows(shard))
+    chosen = head_options(problem.recipe, head, pieces, wanted, ShardRows(shard), name=name)
     result = head_loss(problem, head, scale, chosen, reduction)
     if isinstance(result, Tensor):
         return shard.checked(result)
@@ -419,5 +419,5 @@ def linear_token_log_probs(
     )
     wanted = Wanted(stats=True, argmax=return_argmax)
     pieces = pieces.of_classes(shard.size)
-    chosen = head_options(problem.recipe, head, pieces, wanted, ShardRows(shard))
+    chosen = head_options(problem.recipe, head, pieces, wanted, ShardRows(shard), name=name)
     return head_statistics(problem, head, chosen)
