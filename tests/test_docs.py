@@ -288,17 +288,18 @@ def test_the_picture_of_memory_has_the_records(tmp_path, monkeypatch):
     """Some by hand; a drawing of them comes out, in a file of its own."""
     from bench.shown import frontier
 
-    _, points = memory.measured()
+    points = memory.measured()
     found = {
         (kept, p.who, round(p.gib, 2), round(p.ms, 1)) for kept in points for p in points[kept]
     }
     assert found >= {
         (1.0, "Liger", 0.06, 64.3),
         (1.0, "torch.compile", 1.96, 39.4),
-        (1.0, memory.PROTOTYPE, 0.35, 57.5),
-        (0.25, memory.PROTOTYPE, 0.49, 9.9),
-        (0.25, memory.OURS_LATE, 1.04, 14.0),
+        (1.0, memory.OURS, 1.99, 40.1),
+        (1.0, memory.OURS_LATE, 3.91, 40.3),
+        (0.25, memory.OURS, 0.06, 14.3),
     }
+    assert not [p for p in points[1.0] if p.who == memory.OURS and p.ms < 30], "head frozen"
     assert not [p for p in points[0.25] if p.who == "torch.compile"], "it computes every row"
     monkeypatch.setattr(memory, "picture", lambda: tmp_path / "frontier.png")
     with Image.open(frontier.draw()) as drawn:

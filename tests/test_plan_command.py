@@ -72,9 +72,9 @@ def test_the_table_is_a_frontier(ask):
 @pytest.mark.parametrize(
     ("budget", "way"),
     [
-        ("0.5GiB", "slices of 8064 columns, after chunks of 1024 rows"),
+        ("0.5GiB", "slices of 8064 columns, after chunks of 2048 rows"),
         ("1GiB", "gradient kept, chunks of 1024 rows"),
-        ("60000000", "slices of 8064 columns, after chunks of 1024 rows"),
+        ("60000000", "slices of 8064 columns, after chunks of 2048 rows"),
     ],
 )
 def test_a_budget_changes_the_way(budget, way, ask):
@@ -95,7 +95,7 @@ def test_a_budget_that_nothing_fits_is_code_1_and_the_planners_message(ask):
 
 
 def test_options_reach_the_planner(ask):
-    assert chosen(ask("--frozen-head")[1]) == "chunks of 512 rows"
+    assert chosen(ask("--frozen-head")[1]) == "chunks of 1024 rows"
     assert chosen(ask("--per-token")[1]).startswith("slices of ")
     assert chosen(ask("--per-token", "--budget 2GiB")[1]) == "logits held for backward"
     half = ask("--dtype fp16", "--budget 300MiB")[1]

@@ -16,7 +16,7 @@ from bench.gpu import tables as gpu_tables
 from bench.shown import memory
 from bench.shown.memory import GIB, Point
 from bench.shown.plots import COLORS
-from sgp.head.chunks import NOMINAL, Plan
+from sgp.head.chunks import Plan
 
 LINES = {  # per_token: its name, color and width; of seaborn's colorblind palette
     True: ("a factor a token", COLORS["F.linear_ce, auto"], 4.0),
@@ -25,8 +25,8 @@ LINES = {  # per_token: its name, color and width; of seaborn's colorblind palet
 GREY = "#4d4d4d"
 SPAN = (0.025, 24.0)  # GiB
 PANELS = {  # kept: title, span of ms, height
-    1.0: ("every token carries loss", (34.0, 115.0), 1.0),
-    0.25: ("a quarter of the tokens carries loss", (8.0, 115.0), 1.35),
+    1.0: ("every token carries loss", (31.0, 115.0), 1.1),
+    0.25: ("a quarter of the tokens carries loss", (7.5, 115.0), 1.35),
 }
 HALO = [patheffects.withStroke(linewidth=3, foreground="white")]
 
@@ -34,31 +34,28 @@ HALO = [patheffects.withStroke(linewidth=3, foreground="white")]
 def draw() -> Path:
     """Write the picture; its path."""
     mpl.use("Agg")
-    _, points = memory.measured()
+    points = memory.measured()
     figure, grid = plt.subplots(
         len(PANELS), 1, figsize=(7.2, 10.0), sharex=True, layout="constrained",
         height_ratios=[height for *_, height in PANELS.values()],
     )  # fmt: skip
     for axes, (kept, (title, span, _)) in zip(grid, PANELS.items(), strict=True):
         _dress(axes, title, span)
-        ways = {late: memory.ways(kept, per_token=late) for late in LINES}
+        ways = {late: memory.frontier_of(kept, per_token=late) for late in LINES}
         for late, (_, color, width) in LINES.items():
             _steps(axes, ways[late], color, width)
             taken = memory.default(kept, per_token=late)
             axes.plot(
-                taken.bytes / GIB, 1e3 * taken.seconds(), "*", color=color, markersize=18,
-                markeredgecolor="white", zorder=6,
+                taken.bytes / GIB, _ms(taken), "*", color=color, markersize=14,
+                markeredgecolor="white", zorder=10,
             )  # fmt: skip
         _names(axes, ways)
         for point in points[kept]:
             _measured(axes, point)
     grid[-1].set_xlabel("memory beyond inputs, results and gradients, GiB", fontsize=11)
     size = f"{memory.TOKENS} x {gpu_tables.spaced(memory.V)} x {memory.D}, bf16"
-    figure.suptitle(f"Head and loss, {size} · {NOMINAL.name}", fontsize=13)
-    commits = {point.commit for found in points.values() for point in found}
-    figure.legend(
-        handles=_legend(sorted(commits)), loc="outside lower center", ncols=2, frameon=False
-    )
+    figure.suptitle(f"Head and loss, {size}", fontsize=13)
+    figure.legend(handles=_legend(), loc="outside lower center", ncols=2, frameon=False)
     path = memory.picture()
     metadata = {"Software": None, "Description": memory.fingerprint()}
     figure.savefig(path, dpi=110, metadata=metadata)
@@ -66,10 +63,14 @@ def draw() -> Path:
     return path
 
 
+def _ms(way: Plan) -> float:
+    return 1e3 * way.seconds(memory.DATA_SHEET)
+
+
 def _steps(axes: Axes, ways: list[Plan], color: str, width: float) -> None:
     """A way is there from its memory on, until a faster one is."""
     x = [way.bytes / GIB for way in ways]
-    y = [1e3 * way.seconds() for way in ways]
+    y = [_ms(way) for way in ways]
     axes.plot([*x, SPAN[1]], [*y, y[-1]], drawstyle="steps-post", color=color, linewidth=width)
     axes.plot(x, y, "o", color=color, markersize=width + 3)
 
@@ -80,30 +81,31 @@ def _names(axes: Axes, ways: dict[bool, list[Plan]]) -> None:
     rows = [way for way in ways[False] if way.way == "rows"]
     held = [way for way in ways[True] if way.way == "held"]
     where = (
-        ("slices of the vocabulary", slices[-1], (-4, 9), "left", "bottom", GREY),
-        ("gradient kept, one chunk", rows[0], (-2, -22), "left", "top", LINES[False][1]),
-        ("logits held", held[0], (9, 9), "left", "bottom", LINES[True][1]),
+        ("slices of the vocabulary", (slices[0], slices[-1]), (-2, -9), "top", GREY),
+        ("gradient kept, one chunk", (rows[0], rows[0]), (-2, -14), "top", LINES[False][1]),
+        ("logits held", (held[0], held[0]), (9, 12), "bottom", LINES[True][1]),
     )
-    for text, way, offset, ha, va, color in where:
-        at = (way.bytes / GIB, 1e3 * way.seconds())
+    for text, (beside, below), offset, va, color in where:
+        at = (beside.bytes / GIB, _ms(below))
         axes.annotate(
-            text, at, xytext=offset, textcoords="offset points", ha=ha, va=va, fontsize=11,
+            text, at, xytext=offset, textcoords="offset points", ha="left", va=va, fontsize=11,
             color=color, path_effects=HALO, zorder=7,
         )  # fmt: skip
 
 
 def _measured(axes: Axes, point: Point) -> None:
-    if point.who in (memory.PROTOTYPE, memory.OURS, memory.OURS_LATE):
+    if point.who in (memory.OURS, memory.OURS_LATE):
         color = LINES[point.who == memory.OURS_LATE][1]
-        marker = "s" if point.who == memory.PROTOTYPE else "D"
         axes.plot(
-            point.gib, point.ms, marker, color=color, markerfacecolor="white", markersize=7,
-            markeredgewidth=1.5, zorder=5,
+            point.gib, point.ms, "D", color=color, markerfacecolor="white", markersize=6,
+            markeredgewidth=1.5, zorder=8,
         )  # fmt: skip
         return
     outside = point.gib < SPAN[0]
     x = SPAN[0] * 1.08 if outside else point.gib
-    axes.plot(x, point.ms, "<" if outside else "X", color=GREY, markersize=8, zorder=7)
+    axes.plot(
+        x, point.ms, "<" if outside else "x", color=GREY, markersize=8, markeredgewidth=2, zorder=11
+    )
     text = f"{point.who}, {point.gib:.2g} GiB" if outside else point.who
     left = point.who == "torch.compile"
     axes.annotate(
@@ -129,19 +131,20 @@ def _dress(axes: Axes, title: str, span: tuple[float, float]) -> None:
     axes.spines[["top", "right"]].set_visible(b=False)
 
 
-def _legend(commits: list[str]) -> list[Line2D]:
+def _legend() -> list[Line2D]:
     def entry(label: str, **style: Any) -> Line2D:
         return Line2D([], [], label=label, **style)
 
     points: dict[str, Any] = {"linestyle": "", "color": GREY}
-    hollow = points | {"markerfacecolor": "white", "markeredgewidth": 1.5, "markersize": 7}
+    hollow = points | {"markerfacecolor": "white", "markeredgewidth": 1.5, "markersize": 6}
+    sheet = memory.DATA_SHEET.name.split()[0]
+    ours, others = memory.studied()[1]["machine"]["name"], memory.OTHERS_CARD
     return [
         *(
-            entry(f"{name}, by data sheet", color=color, linewidth=width, marker="o")
+            entry(f"{name}, by data sheet, {sheet}", color=color, linewidth=width, marker="o")
             for name, color, width in reversed(LINES.values())
         ),
         entry("taken by default", marker="*", markersize=15, **points),
-        entry("measured: prototypes of these ways", marker="s", **hollow),
-        entry(f"measured: sgp, commit {', '.join(commits)}", marker="D", **hollow),
-        entry("measured: others", marker="X", markersize=8, **points),
+        entry(f"sgp, measured, {ours.split()[1]}", marker="D", **hollow),
+        entry(f"others, measured, {others.split()[1]}", marker="x", markeredgewidth=2, **points),
     ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench import files, tables
 from bench.gpu import tables as gpu_tables
-from bench.shown import page
+from bench.shown import memory, page
 
 Record = dict[str, Any]
 COLUMNS = ("sgp", "PyTorch", "torch.compile", "Liger", "CCE")
@@ -26,6 +26,10 @@ def status(up: str) -> str:
         what = ", ".join(words for phase, words in PHASES.items() if phase in phases)
         card = f"one [{head['machine']['name']}]({up}bench/results/{path.name})"
         measured.append(f"    * {card}, {head['date']}, commit {head['commit']}: {what}.")
+    path, head, _ = memory.studied()
+    card = f"one [{head['machine']['name']}]({up}bench/results/{path.name})"
+    what = "every way of the head, alone"
+    measured.append(f"    * {card}, {head['date']}, commit {head['commit']}: {what}.")
     found = json.loads((page.RESULTS / "resources.json").read_text())["records"]
     targets = list(dict.fromkeys(r["target"] for r in found))
     words = {2: "two", 3: "three", 4: "four", 5: "five"}
@@ -74,38 +78,75 @@ def worth(up: str) -> str:
         f"Forward and backward in bf16, 8192 tokens, on one {head['machine']['name']} "
         f"([every record]({up}bench/results/{path.name})). The head has V = 128 256 and "
         "D = 4096; the training step is a small Qwen2 with V = 151 936. An empty cell was not "
-        "measured. `torch.compile` computes every row, whatever is kept."
+        "measured. `torch.compile` computes every row, whatever is kept. "
+        f"{_now(head['commit'], up)}"
     )
     return f"{table}\n\n{source}"
 
 
+def _now(commit: str, up: str) -> str:
+    """The head of the newest file of ways, which was measured alone."""
+    _, head, _ = memory.studied()
+    (every,), (quarter,) = (memory.today("mean", kept) for kept in (1.0, 0.25))
+    return (
+        f"sgp is that of commit {commit}. Its head of commit {head['commit']} was measured on "
+        f"another card, an {head['machine']['name']}, without others beside it: "
+        f"{tables.ms(quarter['ms'])} ms in {gpu_tables.gib(quarter['extra_bytes'])} GiB with a "
+        f"quarter kept, and {tables.ms(every['ms'])} ms in {gpu_tables.gib(every['extra_bytes'])} "
+        f"GiB with all ([every way]({up}docs/benchmarks/gpu.md#every-way-of-the-head))."
+    )
+
+
 def slower(up: str) -> str:
     """Where others were faster or smaller, from the same files."""
-    records = gpu_tables.newest()[0][2]
-    lines = [*_head(records), *_logits(records), *_log_probs(records, up), *_host(up)]
+    _, head, records = gpu_tables.newest()[0]
+    lines = [*_head(head, records), *_logits(records), *_log_probs(records, up), *_host(up)]
     return "\n".join(f"* {line}" for line in lines)
 
 
-def _head(records: list[Record]) -> Iterator[str]:
+def _head(head: Record, records: list[Record]) -> Iterator[str]:
     def ms(name: str) -> float:
         return _best(records, "head", "both_ms", name, V=128_256, kept=1.0)
 
+    where = f"on the {head['machine']['name'].split()[1]} at commit {head['commit']}"
+    newer = memory.studied()[1]
+    there = f"The head of commit {newer['commit']}, on an {newer['machine']['name']} and alone,"
     ours, theirs = ms("sgp"), ms("torch.compile")
     if theirs < ours:
         yield (
             f"With every token kept, `torch.compile` of the plain head takes {tables.ms(theirs)} "
-            f"ms and ours {tables.ms(ours)} ms."
+            f"ms and ours {tables.ms(ours)} ms, {where}."
         )
     ours, theirs = ms("sgp, reduction none"), ms("PyTorch, all rows")
     if theirs < ours < float("inf"):
+        held = _times(memory.today("none", 1.0, "logits held"))
         yield (
-            f'With `reduction="none"` and every token kept, our head takes {tables.ms(ours)} ms. '
-            f"Plain PyTorch takes {tables.ms(theirs)} ms, with a mean."
+            f'With `reduction="none"` and every token kept, our head takes {tables.ms(ours)} ms '
+            f"{where}. Plain PyTorch takes {tables.ms(theirs)} ms, with a mean. {there} takes "
+            f"{_times(memory.today('none', 1.0, 'slices'))} ms in slices, and {held} ms where "
+            "`memory_budget=` has room to hold the logits."
         )
     names = ("sgp", "Liger", "cut-cross-entropy")
     sizes = [_best(records, "head", "memory_bytes", x, V=128_256, kept=0.25) for x in names]
     if max(sizes[1:]) < sizes[0]:
-        yield "Liger and cut-cross-entropy (CCE) need less memory for the head."
+        every, quarter = (
+            min(memory.today("mean", kept, "slices"), key=lambda r: (r["extra_bytes"], r["ms"]))
+            for kept in (1.0, 0.25)
+        )
+        yield (
+            "Liger and cut-cross-entropy (CCE) need less memory for the head: "
+            f"{gpu_tables.gib(sizes[1])} and {gpu_tables.gib(sizes[2])} GiB with a quarter "
+            f"kept, {where}. With `memory_budget=` ours needs less than by default. {there} takes "
+            f"{tables.ms(quarter['ms'])} ms in {gpu_tables.gib(quarter['extra_bytes'])} GiB with a "
+            f"quarter kept, and {tables.ms(every['ms'])} ms in "
+            f"{gpu_tables.gib(every['extra_bytes'])} GiB with all, in slices."
+        )
+
+
+def _times(records: list[Record]) -> str:
+    """From the least to the most."""
+    least, most = (tables.ms(f(r["ms"] for r in records)) for f in (min, max))
+    return least if least == most else f"{least} to {most}"
 
 
 def _logits(records: list[Record]) -> Iterator[str]:
@@ -138,8 +179,9 @@ def _log_probs(records: list[Record], up: str) -> Iterator[str]:
         if theirs < ours < float("inf"):
             yield (
                 "Log-probabilities through the head, with gradients and every token kept, take "
-                f"{tables.ms(ours)} ms on an {card['machine']['name']}. Plain PyTorch takes "
-                f"{tables.ms(theirs)} ms, and more memory."
+                f"{tables.ms(ours)} ms on an {card['machine']['name']} at commit "
+                f"{card['commit']}. Plain PyTorch takes {tables.ms(theirs)} ms, and more memory."
+                f"{_log_probs_now(card)}"
             )
     for path, content in files.newest():
         ratios = [_ratio(c) for c in content["cases"] if "log-probs" in c["form"]]
@@ -149,6 +191,20 @@ def _log_probs(records: list[Record], up: str) -> Iterator[str]:
                 "as long as plain PyTorch on gathered rows "
                 f"([results]({up}bench/results/{path.name}))."
             )
+
+
+def _log_probs_now(card: Record) -> str:
+    """A later run on the same card, if there is one."""
+    newer = memory.studied()[1]
+    if newer["machine"]["name"] != card["machine"]["name"]:
+        return ""
+    slices, held = (
+        _times(memory.today("log-probs", 1.0, way)) for way in ("slices", "logits held")
+    )
+    return (
+        f" At commit {newer['commit']}, in a later run there without PyTorch, ours take {slices} "
+        f"ms in slices, and {held} ms where `memory_budget=` has room to hold the logits."
+    )
 
 
 def _host(up: str) -> Iterator[str]:
