@@ -191,7 +191,7 @@ def linear_cross_entropy(
     check_flags(NAME, return_stats=return_stats, return_argmax=return_argmax)
     denominator = check_reduction(NAME, reduction, denominator)
     check_argmax(NAME, return_stats, return_argmax)
-    pieces = Pieces(chunk_rows, memory_budget, accumulate_into)
+    pieces = Pieces(chunk_rows, memory_budget, accumulate_into, linear_weight)
     check_head(NAME, input, linear_weight, linear_bias, target)
     pieces.check(NAME, linear_weight)
     if linear_weight.dim() > 2 or (isinstance(target, Tensor) and target.is_floating_point()):

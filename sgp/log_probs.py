@@ -146,7 +146,7 @@ def linear_token_log_probs(
     check_flags(name, return_argmax=return_argmax)
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
-    pieces = Pieces(chunk_rows, memory_budget, accumulate_into)
+    pieces = Pieces(chunk_rows, memory_budget, accumulate_into, linear_weight)
     check_head(name, input, linear_weight, linear_bias, target)
     pieces.check(name, linear_weight)
     problem = make_head_problem(name, input, linear_weight, target, None, None, recipe, shift=shift)

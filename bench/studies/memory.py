@@ -39,11 +39,11 @@ WITHIN = 0.05  # of the planned bytes
 SIZE = (512, 16_384, 64)
 LARGE = (8_192, 128_256, 4_096)
 TURNS = 7
-SMALL = 1 << 14  # elements that are worked on at once where only a CPU makes copies
+SMALL = 1 << 13  # elements that are worked on at once where only a CPU makes copies
 
 
 class Case(NamedTuple):
-    """What is differentiated, and of what."""
+    """What is differentiated, and of what; `kept` of the tokens carry loss."""
 
     dtype: str  # "bf16" | "fp16" | "fp32" | "autocast"
     kept: float
@@ -68,6 +68,7 @@ class Case(NamedTuple):
             input_grad=self.needs != "weight",
             weight_grad=self.needs != "input",
             late=late,
+            scaled=scaled and not late,
             is_half=self.dtype == "fp16",
             wide=self.dtype == "fp16" and not late,
             into=self.into,
@@ -88,7 +89,9 @@ CASES = (
     *(Case(dtype, kept, "both", reduction)
       for dtype in ("fp16", "fp32", "autocast") for kept in (1.0, 0.25)
       for reduction in ("mean", "none")),
-    *(Case(dtype, 1.0, "input", "mean") for dtype in ("fp16", "fp32", "autocast")),
+    *(Case(dtype, 1.0, "input", reduction)
+      for dtype in ("fp16", "fp32", "autocast") for reduction in ("mean", "none")),
+    *(Case(dtype, 1.0, "weight", "none") for dtype in ("fp16", "fp32", "autocast")),
     *(Case("bf16", kept, "both", "mean", into=True) for kept in (1.0, 0.25)),
 )  # fmt: skip
 
@@ -171,6 +174,7 @@ def forced(way: Plan) -> Iterator[None]:
     with (
         mock.patch.object(chunks, "plan", return_value=way),
         mock.patch.object(products, "SLICE", SMALL),
+        mock.patch.object(products, "LEAST_SLICE", 4),
         mock.patch.object(by_torch, "CHUNK_ELEMENTS", SMALL),
     ):
         yield
@@ -193,9 +197,13 @@ def _tensors(
     return (hidden, head), sgp.Selection.from_labels(target), torch.ones(tokens, device=device)
 
 
-def study(device: torch.device, cases: tuple[Case, ...] = CASES) -> list[dict[str, Any]]:
-    """A record for each way of each case."""
-    size = LARGE if device.type == "cuda" else SIZE
+def study(
+    device: torch.device,
+    cases: tuple[Case, ...] = CASES,
+    size: tuple[int, int, int] | None = None,
+) -> list[dict[str, Any]]:
+    """A record for each way of each case, of (N, V, D)."""
+    size = size or (LARGE if device.type == "cuda" else SIZE)
     found = []
     for case in cases:
         if device.type == "cuda" and case.dtype == "fp32":

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sgp.head import operators
 from sgp.head.calls import Gradients, HeadCall, LinearHead, Needs
-from sgp.head.chunks import MOST, UNSET
+from sgp.head.chunks import MOST, SCALED_ELEMENTS, UNSET
 from sgp.head.problem import Pieces, compute_dtype
 from sgp.rows.autograd import (
     Transformed,
@@ -47,6 +47,7 @@ class HeadOptions(NamedTuple):
     operations: RowOperations | None = None  # None: whole rows, by the operators
     may_hold: bool = False  # whether logits may wait for the backward
     into: Tensor | None = None  # what the weight's gradient is added to
+    parameter: Tensor | None = None  # whose gradient that is; the head's weight may be part of it
 
     def forward(
         self,
@@ -80,7 +81,21 @@ class HeadOptions(NamedTuple):
         found = operators.backward(self._rows(), *rest, held=held, into=self.into)
         if self.into is None:
             return found
-        return found._replace(weight=_told_to_megatron(head.weight, self.into))
+        return found._replace(weight=self._told_to_megatron(head.weight, self.into))
+
+    def _told_to_megatron(self, weight: Tensor, into: Tensor) -> Tensor | None:
+        """What autograd gets for a weight whose gradient has been added: nothing.
+
+        Megatron's hooks add a `.grad` to `main_grad` unless `grad_added_to_main_grad` is set, and
+        where they overlap the reduction they ask for some `.grad`: such a weight gets zeros.
+        """
+        main = getattr(self.parameter, "main_grad", None)
+        if main is None or not hasattr(self.parameter, "grad_added_to_main_grad"):
+            return None
+        if main.data_ptr() != into.data_ptr():
+            return None
+        self.parameter.grad_added_to_main_grad = True  # type: ignore[union-attr]
+        return weight.new_zeros(()).expand(weight.shape)
 
     def _rows(self) -> RowOperations:
         return self.operations or ONE_DEVICE
@@ -99,8 +114,9 @@ class HeadOptions(NamedTuple):
 
     def in_backward(self) -> HeadOptions:
         """The same of a call whose gradients are made in backward, if it has any."""
-        late = any(self.call.needs) and not self.is_scaled()
-        return self._replace(call=self.call._replace(late=late))
+        scaled = self.is_scaled()
+        late = any(self.call.needs) and not scaled
+        return self._replace(call=self.call._replace(late=late, scaled=scaled))
 
     def must_be_late(self) -> bool:
         """Whether even a sum's gradients have to be made in backward.
@@ -161,22 +177,7 @@ def head_options(
         name=name,
     )
     may_hold = budget != UNSET and any(needs) and not is_traced(*head)
-    return HeadOptions(call, operations=operations, may_hold=may_hold, into=into)
-
-
-def _told_to_megatron(weight: Tensor, into: Tensor) -> Tensor | None:
-    """What autograd gets for a weight whose gradient has been added: nothing.
-
-    Megatron's hooks add a `.grad` to `main_grad` unless `grad_added_to_main_grad` is set, and where
-    they overlap the reduction they ask for some `.grad`: such a weight gets zeros.
-    """
-    main = getattr(weight, "main_grad", None)
-    if not hasattr(weight, "grad_added_to_main_grad") or main is None:
-        return None
-    if main.data_ptr() != into.data_ptr():
-        return None
-    weight.grad_added_to_main_grad = True
-    return weight.new_zeros(()).expand(weight.shape)
+    return HeadOptions(call, False, operations, may_hold, into, pieces.weight)
 
 
 def _where_there(x: Tensor | None) -> tuple[Tensor, ...]:
@@ -192,12 +193,25 @@ def _held(ctx: Any, held: tuple[Tensor, ...], *upstream: Tensor | None) -> Tenso
     return held[0].data  # written over, unnoticed by autograd
 
 
-def _of_kept_rows(upstream: Tensor, target: Tensor, recipe: Recipe, d_input: Tensor) -> Tensor:
-    """Upstream gradients (N,) for d_input (..., D): 0 at ignored rows, which stay +0."""
-    if not d_input.numel():
-        return upstream.new_zeros(())
-    ignored = target == recipe.ignore_index
-    return upstream.masked_fill(ignored, 0).view(*d_input.shape[:-1], 1)
+def _times_rows(
+    d_input: Tensor, upstream: Tensor, target: Tensor, ignore_index: int, dtype: torch.dtype
+) -> Tensor:
+    """D_input (..., D) times an upstream gradient a row (N,), in `dtype`; a few rows at a time.
+
+    Ignored rows stay +0. `d_input` is left as it is, for another backward.
+    """
+    of_rows = upstream.masked_fill(target == ignore_index, 0)[:, None]
+    if is_traced(d_input, upstream):
+        return (d_input * of_rows.view(*d_input.shape[:-1], 1)).to(dtype)
+    out = torch.empty_like(d_input, dtype=dtype)
+    if out.numel():
+        flat, D = out.view(-1, out.shape[-1]), out.shape[-1]
+        step = max(1, SCALED_ELEMENTS // D)
+        triples = zip(flat.split(step), d_input.view(-1, D).split(step), of_rows.split(step),
+                      strict=True)  # fmt: skip
+        for place, rows, factors in triples:
+            place.copy_(rows.to(factors.dtype, copy=True).mul_(factors))
+    return out
 
 
 def _give(
@@ -301,8 +315,9 @@ class HeadRowLoss(Transformed):
         gradients: tuple[Tensor | None, ...]
         with torch.no_grad():
             if o.is_scaled() and of_loss is not None:
-                by_row = _of_kept_rows(of_loss, tensors[3], o.call.recipe, d_input)
-                gradients = ((d_input * by_row).to(ctx.dtype), None, None)
+                ignored = o.call.recipe.ignore_index
+                of_input = _times_rows(d_input, of_loss, tensors[3], ignored, ctx.dtype)
+                gradients = (of_input, None, None)
             else:
                 r = loss_upstream(of_loss, row_weight, saved)
                 upstream = Upstream(contiguous(of_lse))

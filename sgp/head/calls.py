@@ -34,6 +34,7 @@ class HeadCall(NamedTuple):
     memory_budget: int = chunks.UNSET
     planned: Needs = Needs()  # of the whole call, forward and backward
     late: bool = False  # the call's gradients are made in backward
+    scaled: bool = False  # the input's alone, which waits for an upstream gradient a row
     into: bool = False  # the weight's gradient is added to a tensor of the caller's
     name: str = "sgp"  # of the function that was called, for messages
 
@@ -97,6 +98,7 @@ class Head(NamedTuple):
             input_grad=call.planned.input,
             weight_grad=call.planned.weight,
             late=call.late,
+            scaled=call.scaled,
             is_half=call.is_half,
             wide=call.wide,
             into=call.into,

@@ -35,6 +35,7 @@ DEFAULT_ROWS = 4096  # of the chunk that the default budget has room for
 BUSY_ROWS = 1024  # that keep the matmuls of a GPU busy where nothing is summed over chunks
 LEAST_ROWS, LEAST_COLUMNS = 16, 128  # of a piece: smaller ones would save next to nothing
 MOST_COLUMNS = 16_384  # of a slice: longer ones were no faster
+SCALED_ELEMENTS = 1 << 20  # of an input's gradient that are multiplied at once
 TILE = 128  # rows or columns of a matmul's tile
 MOST = 1 << 40  # rows or bytes: an operator's argument is an int64
 AS_FAST = 1.03  # ways within 3 % of the fastest are as fast, and the smallest of them is taken
@@ -80,6 +81,7 @@ class Shape(NamedTuple):
     input_grad: bool
     weight_grad: bool
     late: bool = False  # gradients in backward, with an upstream gradient a row
+    scaled: bool = False  # the input's alone, made in forward, times one a row in backward
     is_half: bool = False  # float16 operands: factors of rows wait outside, in float32
     wide: bool = False  # gradients in float32 although the weight is narrower
     into: bool = False  # the weight's gradient is added to a float32 tensor of the caller's
@@ -177,14 +179,16 @@ def parts(M: int, size: int) -> list[slice]:
 
 
 def padded(M: int, N: int) -> int:
-    """M rounded up to one of eight sizes an octave, at most N: buffers of sizes that repeat.
+    """M rounded up to one of eight sizes an octave, so that the sizes of buffers repeat.
+
+    At most N - 1, unless all N rows are meant.
 
     Example:
-        >>> padded(1500, 8192), padded(8000, 8192), padded(100, 100)
-        (1536, 8192, 100)
+        >>> padded(1500, 8192), padded(8000, 8192), padded(8192, 8192)
+        (1536, 8191, 8192)
     """
     step = 1 << max(0, (M - 1).bit_length() - 4)
-    return min(-(-M // step) * step, N)
+    return M if M == N else min(-(-M // step) * step, N - 1)
 
 
 # -- the plan --------------------------------------------------------------------------------------
@@ -205,26 +209,29 @@ def plan(name: str, shape: Shape, *, chunk_rows: int = UNSET, memory_budget: int
         ValueError: nothing fits the budget; the message names the least.
     """
     rounded = shape._replace(M=padded(shape.M, shape.N))
-    return _plan(name, rounded, chunk_rows, memory_budget)
+    found = _plan(rounded, chunk_rows, memory_budget)
+    if memory_budget and not chunk_rows and found.bytes > memory_budget:
+        raise ValueError(
+            f"{name}: memory_budget = {memory_budget}; the least that {shape.M} kept rows of "
+            f"V = {shape.V} and D = {shape.D} take is {found.bytes} bytes ({found.words()})"
+        )
+    return found
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(name: str, shape: Shape, chunk_rows: int, memory_budget: int) -> Plan:
+def _plan(shape: Shape, chunk_rows: int, memory_budget: int) -> Plan:
+    """The plan; the smallest where nothing fits."""
     if chunk_rows or (shape.is_cpu and not memory_budget):
         rows = chunk_rows or max(1, CPU_BYTES // (shape.sum_bytes() * shape.V))
         return by_rows(shape, rows, rows)
-    found = tuple(ways(shape, memory_budget or default_budget(shape), held=memory_budget > 0))
-    fitting = [p for p in found if p.bytes <= (memory_budget or default_budget(shape))]
+    budget = memory_budget or default_budget(shape)
+    found = tuple(ways(shape, budget, held=memory_budget > 0))
+    fitting = [p for p in found if p.bytes <= budget]
     if not fitting:
-        least = min(found, key=lambda p: p.bytes)
-        if memory_budget:
-            raise ValueError(
-                f"{name}: memory_budget = {memory_budget}; the least that {shape.M} kept rows of "
-                f"V = {shape.V} and D = {shape.D} take is {least.bytes} bytes ({least.words()})"
-            )
-        return least
+        return min(found, key=lambda p: p.bytes)
     fastest = min(p.seconds() for p in fitting)
-    return min((p for p in fitting if p.seconds() <= AS_FAST * fastest), key=lambda p: p.bytes)
+    as_fast = [p for p in fitting if p.seconds() <= AS_FAST * fastest]
+    return min(as_fast, key=lambda p: (p.bytes, p.seconds()))
 
 
 def default_budget(shape: Shape) -> int:
@@ -245,12 +252,14 @@ def busy_rows(shape: Shape) -> int:
 
 
 def ways(shape: Shape, budget: int, *, held: bool) -> Iterator[Plan]:
-    """Every way in sizes that are worth a look under a budget, the smallest among them."""
+    """Every way in sizes that are worth a look, down to the smallest where a budget asks.
+
+    `held`: a caller has set the budget, so that logits may be held and made twice for it.
+    """
     M, busy = max(1, shape.M), busy_rows(shape)
-    sizes = [k * busy for k in (1, 2, 4, 8)]
-    while sizes[0] > LEAST_ROWS and by_rows(shape, sizes[0], sizes[0]).bytes > budget:
-        sizes.insert(0, sizes[0] // 2)
-    sizes = sorted({min(size, M) for size in sizes} | {M})
+    sizes = {min(k * busy, M) for k in (1, 2, 4, 8)} | {M}
+    if held:
+        sizes |= {min(busy >> k, M) for k in range(1, busy.bit_length()) if busy >> k >= LEAST_ROWS}
     for group in _groups(shape, sizes) if shape.weight_grad else ():
         if shape.is_narrow():
             yield from (by_rows(shape, size, group) for size in sizes if size < group)
@@ -259,11 +268,8 @@ def ways(shape: Shape, budget: int, *, held: bool) -> Iterator[Plan]:
         yield hold(shape, 4 * busy)
     if not shape.weight_grad or not (shape.late or (held and not shape.is_half)):
         return
-    rows = 2 * busy
-    while rows > LEAST_ROWS and by_slices(shape, rows, LEAST_COLUMNS).bytes > budget:
-        rows //= 2
-    for fewer in {rows, max(rows // 2, min(rows, LEAST_ROWS))}:
-        yield from (by_slices(shape, fewer, columns) for columns in _columns(shape, fewer, budget))
+    for rows in sorted({max(1, busy // 2), *(size for size in sizes if size <= 2 * busy)}):
+        yield from (by_slices(shape, rows, columns) for columns in _columns(shape, rows, budget))
 
 
 def _groups(shape: Shape, sizes: Iterable[int]) -> list[int]:
@@ -308,7 +314,8 @@ def by_rows(shape: Shape, rows: int, group: int) -> Plan:
     multiplying += summed - _of_weight(s) if summed else _before_factor(s)
     multiplying += group * s.D * s.operand_bytes if s.is_half else 0
     finishing = summed + _waiting(s) + (s.N * s.D * s.input_bytes if s.wide else 0)
-    most = max(making, multiplying, finishing) if s.weight_grad else making
+    rest = (multiplying, finishing) if s.weight_grad else (_scaling(s),)
+    most = max(making, *rest)
     again = int(s.late and (s.input_grad or s.weight_grad))  # the logits, in backward
     matmuls = 1 + s.input_grad + s.weight_grad + again
     slower = (matmuls - s.weight_grad) / _busy(chunk) + s.weight_grad / _busy(group)
@@ -336,7 +343,8 @@ def by_slices(shape: Shape, rows: int, columns: int) -> Plan:
         slicing += columns * s.D * s.operand_bytes
     if s.is_half and s.weight_grad:
         slicing += _before_factor(s, columns) + M * s.D * s.operand_bytes
-    finishing = summed if _is_whole(s) else summed + M * s.D * s.input_bytes
+    scattered = not _is_whole(s) and s.input_bytes < s.sum_bytes()
+    finishing = summed + (M * s.D * s.input_bytes if scattered and summed else 0)
     matmuls = 2 + s.input_grad + s.weight_grad
     slower = 1 / _busy(chunk) + (matmuls - 1) / _busy(columns, FULL_COLUMNS)
     of_sum = 2 * summed * (-(-s.V // columns) - 1)
@@ -415,6 +423,14 @@ def _before_factor(s: Shape, columns: int = MOST) -> int:
     if not (s.is_half and s.weight_grad):
         return 0
     return s.sum_bytes() * min(columns * s.D, s.V * s.D, FACTOR_ELEMENTS)
+
+
+def _scaling(s: Shape) -> int:
+    """The input's gradient as it waits for an upstream gradient a row, and some rows times that."""
+    if not s.scaled:
+        return 0
+    waiting = s.N * s.D * (s.sum_bytes() if s.wide else s.input_bytes)
+    return waiting + s.sum_bytes() * min(s.N * s.D, SCALED_ELEMENTS)
 
 
 def _copied_weight(s: Shape) -> int:

@@ -33,6 +33,7 @@ class Pieces(NamedTuple):
     chunk_rows: int | None = None
     memory_budget: int | None = None
     accumulate_into: Tensor | None = None
+    weight: Tensor | None = None  # whose gradient is added there, as it was passed
 
     def asked(self) -> tuple[object, ...]:
         """What has to be the same on every rank."""
@@ -83,24 +84,42 @@ class Pieces(NamedTuple):
         if into.requires_grad or not into.is_contiguous():
             what = "requires grad" if into.requires_grad else "is not contiguous"
             raise ValueError(f"{name}: {label} {what}; pass a plain contiguous tensor to add to")
-        if is_traced(linear_weight, into):
-            raise RuntimeError(
-                f"{name}: {label} is written to in backward, which torch.compile, torch.func, "
-                "dispatch modes and tensor subclasses (FSDP's DTensors) would not see; leave it out"
-            )
-        if not torch.is_grad_enabled():
-            return
-        if not (linear_weight.is_leaf and linear_weight.requires_grad):
-            why = "does not require grad" if linear_weight.is_leaf else "is no leaf of the graph"
+        if torch.is_grad_enabled():
+            _check_weight_of(name, label, linear_weight)
+            if into.data_ptr() == linear_weight.data_ptr():
+                raise ValueError(f"{name}: {label} is linear_weight's own memory")
+
+
+def _check_weight_of(name: str, label: str, weight: Tensor) -> None:
+    """Refuse a weight whose gradient somebody else would look for."""
+    if is_traced(weight):
+        raise RuntimeError(
+            f"{name}: {label} is written to in backward, which torch.compile, torch.func, "
+            "dispatch modes and tensor subclasses such as DTensor would not see; leave it out"
+        )
+    if _is_inside_ddp():
+        raise RuntimeError(
+            f"{name}: {label} would not be reduced over the ranks by DistributedDataParallel, "
+            "which only sees `.grad`; leave it out"
+        )
+    if not (weight.is_leaf and weight.requires_grad):
+        why = "does not require grad" if weight.is_leaf else "is no leaf of the graph"
+        raise ValueError(
+            f"{name}: {label} adds up the gradient of linear_weight, which must be a leaf that "
+            f"requires grad; this one {why}"
+        )
+    for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if getattr(weight, hooks, None):
             raise ValueError(
-                f"{name}: {label} needs a linear_weight whose own gradient it is; this one {why}"
+                f"{name}: linear_weight has hooks on its gradient, which {label} would keep "
+                "from them; remove the hooks or leave it out"
             )
-        for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-            if getattr(linear_weight, hooks, None):
-                raise ValueError(
-                    f"{name}: linear_weight has hooks on its gradient, which {label} would keep "
-                    "from them; remove the hooks or leave it out"
-                )
+
+
+def _is_inside_ddp() -> bool:
+    """Whether a module wrapped in DistributedDataParallel is in its forward."""
+    wrapper = torch.nn.parallel.DistributedDataParallel
+    return getattr(wrapper, "_active_ddp_module", None) is not None
 
 
 def make_head_problem(

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from sgp.rows.recipe import accumulation_dtype
 
 SLICE = 1 << 21  # elements converted at once: 8 MiB of float32
+LEAST_SLICE = 64  # columns
 FACTOR_ELEMENTS = 1 << 24  # of a weight's gradient before its factor: 64 MiB
 # With as many columns a GPU's matmul for the weight's gradient is fastest: what it reads again is
 # still in L2.
@@ -91,8 +92,10 @@ def add_weight_gradient(
             some.mul_(factor)
             out[part] = some if first else some.add_(out[part])
         return
-    is_exact = g.dtype == hidden.dtype == out.dtype
-    if not is_exact and not (g.dtype == hidden.dtype and _has_wide(g, "mm")):
+    has_wide = g.dtype == hidden.dtype and _has_wide(g, "mm")
+    # A CPU's matmul of 16 bits need not add up in float32.
+    is_exact = g.dtype == hidden.dtype == out.dtype and (has_wide or out.dtype in EXACT)
+    if not (is_exact or has_wide):
         _add_converted(g, hidden, out, first=first)
         return
     for part in _ranges(out.shape[0], FAST_COLUMNS if g.is_cuda else out.shape[0]):
@@ -132,8 +135,8 @@ def _slices(weight: Tensor, rows: Tensor) -> Iterator[slice]:
 
 
 def _ranges(V: int, step: int) -> Iterator[slice]:
-    """V columns, at least 64 at a time."""
-    step = max(64, step)
+    """V columns, at least LEAST_SLICE at a time."""
+    step = max(LEAST_SLICE, step)
     for start in range(0, V, step):
         yield slice(start, min(start + step, V))
 

@@ -39,6 +39,7 @@ class Sums:
     def add_input(self, part: slice, g: Tensor, weight: Tensor) -> None:
         """The input's gradient of some kept rows, from that of their logits (m, V)."""
         if self.head.call.needs.input:
+            self._finish_pending()  # or two of them would be held
             values = products.input_gradient(g, weight, self.head.sums_dtype)
             self.put_input(part, values)
 
@@ -46,7 +47,6 @@ class Sums:
         """Rows of the input's gradient, complete but for what other ranks have of them."""
         if self.factors is not None:
             values.mul_(self.factors.rest[part, None])
-        self._finish_pending()
         summing = self.head.operations.start_sum(values)
         if summing is None:
             self._put(part, values)

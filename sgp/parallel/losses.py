@@ -298,7 +298,7 @@ def linear_cross_entropy(
     recipe = Recipe(ignore, label_smoothing, softcap, logit_scale, lse_square_scale)
     denominator = check_reduction(name, reduction, denominator)
     check_argmax(name, return_stats, return_argmax)
-    pieces = Pieces(chunk_rows, memory_budget, accumulate_into)
+    pieces = Pieces(chunk_rows, memory_budget, accumulate_into, local_weight)
     problem, head = head_problem(
         name, input, local_weight, linear_bias, target, token_weight, recipe, pieces, shift
     )
@@ -409,7 +409,7 @@ def linear_token_log_probs(
     check_flags(name, sum_input_grad=sum_input_grad, return_argmax=return_argmax)
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
-    pieces = Pieces(chunk_rows, memory_budget, accumulate_into)
+    pieces = Pieces(chunk_rows, memory_budget, accumulate_into, local_weight)
     problem, head = head_problem(
         name, input, local_weight, linear_bias, target, None, recipe, pieces, shift
     )

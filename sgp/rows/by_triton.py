@@ -87,7 +87,7 @@ def backward(
             (
                 "backward", logits.device, recipe, V, _known(source), _known(sink),
                 _dtype(weight), _dtype(row_weight), _dtype(upstream.lse), _dtype(upstream.entropy),
-                columns,
+                None if columns is None else (*map(_kind, columns),),
             ),
             (source.ptr, sink.ptr, target, saved, weight, row_weight, *upstream),
             N,
@@ -168,6 +168,11 @@ def _copy_back(written: Matrix | None, x: Tensor | None) -> None:
     """Into x from the copy that was written in its place, if there is one."""
     if written is not None and x is not None and written.ptr is not x:
         x.copy_(written.ptr)
+
+
+def _kind(x: int) -> tuple[bool, bool, bool]:
+    """What Triton looks at in an integer."""
+    return x == 1, x % 16 == 0, x < 1 << 31
 
 
 def _dtype(x: Tensor | None) -> torch.dtype | None:
