@@ -139,13 +139,13 @@ def linear_cross_entropy(
         memory_budget: the most bytes that the call may hold at once beyond its inputs, its results
             and gradients; the planner takes the fastest way that fits, always with float32 sums.
             None: as many as a chunk of 4096 rows and a float32 sum of the weight's gradient take,
-            `4 V (min(M, 4096) + D)` less the gradient, for more memory is not faster; on a CPU
-            256 MiB of logits. `sgp plan` shows the ways. Not together with `chunk_rows`.
+            `4 V (min(M, 4096) + D)` less the gradient, or 1024 rows with a frozen head, because
+            more would hardly be faster; on a CPU 256 MiB of logits. `sgp plan` shows the ways.
         accumulate_into: a float32 tensor like `linear_weight` (float64 for a float64 one), to which
             its gradient is added in backward, such as Megatron's `main_grad`; `linear_weight.grad`
-            gets nothing. Refused for a weight that is no leaf or has hooks on its gradient, for
-            DTensors, and under torch.compile; a wrapper that reduces `.grad` over ranks (DDP) does
-            not see it.
+            gets nothing. Any backward through the call adds. Refused for a weight that is no leaf
+            or has hooks on its gradient, inside DDP, for DTensors and under torch.compile; FSDP2
+            would not reduce what is added in a module's forward, and cannot be recognised there.
         return_stats, return_argmax: return (loss, TokenLogProbs), detached, from the same pass; as
             in `cross_entropy`.
         options: PyTorch's, accepted and ignored.

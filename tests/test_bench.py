@@ -222,8 +222,13 @@ def test_predictions_by_hand():
     assert linear.flops_ms == pytest.approx(1e3 * flops / 0.75e14)
     assert linear.bytes_ms == pytest.approx(1e3 * 6 * 2_048 * 151_936 / 0.9e12)
     whole = predict.predict(Case("linear", cases.QWEN_3, 8_192, 1.0), gpu)
-    extra = whole.bytes - 4 * linear.bytes
-    assert extra == pytest.approx(8 * 2 * 151_936 * 4_096), "two chunks into one accumulator"
+    assert whole.bytes == pytest.approx(4 * linear.bytes), "the gradient is kept, nothing summed"
+    large = predict.predict(Case("linear", cases.QWEN_3, 32_768, 1.0), gpu)
+    extra = large.bytes - 16 * linear.bytes
+    assert extra == pytest.approx(8 * 7 * 151_936 * 4_096), "eight groups into one sum"
+    late = predict.predict(Case("linear log-probs", cases.QWEN_3, 8_192, 1.0), gpu)
+    kernels = (2 * 4 + 2) * 8_192 * 151_936
+    assert (late.bytes - kernels) % (8 * 8_192 * 4_096) == 0, "slices add to the input's gradient"
 
 
 def test_float16_is_predicted_as_its_gradient_is_made():

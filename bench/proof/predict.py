@@ -116,6 +116,8 @@ def predict(case: Case, gpu: Gpu) -> Prediction:
         moved += 8.0 * (-(-V // way.columns) - 1) * M * D
     elif way.group < M:
         moved += 8.0 * (-(-M // way.group) - 1) * V * D
+    if case.dtype == "float16" and case.form == "linear":  # waits for its factor in float32
+        moved += 8.0 * V * D
     bytes_ms, flops_ms = 1e3 * moved / speed, 1e3 * flops / rate
     total = bytes_ms + flops_ms + launches
     again = 4.0 * M * V if case.form == "linear" else 0.0

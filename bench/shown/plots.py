@@ -18,6 +18,8 @@ MIB = 1 << 20
 COLORS = {  # of seaborn's colorblind palette: sgp is the dark blue
     "sgp": "#0173b2",
     "sgp, in place": "#56b4e9",
+    "sgp, small budget": "#56b4e9",
+    "sgp, logits held": "#56b4e9",
     "sgp, kept rows": "#029e73",
     "PyTorch, kept rows": "#de8f05",
     "PyTorch, all rows": "#949494",
@@ -30,7 +32,7 @@ COLORS = {  # of seaborn's colorblind palette: sgp is the dark blue
     "flash-linear-attention": "#7f6d5f",
     "TRL": "#333333",
 }
-MARKERS = dict(zip(COLORS, "oDPs^vX<>dph*", strict=True))
+MARKERS = dict(zip(COLORS, "oDPs^vX<>dph*H8"[: len(COLORS)], strict=True))
 BOUNDS = {
     "logits": "bound: its bytes at a copy's speed",
     "linear": "bound: the bare matmuls of the kept rows",

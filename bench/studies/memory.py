@@ -250,7 +250,8 @@ def main() -> int:
     """Count, show, write; 1 if anything is not within 5 %."""
     parser = argparse.ArgumentParser(
         prog="python -m bench memory",
-        description="Peak memory of the linear head, way by way: planned and counted.",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, metavar="FILE")

@@ -269,7 +269,7 @@ def linear_cross_entropy(
         weight: class weights of the whole vocabulary (V,).
         ignore_index, reduction, label_smoothing, token_weight, denominator, softcap, logit_scale,
             lse_square_scale, shift, chunk_rows, return_stats, return_argmax: as in
-            `sgp.linear_cross_entropy`. `chunk_rows` None takes the largest shard's.
+            `sgp.linear_cross_entropy`. All ranks plan by the largest part.
         memory_budget: as in `sgp.linear_cross_entropy`, the same on every rank: what the rank with
             the largest shard may hold, by which all of them plan.
         accumulate_into: this rank's part (V_r, D), on every rank or on none.
