@@ -253,6 +253,9 @@ def test_gradients_are_added_to_a_callers_tensor(name, dtype, force):
 # -- what a tensor of the caller's may be ----------------------------------------------------------
 
 
+HEAD_OF_ITS_OWN = weight(requires_grad=True)
+
+
 def hooked(register):
     found = weight(requires_grad=True)
     getattr(found, register)(lambda *_: None)
@@ -269,6 +272,7 @@ def hooked(register):
         (weight(requires_grad=True), torch.zeros(D, V).t(), ValueError, "not contiguous"),
         (weight(), weight(), ValueError, "does not require grad"),
         (weight(requires_grad=True) * 2, weight(), ValueError, "no leaf"),
+        (HEAD_OF_ITS_OWN, HEAD_OF_ITS_OWN.detach(), ValueError, "own memory"),
         (hooked("register_hook"), weight(), ValueError, "hooks"),
         (hooked("register_post_accumulate_grad_hook"), weight(), ValueError, "hooks"),
     ],
@@ -278,6 +282,18 @@ def test_tensors_that_cannot_be_added_to(head, into, error, words, form):
     function = {"loss": sgp.linear_cross_entropy, "log-probs": sgp.linear_token_log_probs}[form]
     with pytest.raises(error, match=words):
         function(torch.randn(2, D), head, torch.tensor([1, 2]), accumulate_into=into)
+
+
+def test_nothing_is_added_inside_ddp(monkeypatch):
+    """Which PyTorch knows by a private name: a new one must be noticed here."""
+    wrapper = torch.nn.parallel.DistributedDataParallel
+    assert hasattr(wrapper, "_active_ddp_module")
+    monkeypatch.setattr(wrapper, "_active_ddp_module", wrapper)
+    with pytest.raises(RuntimeError, match="not be reduced over the ranks by DistributedData"):
+        sgp.linear_cross_entropy(
+            torch.randn(2, D), weight(requires_grad=True), torch.tensor([1, 2]),
+            accumulate_into=torch.zeros(V, D),
+        )  # fmt: skip
 
 
 def test_nothing_is_added_under_compile_or_a_transform():

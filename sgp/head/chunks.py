@@ -13,8 +13,7 @@ is done twice:
   at a time, for all rows. A slice's part of the weight's gradient is finished when it is made; the
   input's is summed, `4 M D` bytes. Four matmuls instead of three, and the least memory. Gradients
   that are asked for in backward, with a factor a row, make the logits again anyway.
-* **held**: for those gradients, float32 logits that wait for the backward, where a budget says that
-  they may.
+* **held**: for those gradients, float32 logits wait for the backward, where a budget has room.
 
 Everything is chosen from shapes, dtypes and a budget alone, never from free memory: two ranks and
 two runs agree. Time is that of a nominal GPU by its data sheet, which decides between ways only.
@@ -201,9 +200,8 @@ def plan(name: str, shape: Shape, *, chunk_rows: int = UNSET, memory_budget: int
         name: of the function, for messages.
         shape: of the call.
         chunk_rows: chunks of so many rows, each added to the gradients at once.
-        memory_budget: bytes that the call may hold beyond inputs, results and gradients. UNSET: as
-            many as a chunk of 4096 rows and a float32 sum of the weight's gradient take, which is
-            where more memory stops to be faster; on a CPU 256 MiB of logits.
+        memory_budget: bytes that the call may hold beyond inputs, results and gradients. UNSET:
+            `default_budget`, beyond which more hardly helps; on a CPU 256 MiB of logits.
 
     Raises:
         ValueError: nothing fits the budget; the message names the least.
@@ -252,10 +250,7 @@ def busy_rows(shape: Shape) -> int:
 
 
 def ways(shape: Shape, budget: int, *, held: bool) -> Iterator[Plan]:
-    """Every way in sizes that are worth a look, down to the smallest where a budget asks.
-
-    `held`: a caller has set the budget, so that logits may be held and made twice for it.
-    """
+    """Every way in sizes worth a look; with `held`, of a caller's budget, down to the smallest."""
     M, busy = max(1, shape.M), busy_rows(shape)
     sizes = {min(k * busy, M) for k in (1, 2, 4, 8)} | {M}
     if held:
