@@ -138,9 +138,9 @@ def linear_cross_entropy(
             gradients before the next is made. None: by the planner (`sgp/head/chunks.py`).
         memory_budget: the most bytes that the call may hold at once beyond its inputs, its results
             and gradients; the planner takes the fastest way that fits, always with float32 sums.
-            None: as many as a chunk of 4096 rows and a float32 sum of the weight's gradient take,
-            `4 V (min(M, 4096) + D)` less the gradient, or 1024 rows with a frozen head, because
-            more would hardly be faster; on a CPU 256 MiB of logits. `sgp plan` shows the ways.
+            None: as many as a chunk, of equal ones of at most 4096 rows, and a float32 sum of the
+            weight's gradient take, or 1024 rows with a frozen head, because more would be little
+            faster; on a CPU 256 MiB of logits. `sgp plan` shows the ways.
         accumulate_into: a float32 tensor like `linear_weight` (float64 for a float64 one), to which
             its gradient is added in backward, such as Megatron's `main_grad`; `linear_weight.grad`
             gets nothing. Any backward through the call adds. Refused for a weight that is no leaf

@@ -248,9 +248,13 @@ def counted(up: str) -> str:
     largest = max(records, key=lambda r: abs(r["by"] - 1))
     over = "more" if largest["by"] > 1 else "less"
     fewest = min(r["by"] for r in records)
-    below = "none holds less" if fewest >= 1 else f"the least is {fewest:.3f} times the plan"
+    below = (
+        "none holds less"
+        if fewest >= 1
+        else f"the one that holds least has {fewest:.3f} times its plan"
+    )
     return (
-        f"On a CPU, {len(records)} ways were counted: every kind, in bf16, float16, float32 and "
+        f"On a CPU, {len(records)} cases were counted: every way in bf16, float16, float32 and "
         f"autocast, with {size['N']} tokens, V = {gpu_tables.spaced(size['V'])} and "
         f"D = {size['D']}. The farthest from its plan holds {100 * abs(largest['by'] - 1):.1f} % "
         f"{over} ({largest['way']}, {largest['dtype']}), and {below}. `python -m bench memory`, "

@@ -5,7 +5,7 @@
 
 A way is forced, one call is made forward and backward, and the most bytes that were held at once
 are counted, less the gradients: on a CPU from the allocator's events, with the float32 copies of
-slices that only a CPU makes kept tiny. The last column is counted by planned.
+slices that only a CPU makes kept tiny. The last column is counted divided by planned.
 """
 
 from __future__ import annotations
@@ -256,6 +256,8 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, metavar="FILE")
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no CUDA device")
     device = torch.device(arguments.device)
     described = machine.describe(device)
     today = dt.datetime.now(dt.timezone.utc).date().isoformat()
