@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sgp
 from bench.studies import memory
-from sgp.head import chunks
+from sgp.head import chunks, products
 from sgp.head.chunks import Plan, Shape
 from sgp.train.memory import cpu_peak
 from tests import test_linear, test_log_probs
@@ -272,7 +272,7 @@ def hooked(register):
         (weight(requires_grad=True), torch.zeros(D, V).t(), ValueError, "not contiguous"),
         (weight(), weight(), ValueError, "does not require grad"),
         (weight(requires_grad=True) * 2, weight(), ValueError, "no leaf"),
-        (HEAD_OF_ITS_OWN, HEAD_OF_ITS_OWN.detach(), ValueError, "own memory"),
+        (HEAD_OF_ITS_OWN, HEAD_OF_ITS_OWN.detach(), ValueError, "shares memory"),
         (hooked("register_hook"), weight(), ValueError, "hooks"),
         (hooked("register_post_accumulate_grad_hook"), weight(), ValueError, "hooks"),
     ],
@@ -389,13 +389,13 @@ def test_peak_memory_is_the_planned(case):
         assert abs(record["by"] - 1) <= memory.WITHIN, record
 
 
-@pytest.mark.parametrize("kept", [511 / 512, 0.25])
 @pytest.mark.parametrize(
-    ("dtype", "needs", "reduction"),
-    [("bf16", "both", "mean"), ("bf16", "both", "none"), ("fp32", "weight", "mean"),
-     ("bf16", "input", "none"), ("fp16", "both", "none")],
+    ("kept", "dtype", "needs", "reduction"),
+    [(0.25, "bf16", "both", "mean"), (0.25, "bf16", "both", "none"), (0.25, "fp16", "both", "none"),
+     (0.25, "bf16", "input", "none"), (511 / 512, "bf16", "both", "mean"),
+     (511 / 512, "fp32", "weight", "mean")],
 )  # fmt: skip
-def test_peak_memory_of_wide_hidden_states(dtype, needs, reduction, kept):
+def test_peak_memory_of_wide_hidden_states(kept, dtype, needs, reduction):
     """M D is no small part of it, and one row alone is ignored."""
     case = memory.Case(dtype, kept, needs, reduction)
     for record in memory.study(torch.device("cpu"), (case,), (512, 8192, 512)):
@@ -454,6 +454,28 @@ def test_nothing_waits_for_a_gpu(name, reduction, force, monkeypatch):
         passes = 1 if reduction == "mean" and not extra else 2
         assert "aten::nonzero" not in names
         assert names.count("aten::_local_scalar_dense") == passes
+
+
+def test_what_trains_in_a_budget_is_evaluated_in_it():
+    """Also where a copy of the weight under autocast is larger than that, and has no gradient."""
+    head = sgp.LinearCrossEntropyLoss(256, 20_000, memory_budget=4 << 20)
+    hidden = torch.randn(512, 256, requires_grad=True)
+    target = torch.randint(20_000, (512,))
+    target[64:] = IGNORE
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = head(hidden, target)
+        with torch.no_grad():
+            torch.testing.assert_close(head(hidden, target), trained.detach())
+    with torch.no_grad(), pytest.raises(ValueError, match="the least that 64 kept rows"):
+        sgp.linear_cross_entropy(hidden[:, :1], head.linear.weight[:, :1], target, memory_budget=1)
+
+
+def test_a_bias_is_summed_a_few_columns_at_a_time():
+    g, total = torch.randn(512, 16_384).bfloat16(), torch.zeros(16_384)
+    with cpu_peak() as held:
+        products.add_bias_gradient(g, total)
+    assert held.peak_bytes <= 1.1 * 4 * products.SLICE < 4 * g.numel()
+    assert test_linear.relative_error(total, g.double().sum(0)) < 1e-6
 
 
 # -- what is chosen --------------------------------------------------------------------------------

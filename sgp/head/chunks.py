@@ -15,8 +15,8 @@ is done twice:
   that are asked for in backward, with a factor a row, make the logits again anyway.
 * **held**: for those gradients, float32 logits wait for the backward, where a budget has room.
 
-Everything is chosen from shapes, dtypes and a budget alone, never from free memory: two ranks and
-two runs agree. Time is that of a nominal GPU by its data sheet, which decides between ways only.
+Everything is chosen from shapes, dtypes and a budget alone, so that two ranks and two runs agree,
+and by the data sheet of a nominal GPU.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ TILE = 128  # rows or columns of a matmul's tile
 MOST = 1 << 40  # rows or bytes: an operator's argument is an int64
 AS_FAST = 1.03  # ways within 3 % of the fastest are as fast, and the smallest of them is taken
 
-# A matmul of n rows reaches n / (n + 80) of its full rate, one of n columns n / (n + 100): a fit to
-# 256 to 8192 rows and 4096 to 16 384 columns at D = 4096 on an H100 and an H200.
+# A matmul of n rows reaches n / (n + 80) of its full rate, one of n columns n / (n + 100): a fit.
 FULL_ROWS, FULL_COLUMNS = 80, 100
 
 UNSET = 0  # of chunk_rows and memory_budget
@@ -197,8 +196,7 @@ def plan(name: str, shape: Shape, *, chunk_rows: int = UNSET, memory_budget: int
     """The way that a call takes.
 
     Args:
-        name: of the function, for messages.
-        shape: of the call.
+        name, shape: of the function, for messages, and of the call.
         chunk_rows: chunks of so many rows, each added to the gradients at once.
         memory_budget: bytes that the call may hold beyond inputs, results and gradients. UNSET:
             `default_budget`, beyond which more hardly helps; on a CPU 256 MiB of logits.
@@ -208,7 +206,10 @@ def plan(name: str, shape: Shape, *, chunk_rows: int = UNSET, memory_budget: int
     """
     rounded = shape._replace(M=padded(shape.M, shape.N))
     found = _plan(rounded, chunk_rows, memory_budget)
-    if memory_budget and not chunk_rows and found.bytes > memory_budget:
+    room = memory_budget
+    if not (shape.input_grad or shape.weight_grad):  # what trains in a budget is evaluated in it
+        room += shape.V * shape.D * shape.weight_bytes + shape.N * shape.D * shape.input_bytes
+    if memory_budget and not chunk_rows and found.bytes > room:
         raise ValueError(
             f"{name}: memory_budget = {memory_budget}; the least that {shape.M} kept rows of "
             f"V = {shape.V} and D = {shape.D} take is {found.bytes} bytes ({found.words()})"

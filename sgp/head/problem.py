@@ -86,8 +86,9 @@ class Pieces(NamedTuple):
             raise ValueError(f"{name}: {label} {what}; pass a plain contiguous tensor to add to")
         if torch.is_grad_enabled():
             _check_weight_of(name, label, linear_weight)
-            if into.data_ptr() == linear_weight.data_ptr():
-                raise ValueError(f"{name}: {label} is linear_weight's own memory")
+            begins, ends = linear_weight.data_ptr(), linear_weight.data_ptr() + linear_weight.nbytes
+            if into.data_ptr() < ends and begins < into.data_ptr() + into.nbytes:
+                raise ValueError(f"{name}: {label} shares memory with linear_weight")
 
 
 def _check_weight_of(name: str, label: str, weight: Tensor) -> None:

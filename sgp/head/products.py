@@ -107,6 +107,15 @@ def add_weight_gradient(
             out[part].addmm_(g[:, part].t(), hidden)
 
 
+def add_bias_gradient(g: Tensor, out: Tensor) -> None:
+    """Out (V,) += the sum of g (m, V) over its rows, in out's dtype."""
+    if g.is_cuda or g.dtype == out.dtype:
+        out += g.sum(0, dtype=out.dtype)
+        return
+    for part in _ranges(g.shape[1], SLICE // max(1, g.shape[0])):  # a CPU converts what it sums
+        out[part] += g[:, part].sum(0, dtype=out.dtype)
+
+
 def _add_converted(g: Tensor, hidden: Tensor, out: Tensor, *, first: bool) -> None:
     wide = hidden.float()
     for part in _slices(out, g):

@@ -104,7 +104,7 @@ class Sums:
         if self.d_bias is None:
             return
         if f is None:
-            self.d_bias[columns] += g.sum(0, dtype=self.d_bias.dtype)
+            products.add_bias_gradient(g, self.d_bias[columns])
         else:
             share = f.of_hidden[part, None].to(weighted.dtype)
             products.add_weight_gradient(g, share, self.d_bias[columns, None], first=False)
