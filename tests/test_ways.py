@@ -336,6 +336,7 @@ def test_megatrons_hooks(overlaps, form):
         loss = -found.log_prob.mean()
     loss.backward()
     assert ready == [head]
+    assert head.grad_added_to_main_grad, "or the hooks read a .grad of zeros for nothing"
     truth = test_linear.truth_of([hidden, head, None], target)
     assert test_linear.relative_error(head.main_grad, truth[2]) < 1e-6
     assert head.grad is None
