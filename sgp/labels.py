@@ -26,6 +26,20 @@ def padded_rows(target: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
     return padded, torch.tensor(rows.numel(), device="cpu")
 
 
+def kept_counts(kept: Tensor, num_sequences: int, boundaries: Tensor | None) -> Tensor:
+    """(S,) int64: how many rows of each sequence are kept, of (N,) bool.
+
+    Example:
+        >>> kept_counts(torch.tensor([True, False, True, True]), 2, None)
+        tensor([1, 2])
+    """
+    if boundaries is None:
+        length = kept.numel() // max(1, num_sequences)
+        return kept.view(num_sequences, length).sum(1)
+    up_to = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.cumsum(0)])
+    return up_to[boundaries].diff()[:num_sequences]
+
+
 def shifted(target: Tensor, length: int, ignore: int, ahead: int) -> Tensor:
     """Values (N,) moved to the rows that predict them, in sequences of `length` tokens.
 

@@ -17,7 +17,8 @@ among them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from sgp.rows.problem import (
 )
 from sgp.rows.recipe import Recipe, accumulation_dtype
 from sgp.rows.reduction import check_reduction, check_whole_sequences
+from sgp.rows.units import make_units
 from sgp.selection import Selection
 
 
@@ -52,6 +54,9 @@ class TokenLogProbs(NamedTuple):
     lse: Tensor  # float32
     is_top1: Tensor  # bool: no token is more probable than the target
     argmax: Tensor | None = None  # int64: as torch.argmax of the scores; a NaN counts as largest
+
+
+LossFunction = Callable[[TokenLogProbs, Tensor], "Tensor | tuple[Tensor, dict[str, Tensor]]"]
 
 
 def cross_entropy(
@@ -215,6 +220,65 @@ def linear_token_log_probs(
         return_argmax=return_argmax,
     )  # fmt: skip
     return TokenLogProbs(*(x.reshape(target.shape) for x in values if x is not None))
+
+
+def linear_loss(
+    input: Tensor,  # noqa: A002
+    linear_weight: Tensor,
+    target: Tensor | Selection,
+    loss_fn: LossFunction,
+    *,
+    by: str = "row",
+    groups: Tensor | Sequence[int] | None = None,
+    linear_bias: Tensor | None = None,
+    ignore_index: int | None = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    shift: bool | int = False,
+    return_stats: bool = False,
+) -> Any:
+    """The definition of `sgp.linear_loss`: `loss_fn` is called once, with every kept row.
+
+    Example:
+        >>> hidden, head = torch.randn(2, 5, 8), torch.randn(11, 8)
+        >>> labels = torch.randint(11, (2, 5))
+        >>> linear_loss(hidden, head, labels, lambda tokens, rows: -tokens.log_prob / 8).shape
+        torch.Size([])
+    """
+    name = "sgp.reference.linear_loss"
+    check_flags(name, return_stats=return_stats)
+    selection = _select(name, input, target, ignore_index, shift, None)
+    logits = _head(name, input, linear_weight, linear_bias, selection)
+    recipe = Recipe(softcap=softcap, logit_scale=logit_scale, temperature=temperature)
+    problem = make_problem(name, logits, selection, None, None, recipe)
+    units = make_units(name, by, groups, problem, selection, selection.num_kept)
+    found = token_log_probs(
+        logits, selection, temperature=temperature, softcap=softcap, logit_scale=logit_scale
+    )
+    rows = selection.rows
+    returned = loss_fn(TokenLogProbs(*(x.flatten()[rows] for x in found if x is not None)), rows)
+    numbers, metrics = returned if isinstance(returned, tuple) else (returned, None)
+    if units.present is None:
+        if problem.token_weight is not None:
+            numbers = numbers * problem.token_weight[rows]
+        place, size, shape = rows, selection.num_tokens, target.shape
+    else:
+        place, size, shape = units.present.nonzero().squeeze(1), units.number, (units.number,)
+        numbers = numbers[place] if len(numbers) == size else numbers
+
+    def scattered(x: Tensor) -> Tensor:
+        some = x[place] if len(x) == size else x
+        return x.detach().new_zeros(size).index_copy(0, place, some.detach()).view(shape)
+
+    result: list[Any] = [numbers.sum()]
+    if return_stats:
+        result.append(
+            TokenLogProbs(*(x.detach().view(target.shape) for x in found if x is not None))
+        )
+    if metrics is not None:
+        result.append({key: scattered(x) for key, x in metrics.items()})
+    return result[0] if len(result) == 1 else tuple(result)
 
 
 def _score(logits: Tensor, recipe: Recipe) -> Tensor:

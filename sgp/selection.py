@@ -14,6 +14,7 @@ from sgp.labels import (
     checked_boundaries,
     flat_weight,
     has_float64,
+    kept_counts,
     padded_rows,
     position_of,
     require_integers,
@@ -58,6 +59,7 @@ class Selection:
     dense_weight: Tensor | None = None  # (N,) fp32 or fp64
     boundaries: Tensor | None = None  # (S + 1,) or (S + 2,) int64; None: one sequence a row
     is_part: bool = False  # of sequences that were cut
+    kept_counts: Tensor | None = None  # (S,) int64 on the CPU: kept tokens of each sequence
 
     # -- what users read ------------------------------------------------------------------------
 
@@ -94,9 +96,22 @@ class Selection:
     @property
     def sequence(self) -> Tensor:
         """(M,) int64: the number of the sequence that each kept row belongs to."""
+        return self.sequence_of(self.rows)
+
+    def sequence_of(self, rows: Tensor) -> Tensor:
+        """The number of the sequence that each of these rows belongs to, without a wait.
+
+        Example:
+            >>> labels = torch.tensor([[-100, 5, 6], [-100, 7, 8]])
+            >>> Selection.from_labels(labels).sequence_of(torch.tensor([1, 4, 5]))
+            tensor([0, 1, 1])
+
+        Args:
+            rows: int64 positions among the flattened tokens, as `rows` has them.
+        """
         if self.boundaries is not None:
-            return torch.searchsorted(self.boundaries, self.rows, right=True) - 1
-        return self.rows // max(1, self.shape[-1])
+            return torch.searchsorted(self.boundaries, rows, right=True) - 1
+        return rows // max(1, self.shape[-1])
 
     @property
     def device(self) -> torch.device:
@@ -178,6 +193,7 @@ class Selection:
             is_part=True,
             dense_weight=None if self.dense_weight is None else some(self.dense_weight),
             boundaries=boundaries,
+            kept_counts=None,
         )
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> Selection:
@@ -294,6 +310,7 @@ class Selection:
             num_sequences=num_sequences,
             dense_weight=weight,
             boundaries=boundaries,
+            kept_counts=kept_counts(target != IGNORE, num_sequences, boundaries).cpu(),
         )
 
     @classmethod

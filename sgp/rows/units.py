@@ -1,0 +1,118 @@
+"""Which kept rows stand together in one call of a caller's loss: a row, a sequence, a group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sgp.labels import kept_counts
+from sgp.rows.problem import Problem
+from sgp.rows.recipe import shown
+from sgp.selection import Selection
+
+BY = ("row", "sequence", "group")
+
+
+class Units(NamedTuple):
+    """What has one number in a caller's loss: rows, or sequences or groups of them."""
+
+    by: str
+    number: int  # M rows, S sequences or G groups
+    ends: tuple[int, ...] = ()  # kept rows up to the end of each sequence or group; rows have none
+    present: Tensor | None = None  # (number,) bool on the device: has a kept row; None: rows
+
+    def longest(self) -> int:
+        """Kept rows of the longest."""
+        return max((b - a for a, b in zip((0, *self.ends), self.ends, strict=False)), default=1)
+
+    def mask(self, first: int, last: int) -> Tensor:
+        """(number,) bool: those from `first` to before `last` that have a kept row."""
+        assert self.present is not None, "of sequences or groups"  # noqa: S101
+        if first == 0 and last == self.number:
+            return self.present
+        place = torch.arange(self.number, device=self.present.device)
+        return self.present & (place >= first) & (place < last)
+
+
+def make_units(
+    name: str,
+    by: Any,
+    groups: Any,
+    problem: Problem,
+    target: Tensor | Selection,
+    kept: int,
+) -> Units:
+    """The units of a call; of labels, and of groups on a GPU, this waits for the device.
+
+    Args:
+        name: of the function, for messages.
+        by, groups: as they were passed.
+        problem, target: the rows, and what they were made from.
+        kept: M.
+
+    Raises:
+        ValueError, TypeError: an unknown `by`; groups without it, or of another shape, or that
+            fall; sequences that were cut, or that have weights.
+    """
+    if not isinstance(by, str) or by not in BY:
+        raise ValueError(f"{name}: by = {shown(by)}; expected one of {BY}")
+    if (groups is not None) != (by == "group"):
+        what = "needs groups, the number of each sequence's group" if by == "group" else (
+            f"together with groups = {shown(groups)}; groups belong to by='group'"
+        )  # fmt: skip
+        raise ValueError(f"{name}: by = {by!r} {what}")
+    if by == "row":
+        return Units(by, kept)
+    if problem.token_weight is not None:
+        raise ValueError(
+            f"{name}: by = {by!r} of a Selection with weights, which are of rows; multiply in "
+            "loss_fn instead, or use by='row'"
+        )
+    if problem.is_part:
+        raise ValueError(
+            f"{name}: by = {by!r} of a Selection that was cut: this rank does not have whole "
+            "sequences"
+        )
+    S = problem.num_sequences
+    counts = target.kept_counts if isinstance(target, Selection) else None
+    of_device = kept_counts(problem.target != problem.recipe.ignore_index, S, problem.boundaries)
+    counts = of_device if counts is None else counts
+    present = of_device > 0
+    ends = counts.cumsum(0).tolist()
+    if by == "sequence":
+        return Units(by, S, tuple(ends), present)
+    group_of = _checked_groups(name, groups, S)
+    lasts = [i for i in range(S) if i + 1 == S or group_of[i] != group_of[i + 1]]
+    last = torch.tensor(lasts, dtype=torch.int64, device="cpu")
+    if present.is_cuda:
+        last = last.pin_memory().to(present.device, non_blocking=True)
+    up_to = of_device.cumsum(0)[last]
+    present = torch.cat([up_to[:1], up_to.diff()]) > 0
+    return Units(by, len(lasts), tuple(ends[i] for i in lasts), present)
+
+
+def _checked_groups(name: str, groups: Any, num_sequences: int) -> list[int]:
+    """The group of each sequence, as numbers."""
+    if not isinstance(groups, (Tensor, Sequence)) or isinstance(groups, str):
+        raise TypeError(f"{name}: groups = {shown(groups)}; expected a tensor of integers")
+    try:
+        values = torch.as_tensor(groups)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: groups = {groups!r}; expected integers") from error
+    if values.numel() and (values.is_floating_point() or values.is_complex()):
+        raise TypeError(f"{name}: groups are {values.dtype}; expected integers")
+    if tuple(values.shape) != (num_sequences,):
+        raise ValueError(
+            f"{name}: groups are {tuple(values.shape)}; expected ({num_sequences},), the number of "
+            "each sequence's group"
+        )
+    listed: list[int] = values.tolist()
+    if sorted(listed) != listed:
+        raise ValueError(
+            f"{name}: groups = {listed} fall; put the sequences of a group next to each other and "
+            "number the groups in order"
+        )
+    return listed
