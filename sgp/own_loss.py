@@ -137,7 +137,7 @@ def linear_loss(
             "transforms cannot follow; use sgp.linear_token_log_probs"
         )
     head = linear_head(linear_weight, linear_bias, target, problem)
-    chosen = head_options(problem.recipe, head, pieces, Wanted(), name=name)
+    chosen = head_options(problem.recipe, head, pieces, Wanted(stats=True), name=name)
     units = make_units(name, by, groups, problem, target, int(head.num_kept))
     return own_loss(problem, head, units, loss_fn, chosen, return_stats=return_stats)
 

@@ -136,7 +136,8 @@ def with_loss(head: Head, units: Units, loss: OwnLoss) -> tuple[RowOutputs, Grad
     once = plan.way == "slices" or plan.rows < longest or not (trains and M)
     if trains and plan.rows < longest:
         _say_twice(head.call.name, units, plan)
-    out = new_outputs(head.input, head.target.numel(), Wanted(saved=trains and once, stats=True))
+    wanted = head.call.wanted._replace(saved=trains and once)
+    out = new_outputs(head.input, head.target.numel(), wanted)
     out.zero_()
     assert out.statistics is not None, "asked for"  # noqa: S101
     if not once:
