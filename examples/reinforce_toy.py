@@ -32,7 +32,7 @@ from sgp.train.model import tiny_llama
 FIRST, DIGITS = 2, 10  # digit d is token d + 2; 0 and 1 pad and end, and are never right
 STEPS, PROMPT = 3, 2  # a prompt is a step and a digit
 PROMPTS, GROUP, LENGTH = 16, 8, 8  # an update samples 8 completions for each of 16 prompts
-EPOCHS, LOW, HIGH, BETA, ENTROPY = 2, 0.2, 0.28, 0.02, 0.002
+EPOCHS, LOW, HIGH, BETA, ENTROPY = 2, 0.2, 0.28, 0.001, 0.08
 
 Loss = Callable[[Any, Tensor, Tensor, Tensor, Tensor], Tensor]
 

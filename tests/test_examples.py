@@ -1,5 +1,6 @@
 """Each example trains a few steps, without network."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,26 +8,33 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ALONE = sorted(
     path.name
     for path in EXAMPLES.glob("*.py")
-    if path.name not in ("common.py", "tensor_parallel.py")
+    if path.name not in ("common.py", "losses.py", "reinforce_toy.py", "tensor_parallel.py")
 )
 
 
-def losses_of(folder, name, *launcher):
-    """What an example prints of three steps."""
+def printed_by(folder, name, *launcher, more=()):
+    """What an example says of three steps."""
     offline = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
     done = subprocess.run(
-        [sys.executable, *launcher, EXAMPLES / name, "--steps", "3"],
+        [sys.executable, *launcher, EXAMPLES / name, "--steps", "3", *more],
         cwd=folder, env=os.environ | offline, capture_output=True, text=True, timeout=300,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "sgp.Collator" not in done.stderr, "no warning of ours"
-    losses = [float(x) for x in re.findall(r"loss'?:? '?(\d+\.\d+)", done.stdout)]
+    return done.stdout
+
+
+def losses_of(folder, name, *launcher):
+    """Those of three steps."""
+    printed = printed_by(folder, name, *launcher)
+    losses = [float(x) for x in re.findall(r"loss'?:? '?(\d+\.\d+)", printed)]
     assert len(losses) >= 3
     assert all(6 < loss < 8.5 for loss in losses[:3]), "about log 2048 at first"
     return losses
@@ -42,3 +50,15 @@ def test_a_split_head_has_the_losses_of_a_whole_one(tmp_path):
     one, two = (losses_of(tmp_path, "tensor_parallel.py", *torchrun, n) for n in ("1", "2"))
     assert two == pytest.approx(one, abs=2e-5)
     assert len(set(one)) == 3, "it trains"
+
+
+def test_a_policy_has_the_rewards_of_plain_pytorch(tmp_path):
+    printed = printed_by(tmp_path, "reinforce_toy.py", more=("--picture", "reward.png"))
+    rewards = re.findall(r"plain PyTorch (\d\.\d+), sgp.linear_loss (\d\.\d+)", printed)
+    assert len(rewards) == 3
+    assert all(plain == ours for plain, ours in rewards)
+    assert len(set(rewards)) == 3, "it trains"
+    found = json.loads((tmp_path / "reward.json").read_text())
+    assert [len(curve) for curve in found["rewards"].values()] == [3, 3]
+    with Image.open(tmp_path / "reward.png") as drawn:
+        assert drawn.size == (704, 396)

@@ -6,7 +6,9 @@ REINFORCE, SimPO and weighted fine-tuning are written here from their formulas. 
 are compared in float64, whatever the chunks.
 """
 
+import ast
 import importlib.util
+import re
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,17 +19,20 @@ from torch.nn import functional as F
 
 import sgp
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
 
 def of_examples(name):
     """A module of the folder, which is no package."""
-    path = Path(__file__).parent.parent / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 losses = of_examples("losses")
+# chunks that are shorter than a sequence are meant
+pytestmark = pytest.mark.filterwarnings("ignore:.*the logits are made twice")
 B, P, C, V, D = 6, 3, 7, 13, 5  # sequences of a prompt of 3 tokens and up to 7 of an answer
 LENGTHS = (7, 3, 5, 1, 6, 2)
 CHUNKS = (None, 1, 4, 100)
@@ -324,3 +329,33 @@ def test_a_sequence_without_loss_counts_as_one_without_gain(batch):
         losses.over_sequences(batch.selection), ratio="mean",
     )  # fmt: skip
     same(batch, loss_fn, expected, by="sequence")
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+def functions_of(text):
+    """Name -> source, without what a page leaves out: annotations and docstrings."""
+    found = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef):
+            for inner in ast.walk(node):
+                if isinstance(inner, ast.FunctionDef):
+                    inner.returns = None
+                    for argument in (*inner.args.args, *inner.args.kwonlyargs):
+                        argument.annotation = None
+                    if ast.get_docstring(inner) is not None:
+                        inner.body = inner.body[1:]
+            found[node.name] = ast.unparse(node)
+    return found
+
+
+def test_the_pages_recipes_are_those_of_the_file():
+    page = (EXAMPLES.parent / "docs" / "how-to" / "own-loss.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    shown = {name: code for block in blocks for name, code in functions_of(block).items()}
+    ours = functions_of((EXAMPLES / "losses.py").read_text())
+    both = shown.keys() & ours.keys()
+    assert both >= {"grpo", "clipped", "over_tokens", "ppo", "dpo", "pairs", "kto", "kto_z0"}
+    for name in both:
+        assert shown[name] == ours[name], name

@@ -43,6 +43,23 @@ def recall(up: str) -> str:
     return "\n".join([*lines, "", source, "", picture])
 
 
+def toy(up: str) -> str:
+    """Rewards of the toy with sgp.linear_loss and in plain PyTorch, and the picture."""
+    path, found = newest("own-loss-toy")
+    curves = found["rewards"]
+    lines = [f"| step | {' | '.join(curves)} |", "|---|---|---|"]
+    for step in (1, 25, 50, 100, found["steps"]):
+        cells = (f"{100 * curve[step - 1]:.1f} %" for curve in curves.values())
+        lines.append(f"| {step} | {' | '.join(cells)} |")
+    source = (
+        f"Mean reward of a step's samples; chance is {100 * found['chance']:.1f} %. "
+        f"{found['machine']['name']}, torch {found['versions']['torch']}, {found['date']} "
+        f"([results]({up}bench/results/{path.name}))."
+    )
+    picture = f"![Reward of both loops]({up}bench/results/{path.stem}.png)"
+    return "\n".join([*lines, "", source, "", picture])
+
+
 def context(up: str) -> str:
     """Time and memory of each way, beside one pass."""
     path, found = newest("context")
@@ -193,6 +210,8 @@ def gallery(up: str) -> str:
          "How near each comes to the bounds of memory and arithmetic on the same machine."),
         ("What a detached context does not learn", recall,
          "`python -m bench recall`: accuracy on a task that needs reading."),
+        ("A policy that learns", newest("own-loss-toy")[0].stem,
+         "`python examples/reinforce_toy.py --picture reward.png`: GRPO in both ways."),
     )  # fmt: skip
     return "\n\n".join(
         f"## {title}\n\n{text}\n\n![{title}]({up}bench/results/{stem}.png)"
@@ -201,6 +220,6 @@ def gallery(up: str) -> str:
 
 
 BLOCKS: dict[str, Callable[[str], str]] = {
-    "recall": recall, "context": context, "sft": sft, "gpu": gpu, "traffic": traffic,
+    "recall": recall, "toy": toy, "context": context, "sft": sft, "gpu": gpu, "traffic": traffic,
     "loops": loops, "train": train, "gallery": gallery,
 }  # fmt: skip
