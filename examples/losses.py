@@ -66,7 +66,7 @@ def grpo(
     """
     S, lengths = selection.num_sequences, lengths_of(selection)
     old_log_prob, num_tokens = old.flatten(), max(1, selection.num_kept)
-    divisors = torch.as_tensor(divisor, dtype=old.dtype, device=old.device).expand(S)
+    divisors = old.new_ones(S) * divisor
 
     def loss_fn(tokens: sgp.TokenLogProbs, rows: Tensor) -> Result:
         sequence = selection.sequence_of(rows)
