@@ -147,14 +147,14 @@ def draw(curves: dict[str, list[float]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     styles = ({"color": "#de8f05", "linewidth": 4, "alpha": 0.55}, {"color": "#0173b2"})
     for (name, curve), style in zip(curves.items(), styles, strict=True):
-        axes.plot([100 * x for x in curve], label=name, **style)
+        axes.plot(range(1, 1 + len(curve)), [100 * x for x in curve], label=name, **style)
     axes.axhline(100 / (FIRST + DIGITS), color="black", linestyle=":", linewidth=1, label="chance")
     axes.set_xlabel("step")
     axes.set_ylabel("mean reward, % of tokens that are right")
     axes.set_ylim(0, 103)
     axes.grid(visible=True, color="#e5e5e5")
     axes.spines[["top", "right"]].set_visible(b=False)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="center right")
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
 

@@ -51,8 +51,10 @@ def toy(up: str) -> str:
     for step in (1, 25, 50, 100, found["steps"]):
         cells = (f"{100 * curve[step - 1]:.1f} %" for curve in curves.values())
         lines.append(f"| {step} | {' | '.join(cells)} |")
+    apart = next((i for i, (a, b) in enumerate(zip(*curves.values(), strict=True)) if a != b), None)
+    equal = "All rewards are equal" if apart is None else f"The first {apart} rewards are equal"
     source = (
-        f"Mean reward of a step's samples; chance is {100 * found['chance']:.1f} %. "
+        f"{equal}. Mean reward of a step's samples; chance is {100 * found['chance']:.1f} %. "
         f"{found['machine']['name']}, torch {found['versions']['torch']}, {found['date']} "
         f"([results]({up}bench/results/{path.name}))."
     )
