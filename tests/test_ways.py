@@ -381,6 +381,9 @@ def test_whole_logits_take_no_budget(argument):
         memory.Case("autocast", 1.0, "both", "mean"),
         memory.Case("bf16", 0.25, "input", "mean"),
         memory.Case("bf16", 1.0, "both", "mean", into=True),
+        memory.Case("bf16", 0.9, "both", "own"),
+        memory.Case("fp16", 1.0, "both", "own"),
+        memory.Case("fp32", 0.9, "weight", "own"),
     ],
     ids=str,
 )

@@ -305,7 +305,8 @@ def by_rows(shape: Shape, rows: int, group: int) -> Plan:
     if narrow or groups == 1:
         making += (summed if groups > 1 else 0) - _of_weight(s)
     multiplying = (kept or logits) + rows_of_group + _waiting(s) + _converted(s, group)
-    multiplying += summed - _of_weight(s) if summed else _before_factor(s)
+    multiplying += summed - _of_weight(s) if summed else 0
+    multiplying += _before_factor(s) if s.own or not summed else 0
     multiplying += group * s.D * s.operand_bytes if s.is_half else 0
     finishing = summed + _waiting(s) + (s.N * s.D * s.input_bytes if s.wide else 0)
     rest = (multiplying, finishing) if s.weight_grad else (_scaling(s),)
