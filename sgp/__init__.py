@@ -1,11 +1,12 @@
 """Selective Gradient Propagation: the loss of the tokens you train on, for the price of those.
 
 `cross_entropy` replaces `torch.nn.functional.cross_entropy`, `linear_cross_entropy` the head before
-it too; `token_log_probs` and `linear_token_log_probs` give each token's log-probability;
-`Selection` says which tokens carry loss; `audit` shows where the gradient went; `huggingface.patch`
-puts the loss into a model of transformers, `trl` into TRL's trainers; `parallel` has the losses of
-a vocabulary split over ranks; `reference` is the definition of all in plain PyTorch.
-Kernels are imported at first use, and so is `trl`, which imports TRL.
+it too; `token_log_probs` and `linear_token_log_probs` give each token's log-probability, and
+`linear_loss` trains on what your own lines make of it; `Selection` says which tokens carry loss;
+`audit` shows where the gradient went; `huggingface.patch` puts the loss into a model of
+transformers, `trl` into TRL's trainers; `parallel` has the losses of a vocabulary split over ranks;
+`reference` is the definition of all in plain PyTorch. Kernels are imported at first use, and so is
+`trl`, which imports TRL.
 """
 
 # ruff: noqa: E402
@@ -25,6 +26,7 @@ from sgp.data.collator import Collator
 from sgp.linear import LinearCrossEntropyLoss, linear_cross_entropy
 from sgp.log_probs import linear_token_log_probs, token_log_probs
 from sgp.losses import CrossEntropyLoss, cross_entropy
+from sgp.own_loss import linear_loss
 from sgp.reference import TokenLogProbs
 from sgp.selection import Selection
 
@@ -41,6 +43,7 @@ __all__ = [
     "cross_entropy",
     "huggingface",
     "linear_cross_entropy",
+    "linear_loss",
     "linear_token_log_probs",
     "parallel",
     "reference",

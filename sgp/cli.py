@@ -200,7 +200,7 @@ def _audit(arguments: argparse.Namespace) -> _Job:
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    from sgp.head.chunks import GPUS  # noqa: PLC0415  # `import sgp` has it
+    from sgp.head.gpus import GPUS  # noqa: PLC0415  # `import sgp` has it
 
     parser.description = (
         "List the ways in which linear_cross_entropy can make its logits on a GPU: memory, "

@@ -10,7 +10,7 @@ import pytest
 
 from sgp import cli
 from sgp.commands import plan
-from sgp.head import chunks
+from sgp.head import chunks, gpus
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = "--tokens 8192 --kept 0.25 --vocab 128256 --width 4096"
@@ -113,7 +113,7 @@ def test_plain_pytorch_is_what_was_measured():
 
 
 def test_every_gpu_has_a_float32_rate():
-    assert plan.FLOAT32.keys() == chunks.GPUS.keys()
+    assert plan.FLOAT32.keys() == gpus.GPUS.keys()
 
 
 @pytest.mark.parametrize("dtype", plan.DTYPES)

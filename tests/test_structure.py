@@ -15,7 +15,7 @@ FLOORS = (
     ("labels", "selection"),
     ("rows",),
     ("head", "reference"),
-    ("losses", "log_probs", "linear"),
+    ("losses", "log_probs", "linear", "own_loss"),
     ("parallel",),
     ("context", "data"),
     ("auditing", "huggingface", "trl"),

@@ -21,13 +21,14 @@ from bench.shown import page
 from sgp import cli
 from sgp.commands import plan
 from sgp.head import chunks
-from sgp.head.chunks import Gpu, Plan
+from sgp.head.chunks import Plan
+from sgp.head.gpus import GPUS, Gpu
 
 GIB = 1 << 30
 Record = dict[str, Any]
 TOKENS, V, D = 8192, 128_256, 4096
 FRACTIONS = (1.0, 0.25)
-DATA_SHEET = chunks.GPUS["h200"]  # of the lines, as of the measured ways
+DATA_SHEET = GPUS["h200"]  # of the lines, as of the measured ways
 OTHERS_CARD = "NVIDIA H100 80GB HBM3"
 OURS, OURS_LATE = "sgp", "sgp, a factor a token"
 OTHERS = {  # names of records: names in the picture

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sgp.head import chunks
-from sgp.head.chunks import GPUS, Gpu, Plan, Shape
+from sgp.head.chunks import Plan, Shape
+from sgp.head.gpus import GPUS, NOMINAL, Gpu
 
 NAME = "sgp plan"
 GIB = 1 << 30
@@ -238,7 +239,7 @@ def _verdict(a: argparse.Namespace, chosen: Plan | None, shape: Shape) -> str:
         return f"{size}: none of these ways fits."
     return (
         f"{size} and takes: {chosen.words()}. Of the ways within {chunks.AS_FAST - 1:.0%} of the "
-        f"fastest that fits it is the smallest, by the data sheet of {chunks.NOMINAL.name} "
+        f"fastest that fits it is the smallest, by the data sheet of {NOMINAL.name} "
         "whatever the GPU, so that all ranks agree."
     )
 

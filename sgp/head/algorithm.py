@@ -9,20 +9,28 @@ gradient in a logit's place is written in the matmul's dtype into the first half
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sgp.caller import warn
 from sgp.head import chunks, products
 from sgp.head.calls import Gradients, Head
 from sgp.head.chunks import Plan
 from sgp.head.half import Factors, half_scale
 from sgp.head.sums import Sums
 from sgp.rows import backend
-from sgp.rows.by_torch import NOTHING, Columns, RowOutputs, Upstream, new_outputs
+from sgp.rows.autograd import row_upstream
+from sgp.rows.by_torch import NOTHING, Columns, RowOutputs, Upstream, Wanted, new_outputs
 from sgp.rows.recipe import Recipe, cast
+from sgp.rows.units import Piece, Units
+
+Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
+# A loss of the caller's: statistics (m,) of some rows, their positions, and which ones they are ->
+# the upstream gradients of log_prob, entropy and lse.
+OwnLoss = Callable[[Statistics, Tensor, Piece], tuple[Tensor | None, Tensor | None, Tensor | None]]
 
 
 def forward(
@@ -73,6 +81,7 @@ def backward(
     row_weight: Tensor | None,
     upstream: Upstream,
     held: Tensor | None = None,
+    plan: Plan | None = None,
 ) -> Gradients:
     """The gradients of the head where the upstream gradient is one number a row.
 
@@ -82,8 +91,9 @@ def backward(
         row_weight: (N,) row weight times upstream gradient of the loss (of -log_prob).
         upstream: those of the statistics.
         held: the logits of forward, which are used up.
+        plan: that of the call, where it is not the head's own.
     """
-    factors, plan = None, head.plan()
+    factors, plan = None, plan or head.plan()
     if plan.way == "held" and held is None:  # used up by an earlier backward
         plan = plan._replace(way="rows", group=plan.rows)
     if head.call.is_half:
@@ -114,6 +124,94 @@ def backward(
     return sums.finish()
 
 
+def with_loss(head: Head, units: Units, loss: OwnLoss) -> tuple[RowOutputs, Gradients]:
+    """The statistics of every row (N,), and the gradients of the head for a loss of the caller's.
+
+    Chunk by chunk, its lines run on the statistics, and the gradient of the logits is made from
+    what they give while the logits are there. Where a unit has more rows than a chunk, the lines
+    run once, on the statistics of all rows, and the logits are made again.
+    """
+    longest, M, trains = units.longest(), head.rows.numel(), any(head.call.needs)
+    plan = head.plan(own=True, least=longest)
+    once = plan.way == "slices" or plan.rows < longest or not (trains and M)
+    if trains and plan.rows < longest:
+        _say_twice(head.call.name, units, plan)
+    wanted = head.call.wanted._replace(saved=trains and once)
+    out = new_outputs(head.input, head.target.numel(), wanted)
+    out.zero_()
+    assert out.statistics is not None, "asked for"  # noqa: S101
+    if not once:
+        return out, _loss_by_chunks(head, plan, units, loss, out)
+
+    def one(chunk: _Chunk, g: Tensor | None) -> None:
+        _forward_chunk(head, chunk, g, None, None, None, out, scratch=True)
+
+    _each_chunk(head, plan, None, None, one)
+    some = [x.index_select(0, head.rows) for x in out.statistics]
+    found = loss((some[0], some[1], some[2], some[3]), head.rows, units.whole(M))
+    if not trains:
+        return out, Gradients()
+    assert out.saved is not None, "asked for"  # noqa: S101
+
+    def of_all(x: Tensor | None) -> Tensor | None:
+        return None if x is None else out.loss.new_zeros(out.loss.shape).index_copy(0, head.rows, x)
+
+    r, upstream = row_upstream((*map(of_all, found),), out.saved, out.statistics[1])
+    return out, backward(head, out.saved, r, upstream, plan=plan)
+
+
+_said: set[str] = set()  # functions that have said it
+
+
+def _say_twice(name: str, units: Units, plan: Plan) -> None:
+    """Warn, once a process, that what the loss needs at once does not fit."""
+    if name in _said:
+        return
+    _said.add(name)
+    warn(
+        f"{name}: a {units.by} has {units.longest()} rows that carry loss and a chunk {plan.rows}, "
+        f"so the logits are made twice, for a third more time. A memory_budget or chunk_rows with "
+        "room for them makes them once"
+    )
+
+
+def _loss_by_chunks(
+    head: Head, plan: Plan, units: Units, loss: OwnLoss, out: RowOutputs
+) -> Gradients:
+    """The gradients, and the statistics of `out` with them."""
+    sums, M = Sums(head, plan, None), head.rows.numel()
+    pieces = units.pieces(M, plan.rows)
+    waiting = iter(pieces)
+    shares = head.rows.new_ones(2, M, dtype=head.sums_dtype)  # folded and share of `Factors`
+    scale = half_scale(head.input, head.call.recipe, None) if head.call.is_half else None
+    whole = out.statistics
+    assert whole is not None, "asked for"  # noqa: S101
+
+    def one(chunk: _Chunk, g: Tensor | None) -> None:
+        assert g is not None, "with sums it has a place"  # noqa: S101
+        rows, recipe = head.rows[chunk.part], head.call.recipe
+        target = head.target.index_select(0, rows)
+        here = new_outputs(chunk.logits, rows.numel(), Wanted(saved=True, stats=True))
+        head.operations.forward(chunk.logits, None, target, None, None, None, recipe, here)
+        assert here.statistics is not None, "asked for"  # noqa: S101
+        assert here.saved is not None, "asked for"  # noqa: S101
+        for values, place in zip(here.statistics, whole, strict=True):
+            place.index_copy_(0, rows, values)
+        found = loss(here.statistics, rows, next(waiting))
+        r, upstream = row_upstream(found, here.saved, here.statistics[1])
+        if scale is not None:
+            every = torch.arange(rows.numel(), device=rows.device)
+            factors, weight, upstream = Factors.of_backward(every, r, upstream, scale)
+            assert weight is not None, "given"  # noqa: S101
+            r = weight
+            shares[0, chunk.part], shares[1, chunk.part] = factors.folded, factors.share
+            sums.factors = Factors(shares[0], shares[1], factors.largest, factors.scale)
+        head.operations.backward(chunk.logits, g, target, here.saved, None, r, recipe, upstream)
+
+    _each_chunk(head, plan, sums, None, one, [piece.rows for piece in pieces])
+    return sums.finish()
+
+
 class _Chunk(NamedTuple):
     """Some kept rows."""
 
@@ -128,26 +226,43 @@ def _each_chunk(
     sums: Sums | None,
     held: Tensor | None,
     do: Callable[[_Chunk, Tensor | None], None],
+    parts: list[slice] | None = None,
 ) -> None:
     """Make the logits chunk by chunk; `do` fills the place of their gradient if there are sums.
 
-    The buffers are gone when this returns.
+    The buffers are gone when this returns. `parts` are the chunks where they are not equal.
     """
-    M = head.rows.numel()
     weight = cast(head.weight, head.call.compute_dtype)  # a copy under autocast only
-    size = plan.rows if sums is None else plan.group
-    for group in chunks.parts(M, size):
-        hidden = head.hidden(group)
+    for group in _groups(head.rows.numel(), plan, sums is not None, parts):
+        rows = slice(group[0].start, group[-1].stop)
+        hidden = head.hidden(rows)
         g = _group(head, plan, group, hidden, weight, sums, held, do)
         if sums is not None and g is not None:
-            sums.add_weight(group, g, hidden)
+            sums.add_weight(rows, g, hidden)
             del g
+
+
+def _groups(M: int, plan: Plan, has_sums: bool, parts: list[slice] | None) -> Iterator[list[slice]]:
+    """The chunks of M kept rows, in groups of at most `plan.group` rows; without sums, alone."""
+    most = plan.group if has_sums else plan.rows
+    if parts is None:
+        for group in chunks.parts(M, most):
+            some = chunks.parts(group.stop - group.start, plan.rows)
+            yield [slice(group.start + x.start, group.start + x.stop) for x in some]
+        return
+    found: list[slice] = []
+    for part in parts:
+        if found and part.stop - found[0].start > most:
+            yield found
+            found = []
+        found.append(part)
+    yield found
 
 
 def _group(
     head: Head,
     plan: Plan,
-    group: slice,
+    parts: list[slice],
     hidden: Tensor,
     weight: Tensor,
     sums: Sums | None,
@@ -155,15 +270,15 @@ def _group(
     do: Callable[[_Chunk, Tensor | None], None],
 ) -> Tensor | None:
     """The gradient (m, V) of a group's logits. The buffer of float32 logits is given back here."""
-    V, count = weight.shape[0], group.stop - group.start
+    V, start, count = weight.shape[0], parts[0].start, parts[-1].stop - parts[0].start
     kept = g = None
     if sums is not None and plan.keeps():
         aligned = -(-V // 8) * 8  # rows that begin at 16 bytes
         kept = weight.new_empty(plan.group, aligned)[:count, :V]
     rows = plan.rows if held is None else 0
     buffer = weight.new_empty(rows, V, dtype=head.sums_dtype)
-    for part in chunks.parts(count, plan.rows):
-        absolute = slice(group.start + part.start, group.start + part.stop)
+    for absolute in parts:
+        part = slice(absolute.start - start, absolute.stop - start)
         logits = buffer[: part.stop - part.start] if held is None else held[absolute]
         chunk = _Chunk(absolute, hidden[part], logits)
         products.logits(chunk.hidden, weight, head.bias, logits)

@@ -1,7 +1,8 @@
 """How the linear head meets autograd, by when the upstream gradient is known.
 
 `HeadScalarLoss`: gradients in forward, three matmuls; in backward they are multiplied by the
-upstream factor, which for a plain `loss.backward()` is 1 and costs nothing. `HeadRowLoss`: one
+upstream factor, which for a plain `loss.backward()` is 1 and costs nothing; `HeadOwnLoss`: the same
+of gradients that a loss of the caller's has given. `HeadRowLoss`: one
 loss a row; in backward the logits are computed again, or, where only `input` requires grad, its
 gradient from forward is multiplied row by row. `HeadStatistics`: log-probability, entropy and
 log-sum-exp of each row.
@@ -9,6 +10,7 @@ log-sum-exp of each row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +39,7 @@ from sgp.selection import Selection
 
 LINEAR_CROSS_ENTROPY = "sgp.linear_cross_entropy"
 LINEAR_LOG_PROBS = "sgp.linear_token_log_probs"
+LINEAR_LOSS = "sgp.linear_loss"
 
 
 class HeadOptions(NamedTuple):
@@ -237,40 +240,86 @@ class HeadScalarLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input_, weight, bias, target, *_, options = inputs
         _, *stats, d_input, d_weight, d_bias = output
-        origin, *others = (g for g in (d_input, d_weight, d_bias) if g is not None)
-        mark_constant(ctx, *stats, *others, origin=origin)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(d_input, d_weight, d_bias, target)
-        ctx.options = options
-        ctx.dtypes = tuple(None if x is None else x.dtype for x in (input_, weight, bias))
+        gradients = Gradients(d_input, d_weight, d_bias)
+        _wait(ctx, inputs[:3], inputs[3], gradients, inputs[-1], stats)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grads[0] is None:
+            return (None,) * 10
+        name, what = ctx.options.named(LINEAR_CROSS_ENTROPY), "'mean' or 'sum' loss"
+        return *_times_upstream(ctx, grads[0], name, what), *(None,) * 7
+
+
+class HeadOwnLoss(torch.autograd.Function):
+    """(loss (), 3 gradients) of a loss of the caller's, which have been made.
+
+    `numbers` are those of which the loss is the sum; they are given where they have a graph.
+    """
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
+        made: Made = arguments[4]
+        return made.loss, *made.gradients
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _wait(ctx, inputs[:3], inputs[3], Gradients(*output[1:]), inputs[5], ())
+        ctx.lengths = [len(x) for x in inputs[6:]]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         upstream = grads[0]
         if upstream is None:
-            return (None,) * 10
-        *gradients, target = saved_tensors(
-            ctx, ctx.options.named(LINEAR_CROSS_ENTROPY), "'mean' or 'sum' loss"
-        )
-        options: HeadOptions = ctx.options
-        origin = next(g for g in gradients if g is not None)
-        given: list[Tensor | None] = []
-        with torch.no_grad():
-            # Ignored rows of d_input are zero already and are not read.
-            needs = options.call.needs
-            pairs = zip(gradients, (target, None, None), needs, ctx.dtypes, strict=True)
-            for g, rows, needed, dtype in pairs:
-                if not needed:
-                    given.append(None)
-                    continue
-                values = g.detach()
-                matrix = values if values.dim() > 1 else values[None]
-                multiply_rows_(matrix, rows, upstream, options.call.recipe.ignore_index)
-                given.append(values.to(dtype))
-        closed = _give(options.named(LINEAR_CROSS_ENTROPY), tuple(given), needs, origin, upstream)
-        return *closed, *(None,) * 7
+            return (None,) * (6 + len(ctx.lengths))
+        found = _times_upstream(ctx, upstream, ctx.options.named(LINEAR_LOSS), "loss")
+        return *found, *(None,) * 3, *(upstream.expand(length) for length in ctx.lengths)
+
+
+class Made(NamedTuple):
+    """A loss and its gradients; no tensor to autograd."""
+
+    loss: Tensor
+    gradients: Gradients
+
+
+def _wait(
+    ctx: Any,
+    head: Sequence[Tensor | None],
+    target: Tensor,
+    gradients: Gradients,
+    options: HeadOptions,
+    constants: Sequence[Tensor | None],
+) -> None:
+    """Keep gradients that were made with the loss until its upstream factor is known."""
+    origin, *others = (g for g in gradients if g is not None)
+    mark_constant(ctx, *constants, *others, origin=origin)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*gradients, target)
+    ctx.options = options
+    ctx.dtypes = tuple(None if x is None else x.dtype for x in head)
+
+
+def _times_upstream(ctx: Any, upstream: Tensor, name: str, what: str) -> tuple[Tensor | None, ...]:
+    """The gradients of the head times the factor, in place; once only."""
+    *gradients, target = saved_tensors(ctx, name, what)
+    options: HeadOptions = ctx.options
+    origin = next(g for g in gradients if g is not None)
+    given: list[Tensor | None] = []
+    with torch.no_grad():
+        # Ignored rows of d_input are zero already and are not read.
+        needs = options.call.needs
+        pairs = zip(gradients, (target, None, None), needs, ctx.dtypes, strict=True)
+        for g, rows, needed, dtype in pairs:
+            if not needed:
+                given.append(None)
+                continue
+            values = g.detach()
+            matrix = values if values.dim() > 1 else values[None]
+            multiply_rows_(matrix, rows, upstream, options.call.recipe.ignore_index)
+            given.append(values.to(dtype))
+    return _give(name, tuple(given), needs, origin, upstream)
 
 
 class HeadRowLoss(Transformed):

@@ -83,8 +83,13 @@ class Head(NamedTuple):
         """Of logits and sums: float32, or float64."""
         return accumulation_dtype(self.call.compute_dtype)
 
-    def plan(self) -> Plan:
-        """In which pieces the logits are made."""
+    def plan(self, *, own: bool = False, least: int = 0) -> Plan:
+        """In which pieces the logits are made.
+
+        Args:
+            own: whether a loss of the caller's stands between statistics and gradient.
+            least: rows that it needs at once.
+        """
         call = self.call
         V, D = self.weight.shape
         shape = Shape(
@@ -102,6 +107,8 @@ class Head(NamedTuple):
             is_half=call.is_half,
             wide=call.wide,
             into=call.into,
+            own=own,
+            least=chunks.padded(least, self.rows.numel()),
             is_cpu=not self.input.is_cuda,
             # Ranks plan alike, so as for one whose hidden states are strided and copied.
             is_contiguous=self.input.is_contiguous() and not self.operations.is_part,

@@ -15,6 +15,9 @@ is done twice:
   that are asked for in backward, with a factor a row, make the logits again anyway.
 * **held**: for those gradients, float32 logits wait for the backward, where a budget has room.
 
+A loss of the caller's own stands between the statistics of a chunk and its gradient. Where it needs
+more rows at once than fit a chunk, the statistics of all rows come first, and the logits again.
+
 Everything is chosen from shapes, dtypes and a budget alone, so that two ranks and two runs agree,
 and by the data sheet of a nominal GPU.
 """
@@ -26,6 +29,7 @@ import numbers
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from sgp.head.gpus import NOMINAL, Gpu
 from sgp.head.products import FACTOR_ELEMENTS
 
 CPU_BYTES = 256 << 20  # of a chunk's float32 logits
@@ -45,27 +49,6 @@ FULL_ROWS, FULL_COLUMNS = 80, 100
 UNSET = 0  # of chunk_rows and memory_budget
 
 
-class Gpu(NamedTuple):
-    """A data sheet, and how much of it large matmuls and plain copies reach."""
-
-    name: str
-    flops: float  # dense bf16 operations a second
-    bandwidth: float  # bytes a second
-    reached: float = 0.77  # of `flops`, by a large matmul: 730 TFLOP/s on an H100, 790 on an H200
-    copied: float = 0.9  # of `bandwidth`
-
-
-GPUS = {
-    "a100": Gpu("A100 80GB SXM", 312e12, 2.04e12),
-    "h100": Gpu("H100 SXM", 989e12, 3.35e12),
-    "h200": Gpu("H200 SXM", 989e12, 4.8e12),
-    "b200": Gpu("B200 SXM", 2250e12, 8.0e12),
-    "l40s": Gpu("L40S", 362e12, 0.864e12),
-    "4090": Gpu("GeForce RTX 4090", 165e12, 1.01e12),
-}
-NOMINAL = GPUS["h100"]
-
-
 class Shape(NamedTuple):
     """What a plan is made from."""
 
@@ -83,6 +66,8 @@ class Shape(NamedTuple):
     is_half: bool = False  # float16 operands: factors of rows wait outside, in float32
     wide: bool = False  # gradients in float32 although the weight is narrower
     into: bool = False  # the weight's gradient is added to a float32 tensor of the caller's
+    own: bool = False  # the caller's loss stands between the statistics of a chunk and its gradient
+    least: int = 0  # rows that it needs in one chunk
     is_cpu: bool = False
     is_contiguous: bool = True  # the hidden states
 
@@ -93,6 +78,13 @@ class Shape(NamedTuple):
     def is_narrow(self) -> bool:
         """Whether matmuls have 16-bit operands, and so the logits' gradient 16 bits."""
         return self.operand_bytes < 4
+
+    def keeps_any(self) -> bool:
+        """Whether the logits' gradient may be kept for rows of several chunks.
+
+        The factors of float16 rows are known chunk by chunk where the caller's loss gives them.
+        """
+        return self.weight_grad and self.is_narrow() and not (self.own and self.is_half)
 
 
 class Plan(NamedTuple):
@@ -222,6 +214,8 @@ def _plan(shape: Shape, chunk_rows: int, memory_budget: int) -> Plan:
     """The plan; the smallest where nothing fits."""
     if chunk_rows or (shape.is_cpu and not memory_budget):
         rows = chunk_rows or max(1, CPU_BYTES // (shape.sum_bytes() * shape.V))
+        if not chunk_rows and shape.least <= GPU_BYTES // (shape.sum_bytes() * shape.V):
+            rows = max(rows, shape.least)
         return by_rows(shape, rows, rows)
     budget = memory_budget or default_budget(shape)
     found = tuple(ways(shape, budget, held=memory_budget > 0))
@@ -254,15 +248,17 @@ def ways(shape: Shape, budget: int, *, held: bool) -> Iterator[Plan]:
     """Every way in sizes worth a look; with `held`, of a caller's budget, down to the smallest."""
     M, busy = max(1, shape.M), busy_rows(shape)
     sizes = {min(k * busy, M) for k in (1, 2, 4, 8)} | {M}
+    if shape.least:
+        sizes.add(min(shape.least, M))
     if held:
         sizes |= {min(busy >> k, M) for k in range(1, busy.bit_length()) if busy >> k >= LEAST_ROWS}
-    for group in _groups(shape, sizes) if shape.weight_grad else ():
-        if shape.is_narrow():
-            yield from (by_rows(shape, size, group) for size in sizes if size < group)
+    for group in _groups(shape, sizes) if shape.keeps_any() else ():
+        yield from (by_rows(shape, size, group) for size in sizes if size < group)
     yield from (by_rows(shape, size, size) for size in sizes)
     if shape.late and held:
         yield hold(shape, 4 * busy)
-    if not shape.weight_grad or not (shape.late or (held and not shape.is_half)):
+    early = (held or shape.least > busy) and not shape.is_half
+    if not shape.weight_grad or not (shape.late or early):
         return
     for rows in sorted({max(1, busy // 2), *(size for size in sizes if size <= 2 * busy)}):
         yield from (by_slices(shape, rows, columns) for columns in _columns(shape, rows, budget))
@@ -294,6 +290,8 @@ def by_rows(shape: Shape, rows: int, group: int) -> Plan:
     s, M = shape, max(1, shape.M)
     group = even(M, max(rows, group))
     chunk = even(group, rows)
+    if rows >= s.least > chunk:
+        chunk, group = min(s.least, M), max(group, min(s.least, M))
     groups = -(-M // group)
     # The weight's gradient in float32: a sum over groups, or one that waits for its factor.
     narrow = s.weight_grad and not s.into and s.weight_bytes < s.sum_bytes()
@@ -312,7 +310,8 @@ def by_rows(shape: Shape, rows: int, group: int) -> Plan:
     finishing = summed + _waiting(s) + (s.N * s.D * s.input_bytes if s.wide else 0)
     rest = (multiplying, finishing) if s.weight_grad else (_scaling(s),)
     most = max(making, *rest)
-    again = int(s.late and (s.input_grad or s.weight_grad))  # the logits, in backward
+    # The logits, in backward, or because the caller's loss needs more rows than a chunk has.
+    again = int((s.late or chunk < s.least) and (s.input_grad or s.weight_grad))
     matmuls = 1 + s.input_grad + s.weight_grad + again
     slower = (matmuls - s.weight_grad) / _busy(chunk) + s.weight_grad / _busy(group)
     of_sum = 2 * s.sum_bytes() * s.V * s.D * (groups - 1) if s.weight_grad else 0
@@ -435,14 +434,14 @@ def _copied_weight(s: Shape) -> int:
 
 
 def _numbers(s: Shape) -> int:
-    """Losses, and what a backward needs of each row."""
-    return (1 + 3 * s.late) * s.sum_bytes() * s.N
+    """Losses, and what a backward needs of each row; or what the caller's loss makes of it."""
+    return (12 if s.own else 1 + 3 * s.late) * s.sum_bytes() * s.N
 
 
 def _row_traffic(s: Shape) -> int:
     """Logits written and read, their gradient written and read by each matmul."""
     grads = s.input_grad + s.weight_grad
-    return s.M * s.V * (2 * s.sum_bytes() + s.operand_bytes * (1 + grads if grads else 0))
+    return s.M * s.V * ((2 + s.own) * s.sum_bytes() + s.operand_bytes * (1 + grads if grads else 0))
 
 
 def _busy(size: int, full: int = FULL_ROWS) -> float:

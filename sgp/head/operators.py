@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from sgp.head import algorithm
+from sgp.head.algorithm import OwnLoss, Statistics
 from sgp.head.calls import Gradients, Head, HeadCall, LinearHead, new_gradients
 from sgp.head.problem import is_autocast
 from sgp.labels import padded_rows
 from sgp.rows.by_torch import Upstream, new_outputs
 from sgp.rows.operations import ONE_DEVICE, RowOperations
 from sgp.rows.problem import check_targets
+from sgp.rows.units import Units
 from sgp.rows.watched import operator
 
 RowsAndGradients = tuple[
@@ -90,6 +92,21 @@ def backward(
     kept = _kept(head, weight, operations, call)._replace(into=into)
     with _without_autocast(head.input):
         return algorithm.backward(kept, saved, row_weight, upstream, held)
+
+
+def with_loss(
+    operations: RowOperations, head: LinearHead, call: HeadCall, units: Units, loss: OwnLoss
+) -> tuple[Statistics, Gradients]:
+    """The statistics of every row (N,), and the gradients for a loss of the caller's.
+
+    By these row operations and no operator: its lines are no tensor. As `forward` otherwise.
+    """
+    V = operations.vocabulary(head.weight.shape[0])
+    check_targets(operations.name, head.target, V, call.recipe.ignore_index)
+    with _without_autocast(head.input):
+        out, gradients = algorithm.with_loss(_kept(head, None, operations, call), units, loss)
+    assert out.statistics is not None, "they are made"  # noqa: S101
+    return out.statistics, gradients
 
 
 def _kept(

@@ -23,8 +23,9 @@ class Sums:
         pieces = len(chunks.parts(head.rows.numel(), plan.group))
         # What one matmul makes is rounded at once.
         self.of_weight = exact if plan.way == "rows" and pieces > 1 else self.dtypes[1]
-        # Where float16 has its factor later, it is multiplied into the whole sum.
-        self.is_later = self.of_weight == exact and head.into is None
+        # Where float16 has its factor later, it is multiplied into the whole sum. A loss of the
+        # caller's gives each chunk another one.
+        self.is_later = self.of_weight == exact and head.into is None and factors is not None
         self.d_input: Tensor | None = None
         self.d_weight: Tensor | None = None
         self.d_bias = new(head.bias, needs.bias, exact, zero=True)
@@ -97,8 +98,8 @@ class Sums:
     ) -> None:
         """Those of some columns; `first`: nothing is in their place yet."""
         f = self.factors
+        factor = None if f is None or self.is_later else f.missing
         if self.d_weight is not None:
-            factor = None if f is None or self.is_later else f.missing
             place = self.d_weight[columns]
             products.add_weight_gradient(g, weighted, place, first=first, factor=factor)
         if self.d_bias is None:
@@ -107,7 +108,8 @@ class Sums:
             products.add_bias_gradient(g, self.d_bias[columns])
         else:
             share = f.of_hidden[part, None].to(weighted.dtype)
-            products.add_weight_gradient(g, share, self.d_bias[columns, None], first=False)
+            place = self.d_bias[columns, None]
+            products.add_weight_gradient(g, share, place, first=False, factor=factor)
 
     def finish(self) -> Gradients:
         """The sums in the dtypes that were promised."""
@@ -116,8 +118,8 @@ class Sums:
         if self.head.call.needs.input:
             self._start_input(zero=True)
         d_weight, d_bias = self.d_weight, self.d_bias
-        if self.factors is not None:
-            for x in (d_weight if self.is_later else None, d_bias):
+        if self.factors is not None and self.is_later:
+            for x in (d_weight, d_bias):
                 if x is not None:
                     x.mul_(self.factors.missing)
         if self.head.into is not None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -32,24 +30,11 @@ from sgp.rows.divisor import as_mean
 from sgp.rows.problem import check_flags
 from sgp.rows.recipe import LossOptions, Recipe
 from sgp.rows.reduction import check_reduction, reduce_rows, sequence_z_loss, without_z_loss
+from sgp.rows.watched import not_compiled
 from sgp.selection import Selection
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing's from Python 3.11 on
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _not_compiled(function: F) -> F:
-    """The function, at which torch.compile breaks its graph: process groups are not traced."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # else the compiler is not imported
-            return torch.compiler.disable(function)(*args, **kwargs)
-        return function(*args, **kwargs)
-
-    return cast("F", call)
 
 
 @overload
@@ -82,7 +67,7 @@ def cross_entropy(
 ) -> tuple[Tensor, TokenLogProbs]: ...
 
 
-@_not_compiled
+@not_compiled
 def cross_entropy(
     local_logits: Tensor,
     target: Tensor | Selection,
@@ -223,7 +208,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, TokenLogProbs]: ...
 
 
-@_not_compiled
+@not_compiled
 def linear_cross_entropy(
     input: Tensor,  # noqa: A002  (PyTorch's name)
     local_weight: Tensor,
@@ -320,7 +305,7 @@ def linear_cross_entropy(
     return shard.checked(result[0]), result[1]
 
 
-@_not_compiled
+@not_compiled
 def token_log_probs(
     local_logits: Tensor,
     target: Tensor | Selection,
@@ -365,7 +350,7 @@ def token_log_probs(
     return token_statistics(problem, out[1:6], return_argmax)
 
 
-@_not_compiled
+@not_compiled
 def linear_token_log_probs(
     input: Tensor,  # noqa: A002  (PyTorch's name)
     local_weight: Tensor,

@@ -16,6 +16,13 @@ from sgp.selection import Selection
 BY = ("row", "sequence", "group")
 
 
+class Piece(NamedTuple):
+    """Some kept rows, and the units that they are all rows of."""
+
+    rows: slice  # of the M kept rows
+    units: slice
+
+
 class Units(NamedTuple):
     """What has one number in a caller's loss: rows, or sequences or groups of them."""
 
@@ -28,13 +35,53 @@ class Units(NamedTuple):
         """Kept rows of the longest."""
         return max((b - a for a, b in zip((0, *self.ends), self.ends, strict=False)), default=1)
 
-    def mask(self, first: int, last: int) -> Tensor:
-        """(number,) bool: those from `first` to before `last` that have a kept row."""
+    def pieces(self, kept: int, most: int) -> list[Piece]:
+        """The kept rows in pieces of at most `most` that part no unit.
+
+        Example:
+            >>> for piece in Units("sequence", 4, (3, 3, 5, 9)).pieces(9, 5):
+            ...     print(piece.rows, piece.units)
+            slice(0, 5, None) slice(0, 3, None)
+            slice(5, 9, None) slice(3, 4, None)
+
+        Raises:
+            ValueError: a longer unit.
+        """
+        if self.by == "row":
+            starts = range(0, kept, most)
+            parts = [slice(start, min(start + most, kept)) for start in starts]
+            return [Piece(part, part) for part in parts]
+        found: list[Piece] = []
+        first = start = end = 0
+        for unit, stop in enumerate(self.ends):
+            if stop - end > most:
+                raise ValueError(f"a {self.by} of {stop - end} rows in pieces of {most}")
+            if stop - start > most:
+                found.append(Piece(slice(start, end), slice(first, unit)))
+                first, start = unit, end
+            end = stop
+        found.append(Piece(slice(start, end), slice(first, self.number)))
+        return found
+
+    def whole(self, kept: int) -> Piece:
+        """All of them."""
+        return Piece(slice(0, kept), slice(0, self.number))
+
+    def count(self, units: slice) -> int:
+        """How many of these have a kept row."""
+        if self.by == "row":
+            return int(units.stop - units.start)
+        before = self.ends[units.start - 1] if units.start else 0
+        return len({*self.ends[units], before}) - 1
+
+    def mask(self, units: slice) -> Tensor:
+        """(number,) bool: which of these sequences or groups have a kept row."""
         assert self.present is not None, "of sequences or groups"  # noqa: S101
-        if first == 0 and last == self.number:
+        if units.stop - units.start == self.number:
             return self.present
         place = torch.arange(self.number, device=self.present.device)
-        return self.present & (place >= first) & (place < last)
+        here = (place >= int(units.start)) & (place < int(units.stop))
+        return self.present & here
 
 
 def make_units(

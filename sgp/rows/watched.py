@@ -17,11 +17,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 import torch
 from torch import _C, Tensor, nn
 from torch.autograd import profiler
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 PLAIN = (Tensor, nn.Parameter)
 NAMESPACE = "sgp::".removesuffix("::")  # a copy of the package gets another (huggingface/hub.py)
@@ -59,6 +61,18 @@ def is_traced(*tensors: Tensor | None) -> bool:
         ):
             return True
     return False
+
+
+def not_compiled(function: Function) -> Function:
+    """The function, at which torch.compile breaks its graph: what it does cannot be traced."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # else the compiler is not imported
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return cast("Function", call)
 
 
 class Operator:
