@@ -70,11 +70,12 @@ def add_fused_lm_head(
     """Give a model TRL's `fused_lm_head=True`, computed by `sgp`.
 
     Call it after the trainer is made, which adds its own, with what that trainer asks for:
-    `("log_probs", "entropy")` and `trainer.temperature` for GRPO and RLOO,
-    `("log_probs", "entropy", "mean_logits", "is_top1")` for DPO, the first three for KTO.
+    `("log_probs", "entropy", "mean_logits", "is_top1")` for DPO, the first three for KTO,
+    `("log_probs", "entropy")` and `trainer.temperature` for RLOO. `SFTTrainer` and `GRPOTrainer`
+    call it themselves.
 
     Example:
-        >>> trainer = trl.GRPOTrainer(...)  # doctest: +SKIP
+        >>> trainer = trl.RLOOTrainer(...)  # doctest: +SKIP
         >>> sgp.trl.add_fused_lm_head(  # doctest: +SKIP
         ...     trainer.model, trainer.temperature, outputs=("log_probs", "entropy"))
 
@@ -250,7 +251,7 @@ class GRPOTrainer(TRLGRPOTrainer):
                     )
                 return answers.pop()
 
-            loss: Tensor = of_trl(answer, inputs, return_outputs, num_items_in_batch)
+            loss: Tensor = of_trl(answer, inputs, num_items_in_batch=num_items_in_batch)
             return loss
 
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -7,20 +7,20 @@ from contextlib import contextmanager
 import peft
 import pytest
 import torch
+import transformers
 import trl
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
 
 import sgp.trl
 from sgp.huggingface import UnsupportedModelError
-from tests.families import V, make
+from tests.families import SIZE, V, make
 from tests.toy_trl import COMMON, numbers_as_text, quiet
 
 ASKED = ("log_probs", "entropy")
 SOURCE = inspect.getsource(trl.trainer.grpo_trainer)
 COMPARED = re.findall(r'self\.loss_type (?:==|in) (\[.*?\]|"\w+")', SOURCE)
 LOSSES = sorted(set(re.findall(r'"(\w+)"', " ".join(COMPARED))))
-B, PROMPT, T = 4, 5, 7
+B, PROMPT, T, D = 4, 5, 7, SIZE["hidden_size"]
 OPTIONS = {  # attributes of a trainer, those of its arguments with a dot
     "as it comes": {},
     "sequence level": {"importance_sampling_level": "sequence"},
@@ -29,6 +29,7 @@ OPTIONS = {  # attributes of a trainer, those of its arguments with a dot
     "two-sided clip": {".delta": 1.1},
     "off policy": {"off_policy_mask_threshold": 0.01},
     "high entropy": {"top_entropy_quantile": 0.5},
+    "vllm": {"use_vllm": True},
 }
 
 
@@ -50,7 +51,7 @@ def make_trainer(kind, model, data, folder, *, peft_config=None, budget=None, **
     """A trainer of either kind that likes large numbers."""
     tokenizer, rows = data
     if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model).train()
+        model = transformers.AutoModelForCausalLM.from_pretrained(model).train()
     options = {
         "num_generations": 4, "max_completion_length": 6, "temperature": 0.8,
         "learning_rate": 2e-3, "per_device_eval_batch_size": 4, "gradient_checkpointing": False,
@@ -77,7 +78,7 @@ def pair(data, saved, tmp_path_factory):
     return [make_trainer(k, saved, data, folder) for k in (trl.GRPOTrainer, sgp.trl.GRPOTrainer)]
 
 
-def make_inputs(trainer, *, old=True, **more):
+def make_inputs(trainer, *, old=True, vllm=False, **more):
     """A batch as a trainer hands it to its loss: ragged, with a token of a tool in each row."""
     generator = torch.Generator().manual_seed(4)
     masks = torch.ones(B, PROMPT, dtype=torch.int64), torch.ones(B, T, dtype=torch.int64)
@@ -100,6 +101,8 @@ def make_inputs(trainer, *, old=True, **more):
         out = trainer.model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True)
     near = out.log_probs[:, -T:] + 0.3 * noise  # a ratio that is clipped for some tokens
     inputs["ref_per_token_logps"] = near[0]
+    if vllm:
+        inputs["importance_sampling_ratio"] = (0.1 * noise[0]).exp()
     if old:
         inputs["old_per_token_logps"] = near[1]
     return inputs | more
@@ -125,7 +128,9 @@ def loss_of(trainer, inputs, **options):
     with options_of(trainer, options):
         loss = trainer.compute_loss(trainer.model_wrapped, inputs)
     loss.backward()
-    gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    gradients = {
+        n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None
+    }
     return loss.detach(), gradients, {k: list(v) for k, v in trainer._metrics["train"].items()}
 
 
@@ -167,7 +172,7 @@ def test_every_loss_is_known():
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_loss_gradients_and_metrics_are_trls(loss_type, options, pair, heads):
     for old in (True, False):  # False: the first of its iterations
-        inputs = make_inputs(pair[0], old=old)
+        inputs = make_inputs(pair[0], old=old, vllm="use_vllm" in options)
         expected, found = (loss_of(t, inputs, loss_type=loss_type, **options) for t in pair)
         assert_same(found, expected)
         assert expected[0] != 0
@@ -185,23 +190,25 @@ def test_only_scored_rows_reach_the_head(pair, heads):
 
 
 class Logits(TorchDispatchMode):
-    """The most rows that a tensor of V columns has, among all that are made."""
+    """The most rows of logits among the tensors of V columns; the weight's transpose has D."""
 
     rows = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **kwargs or {})
         for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, torch.Tensor) and x.dim() and x.shape[-1] == V:
+            if isinstance(x, torch.Tensor) and x.dim() and x.shape[-1] == V and len(x) != D:
                 self.rows = max(self.rows, x.numel() // V)
         return out
 
 
 def test_no_logits_of_all_rows_are_made(pair):
-    inputs = make_inputs(pair[0])
-    with Logits() as made:
-        loss_of(pair[1], inputs)
-    assert 0 < made.rows <= int(inputs["completion_mask"].sum()) < B * (PROMPT + T - 1)
+    inputs, made = make_inputs(pair[0]), []
+    for trainer in pair:
+        with Logits() as mode:
+            loss_of(trainer, inputs)
+        made.append(mode.rows)
+    assert made == [B * (PROMPT + T - 1), inputs["completion_mask"].sum()]
 
 
 def test_a_batch_without_a_scored_token(pair):
@@ -289,6 +296,41 @@ def test_a_models_load_balancing_goes_trls_way(data, tmp_path, heads):
     assert not heads
 
 
+def make_llava():
+    torch.manual_seed(0)
+    eyes = transformers.CLIPVisionConfig(
+        hidden_size=D, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    config = transformers.LlavaConfig(
+        vision_config=eyes, text_config=transformers.LlamaConfig(**SIZE), vision_feature_layer=-1,
+        image_token_index=V - 1,
+    )  # fmt: skip
+    return transformers.LlavaForConditionalGeneration(config).train()
+
+
+def test_a_model_that_sees(data, tmp_path, heads):
+    found = []
+    for kind in (trl.GRPOTrainer, sgp.trl.GRPOTrainer):
+        trainer = make_trainer(kind, make_llava(), data, tmp_path)
+        ids = torch.arange(B * PROMPT).view(B, PROMPT) + 3
+        ids[:, 1:] = V - 1  # four patches
+        generator = torch.Generator().manual_seed(5)
+        images = torch.randn(B, 3, 16, 16, generator=generator)
+        seen = {"pixel_values": images, "num_images": [1] * B}
+        completions = ids.new_full((B, T), 7) + torch.arange(T)
+        inputs = {
+            "prompt_ids": ids, "prompt_mask": torch.ones_like(ids),
+            "completion_ids": completions, "completion_mask": torch.ones_like(completions),
+            "advantages": torch.tensor([1.0, -0.5, 0.3, -0.6]),
+            "num_items_in_batch": torch.tensor(28.0),
+        }  # fmt: skip
+        found.append(loss_of(trainer, inputs | seen))
+    assert_same(found[1], found[0])
+    assert any("vision_tower" in name for name, g in found[1][1].items() if g.any())
+    assert len(heads) == 1
+
+
 def test_data_parallel_goes_trls_way(pair, heads):
     expected = loss_of(pair[1], make_inputs(pair[0]))
     with options_of(pair[1], {"model_wrapped": torch.nn.DataParallel(pair[1].model)}):
@@ -296,13 +338,18 @@ def test_data_parallel_goes_trls_way(pair, heads):
     assert len(heads) == 1
 
 
-def test_a_budget_reaches_the_head(data, saved, tmp_path, heads, budgets):
-    trainer = make_trainer(
-        sgp.trl.GRPOTrainer, saved, data, tmp_path, budget=60_000, beta=0.1, num_iterations=2
-    )
-    quiet(trainer.train)
+def test_a_budget_reaches_the_head_and_changes_nothing(pair, data, saved, tmp_path, heads, budgets):
+    def with_budget(budget, **more):
+        return make_trainer(sgp.trl.GRPOTrainer, saved, data, tmp_path, budget=budget, **more)
+
+    quiet(with_budget(60_000, beta=0.1, num_iterations=2).train)
     assert {options["memory_budget"] for _, options in heads} == {60_000}
     assert {*budgets} == {60_000}, "those of the old and the reference's log-probabilities too"
+    inputs = make_inputs(pair[0])
+    with pytest.raises(ValueError, match="memory_budget = 1; the least that") as said:
+        loss_of(with_budget(1), inputs)
+    least = int(re.search(r"take is (\d+) bytes", str(said.value))[1])
+    assert_same(loss_of(with_budget(least), inputs), loss_of(pair[0], inputs))
 
 
 def test_what_is_refused(data, saved, pair, tmp_path, monkeypatch):
