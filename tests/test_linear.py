@@ -875,7 +875,7 @@ def flops(work):
         work()
     total = 0
     for event in profile.events():
-        if event.name in MATMULS and event.cpu_parent.name not in MATMULS:
+        if event.name in MATMULS and getattr(event.cpu_parent, "name", None) not in MATMULS:
             left, right = (event.input_shapes[i] for i in MATMULS[event.name])
             total += 2 * math.prod(left) * (right[-1] if len(right) > 1 else 1)
     return total

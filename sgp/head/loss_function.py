@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -83,7 +83,7 @@ class Caller:
             if not self.trains or not rows.numel():
                 self.numbers.append(numbers)
                 return None, None, None
-            has_others = _reaches_others(numbers, leaves)
+            has_others = reaches_others(numbers, leaves)
             gradients = self._gradients(numbers, leaves, retain=has_others)
             self.numbers.append(numbers if has_others else numbers.detach())
         return gradients
@@ -238,9 +238,10 @@ def _code(function: Callable[..., Any]) -> Any:
     return type(function) if code is None else code
 
 
-def _reaches_others(numbers: Tensor, leaves: list[Tensor]) -> bool:
+def reaches_others(numbers: Tensor, leaves: Sequence[Tensor]) -> bool:
     """Whether a tensor that requires grad, and is none of these leaves, went into the numbers."""
-    seen, waiting = set(), [numbers.grad_fn]
+    seen: set[Any] = set()
+    waiting: list[Any] = [numbers.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
@@ -251,9 +252,5 @@ def _reaches_others(numbers: Tensor, leaves: list[Tensor]) -> bool:
             if all(leaf is not x for x in leaves):
                 return True
             continue
-        waiting.extend(_before(node))
+        waiting.extend(following for following, _ in node.next_functions)
     return False
-
-
-def _before(node: Any) -> Iterator[Any]:
-    return (following for following, _ in node.next_functions)

@@ -16,11 +16,13 @@ from sgp.parallel.losses import (
     linear_token_log_probs,
     token_log_probs,
 )
+from sgp.parallel.own_loss import linear_loss
 
 __all__ = [
     "cross_entropy",
     "global_denominator",
     "linear_cross_entropy",
+    "linear_loss",
     "linear_token_log_probs",
     "positions",
     "token_log_probs",
