@@ -238,9 +238,10 @@ class GRPOTrainer(TRLGRPOTrainer):
         TRL's method runs up to where it calls the model. The model's head runs it once more, from
         there on, as the loss of its tokens; the first run ends with what came of that.
         """
-        of_trl = super().compute_loss
+        of_trl, ran = super().compute_loss, []
 
         def loss_of(output: FusedCausalLMOutput) -> Tensor:
+            ran.append(True)
             answers = [output]
 
             def answer(*_: Any, **__: Any) -> FusedCausalLMOutput:
@@ -258,7 +259,13 @@ class GRPOTrainer(TRLGRPOTrainer):
             late = kwargs.get("output_router_logits")  # a loss known when the head has run
             if late or isinstance(model, nn.DataParallel):  # whose replicas have a part of inputs
                 return model(*args, **kwargs)
-            raise _Found(model(*args, **{**kwargs, "fused_lm_head": loss_of}).loss)
+            out = model(*args, **{**kwargs, "fused_lm_head": loss_of})
+            if not ran:  # TRL's own takes any true value, and has another loss
+                raise RuntimeError(
+                    f"{NAME}: the forward of {type(model).__name__} was replaced after it was "
+                    "added; add it again"
+                )
+            raise _Found(out.loss)
 
         try:
             return of_trl(call, inputs, return_outputs, num_items_in_batch)

@@ -10,6 +10,7 @@ import torch
 import transformers
 import trl
 from torch.utils._python_dispatch import TorchDispatchMode
+from trl.trainer.utils import add_fused_lm_head
 
 import sgp.trl
 from sgp.huggingface import UnsupportedModelError
@@ -365,6 +366,11 @@ def test_what_is_refused(data, saved, pair, tmp_path, monkeypatch):
         make_trainer(ours, model, data, tmp_path)
     with pytest.raises(ValueError, match="does not support returning outputs"):
         pair[1].compute_loss(pair[1].model, make_inputs(pair[0]), return_outputs=True)
+
+    trainer = make_trainer(ours, saved, data, tmp_path)
+    add_fused_lm_head(trainer.model, outputs=ASKED)
+    with pytest.raises(RuntimeError, match="the forward of LlamaForCausalLM was replaced after it"):
+        loss_of(trainer, make_inputs(trainer))
 
     def by_twos(self, model, inputs):  # as TRL's old log-probabilities are made
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
