@@ -170,8 +170,8 @@ def _say_twice(name: str, units: Units, plan: Plan) -> None:
     _said.add(name)
     warn(
         f"{name}: a {units.by} has {units.longest()} rows that carry loss and a chunk {plan.rows}, "
-        f"so the logits are made twice, for a third more time. A memory_budget or chunk_rows with "
-        "room for them makes them once"
+        "so the logits are made twice; a memory_budget or chunk_rows with room for them makes them "
+        "once"
     )
 
 
