@@ -339,6 +339,7 @@ def test_data_parallel_goes_trls_way(pair, heads):
     assert len(heads) == 1
 
 
+@pytest.mark.filterwarnings("ignore:sgp.linear_loss. there is no room")  # in the least
 def test_a_budget_reaches_the_head_and_changes_nothing(pair, data, saved, tmp_path, heads, budgets):
     def with_budget(budget, **more):
         return make_trainer(sgp.trl.GRPOTrainer, saved, data, tmp_path, budget=budget, **more)
