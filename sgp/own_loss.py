@@ -20,8 +20,8 @@ from sgp.rows.autograd import apply, refuse_forward_mode
 from sgp.rows.by_torch import Wanted
 from sgp.rows.operations import ONE_DEVICE
 from sgp.rows.problem import Problem, check_flags
-from sgp.rows.recipe import Recipe, shown
-from sgp.rows.units import Units, make_units
+from sgp.rows.recipe import Recipe
+from sgp.rows.units import Units, check_loss_function, make_units
 from sgp.rows.watched import not_compiled
 from sgp.selection import Selection
 
@@ -140,14 +140,6 @@ def linear_loss(
     chosen = head_options(problem.recipe, head, pieces, Wanted(stats=True), name=name)
     units = make_units(name, by, groups, problem, target, int(head.num_kept))
     return own_loss(problem, head, units, loss_fn, chosen, return_stats=return_stats)
-
-
-def check_loss_function(name: str, loss_fn: Any) -> None:
-    """Raise TypeError for what cannot be called."""
-    if not callable(loss_fn):
-        raise TypeError(
-            f"{name}: loss_fn = {shown(loss_fn)}; expected a function of (tokens, rows)"
-        )
 
 
 def own_loss(

@@ -36,7 +36,7 @@ from sgp.rows.problem import (
 )
 from sgp.rows.recipe import Recipe, accumulation_dtype
 from sgp.rows.reduction import check_reduction, check_whole_sequences
-from sgp.rows.units import make_units
+from sgp.rows.units import check_loss_function, make_units
 from sgp.selection import Selection
 
 
@@ -248,6 +248,7 @@ def linear_loss(
     """
     name = "sgp.reference.linear_loss"
     check_flags(name, return_stats=return_stats)
+    check_loss_function(name, loss_fn)
     selection = _select(name, input, target, ignore_index, shift, None)
     logits = _head(name, input, linear_weight, linear_bias, selection)
     recipe = Recipe(softcap=softcap, logit_scale=logit_scale, temperature=temperature)

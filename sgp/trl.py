@@ -2,7 +2,8 @@
 
 TRL's trainers call `model(..., labels=..., fused_lm_head=True)` for the log-probabilities,
 entropies and metrics of each token. `add_fused_lm_head` takes the place of TRL's function of that
-name in a model that a trainer has prepared; `SFTTrainer` is TRL's with it.
+name in a model that a trainer has prepared; `SFTTrainer` and `GRPOTrainer` are TRL's with it.
+`GRPOTrainer` also runs TRL's loss inside the head, which gives loss and gradient in one pass.
 
 Importing this module imports TRL, which takes seconds.
 """
@@ -10,6 +11,7 @@ Importing this module imports TRL, which takes seconds.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -18,7 +20,8 @@ import torch
 import trl
 from packaging.version import Version
 from torch import Tensor, nn
-from trl.trainer.sft_trainer import SFTTrainer as TRLTrainer
+from trl.trainer.grpo_trainer import GRPOTrainer as TRLGRPOTrainer
+from trl.trainer.sft_trainer import SFTTrainer as TRLSFTTrainer
 
 from sgp.caller import warn
 from sgp.head.chunks import check_sizes
@@ -28,6 +31,8 @@ from sgp.huggingface.patching import described, is_plain
 from sgp.huggingface.selective_head import Request, SelectiveHead, reveal
 from sgp.labels import IGNORE
 from sgp.log_probs import linear_token_log_probs
+from sgp.own_loss import linear_loss
+from sgp.reference import TokenLogProbs
 from sgp.rows.reduction import check_denominator
 
 try:
@@ -35,11 +40,13 @@ try:
 except ImportError as error:
     raise ImportError(f"sgp.trl needs TRL 1.16 or later; this is {trl.__version__}") from error
 
-__all__ = ["SFTTrainer", "add_fused_lm_head"]
+__all__ = ["GRPOTrainer", "SFTTrainer", "add_fused_lm_head"]
 
 TESTED = ("1.16", "1.17")  # from the first, before the second
 OUTPUTS = {"log_probs", "entropy", "is_top1", "mean_logits"}
 NAME = "sgp.trl.add_fused_lm_head"
+
+LossOf = Callable[[FusedCausalLMOutput], Tensor]
 
 
 @dataclass(eq=False)
@@ -63,11 +70,12 @@ def add_fused_lm_head(
     """Give a model TRL's `fused_lm_head=True`, computed by `sgp`.
 
     Call it after the trainer is made, which adds its own, with what that trainer asks for:
-    `("log_probs", "entropy")` and `trainer.temperature` for GRPO and RLOO,
-    `("log_probs", "entropy", "mean_logits", "is_top1")` for DPO, the first three for KTO.
+    `("log_probs", "entropy", "mean_logits", "is_top1")` for DPO, the first three for KTO,
+    `("log_probs", "entropy")` and `trainer.temperature` for RLOO. `SFTTrainer` and `GRPOTrainer`
+    call it themselves.
 
     Example:
-        >>> trainer = trl.GRPOTrainer(...)  # doctest: +SKIP
+        >>> trainer = trl.RLOOTrainer(...)  # doctest: +SKIP
         >>> sgp.trl.add_fused_lm_head(  # doctest: +SKIP
         ...     trainer.model, trainer.temperature, outputs=("log_probs", "entropy"))
 
@@ -109,9 +117,13 @@ def add_fused_lm_head(
     fused = _Fused(_inner(model), temperature, frozenset(outputs), memory_budget)
 
     @functools.wraps(type(model).forward)
-    def forward(self: nn.Module, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+    def forward(
+        self: nn.Module, *args: Any, fused_lm_head: bool | LossOf = False, **kwargs: Any
+    ) -> Any:
         if not fused_lm_head:
             return fused.before(self, *args, **kwargs)
+        if callable(fused_lm_head):
+            return _run_loss(self, fused, fused_lm_head, args, kwargs)
         return _run(self, fused, args, kwargs)
 
     model.forward = MethodType(forward, model)
@@ -150,7 +162,7 @@ def _add_to(model: nn.Module, head: nn.Module) -> list[SelectiveHead]:
     return [selective]
 
 
-class SFTTrainer(TRLTrainer):
+class SFTTrainer(TRLSFTTrainer):
     """TRL's SFTTrainer with `sgp`'s head: the loss, and its metrics, of the scored tokens alone.
 
     Takes what TRL's takes, and the `memory_budget` of `add_fused_lm_head`. Logs what TRL's logs.
@@ -171,6 +183,102 @@ class SFTTrainer(TRLTrainer):
         model: Any = self.model
         asked = ("log_probs", "entropy", "is_top1")
         add_fused_lm_head(model, outputs=asked, memory_budget=memory_budget)
+
+
+class GRPOTrainer(TRLGRPOTrainer):
+    """TRL's GRPOTrainer whose loss is computed inside the head, from the scored tokens alone.
+
+    Loss and metrics are computed by TRL's own lines, of every `loss_type` and with every option, as
+    a loss of `sgp.linear_loss`: one pass over the logits, which are made some rows at a time, gives
+    the policy's log-probabilities and entropies, the loss and its gradient. It costs three products
+    with the head's weight if the logits of a micro-batch's scored tokens fit the budget, else four:
+    6 or 8 times M V D FLOPs. The passes for old and reference log-probabilities are those of
+    `add_fused_lm_head`.
+
+    Takes what TRL's takes, and `memory_budget`, the most bytes that the head holds. Logs what TRL's
+    logs. A mixture of experts whose load-balancing loss is trained too, and nn.DataParallel, go
+    TRL's way, from the log-probabilities of `add_fused_lm_head`.
+
+    Example:
+        >>> trainer = sgp.trl.GRPOTrainer(  # doctest: +SKIP
+        ...     model, reward_funcs=reward, args=args, train_dataset=data)
+        >>> trainer.train()  # doctest: +SKIP
+
+    Raises:
+        UnsupportedModelError, RuntimeError, ValueError, TypeError: as `add_fused_lm_head`, which
+            refuses `cast_lm_head_to_fp32`.
+    """
+
+    def __init__(self, *args: Any, memory_budget: int | None = None, **kwargs: Any) -> None:
+        """Make TRL's trainer, then put the head into the policy and its reference."""
+        _check_version()
+        check_sizes("sgp.trl.GRPOTrainer", None, memory_budget)
+        super().__init__(*args, **kwargs)
+        config: Any = self.args
+        asked = {self.model: ("log_probs", "entropy"), self.ref_model: ("log_probs",)}
+        for model, outputs in asked.items():
+            if model is not None:
+                add_fused_lm_head(
+                    self.accelerator.unwrap_model(model),
+                    self.temperature,
+                    config.cast_lm_head_to_fp32,
+                    outputs,
+                    memory_budget=memory_budget,
+                )
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """TRL's loss of a batch.
+
+        TRL's method runs up to where it calls the model. The model's head runs it once more, from
+        there on, as the loss of its tokens; the first run ends with what came of that.
+        """
+        of_trl, ran = super().compute_loss, []
+
+        def loss_of(output: FusedCausalLMOutput) -> Tensor:
+            ran.append(True)
+            answers = [output]
+
+            def answer(*_: Any, **__: Any) -> FusedCausalLMOutput:
+                if not answers:
+                    raise RuntimeError(
+                        "sgp.trl.GRPOTrainer: TRL called the model twice for one loss; expected "
+                        f"once. This is TRL {trl.__version__}: use its own trainer"
+                    )
+                return answers.pop()
+
+            loss: Tensor = of_trl(answer, inputs, num_items_in_batch=num_items_in_batch)
+            return loss
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            late = kwargs.get("output_router_logits")  # a loss known when the head has run
+            if late or isinstance(model, nn.DataParallel):  # whose replicas have a part of inputs
+                return model(*args, **kwargs)
+            out = model(*args, **{**kwargs, "fused_lm_head": loss_of})
+            if not ran:  # TRL's own takes any true value, and has another loss
+                raise RuntimeError(
+                    f"{NAME}: the forward of {type(model).__name__} was replaced after it was "
+                    "added; add it again"
+                )
+            raise _Found(out.loss)
+
+        try:
+            return of_trl(call, inputs, return_outputs, num_items_in_batch)
+        except _Found as found:
+            return found.loss
+
+
+class _Found(Exception):  # noqa: N818  (no error)
+    """A loss on its way out of TRL's method, past the lines that have run already."""
+
+    def __init__(self, loss: Tensor) -> None:
+        super().__init__("a loss")
+        self.loss = loss
 
 
 def _inner(model: nn.Module) -> Any:
@@ -219,21 +327,7 @@ def _run(
             means = _means(hidden, weight, head["linear_bias"], scored != IGNORE) * factor
         return found.log_prob, found.entropy, found.is_top1, means
 
-    selectives = _selectives(model.get_output_embeddings())  # type: ignore[operator]
-    if not selectives:
-        raise RuntimeError(
-            f"{NAME}: the head of {type(model).__name__} was replaced after it was added; add it "
-            "again"
-        )
-    request = Request(compute)
-    try:
-        for selective in selectives:
-            selective.request = request
-        out = fused.before(model, *args, **{**kwargs, "use_cache": False})
-        log_probs, entropy, is_top1, means = reveal(out.logits, request)
-    finally:
-        for selective in selectives:
-            selective.request = None
+    out, (log_probs, entropy, is_top1, means) = _forward(model, fused, compute, args, kwargs)
     mask = target != IGNORE
     if shifted is None:  # the last column predicts nothing
         log_probs, entropy, is_top1, mask = (x[:, :-1] for x in (log_probs, entropy, is_top1, mask))
@@ -252,6 +346,63 @@ def _run(
         label_mask=mask,
         aux_loss=auxiliary,
     )
+
+
+def _run_loss(
+    model: nn.Module, fused: _Fused, loss_of: LossOf, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> FusedCausalLMOutput:
+    """The model's own forward, whose head answers with the loss that `loss_of` makes of tokens."""
+    target = next_tokens(kwargs.pop("labels"))
+
+    def compute(hidden: Tensor, weight: Tensor, **head: Any) -> tuple[Tensor, ...]:
+        scored = target.to(hidden.device)
+
+        def numbers(tokens: TokenLogProbs, rows: Tensor) -> Tensor:
+            def placed(x: Tensor) -> Tensor:  # (m,) -> (B, T - 1): the last column predicts nothing
+                flat = x.new_zeros(scored.numel()).index_copy(0, rows, x)
+                return flat.view(scored.shape)[:, :-1]
+
+            output = FusedCausalLMOutput(
+                log_probs=placed(tokens.log_prob),
+                entropy=placed(tokens.entropy),
+                label_mask=(scored != IGNORE)[:, :-1],
+            )
+            with torch.autocast(hidden.device.type, enabled=False):  # which is the model's alone
+                return loss_of(output).view(1)
+
+        loss = linear_loss(
+            hidden, weight, scored, numbers, by="group", groups=[0] * len(scored),
+            temperature=fused.temperature, memory_budget=fused.memory_budget, **head,
+        )  # fmt: skip
+        return (loss,)
+
+    _, (loss,) = _forward(model, fused, compute, args, kwargs)
+    return FusedCausalLMOutput(loss=loss)
+
+
+def _forward(
+    model: nn.Module,
+    fused: _Fused,
+    compute: Callable[..., tuple[Tensor, ...]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[Any, tuple[Tensor, ...]]:
+    """What the model's own forward returns, and what its head computed."""
+    selectives = _selectives(model.get_output_embeddings())  # type: ignore[operator]
+    if not selectives:
+        raise RuntimeError(
+            f"{NAME}: the head of {type(model).__name__} was replaced after it was added; add it "
+            "again"
+        )
+    request = Request(compute)
+    try:
+        for selective in selectives:
+            selective.request = request
+        out = fused.before(model, *args, **{**kwargs, "use_cache": False})
+        return out, reveal(out.logits, request)
+    finally:
+        for selective in selectives:
+            selective.request = None
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 CPU = torch.device("cpu")
 TINY = Model("tiny", 512, 64)
-FORMS = ("logits", "linear", "log-probs", "linear log-probs")
+FORMS = ("logits", "linear", "log-probs", "linear log-probs", cases.OWN)
 
 
 @pytest.fixture(autouse=True)

@@ -54,6 +54,16 @@ MODULE = tuple(name for name in LOSS if name not in ("token_weight", "denominato
 STATISTICS = ("ignore_index", "temperature", "softcap", "logit_scale", "shift", "return_argmax")
 HOW = ("chunk_rows", "memory_budget", "accumulate_into")
 OF_HEAD = ("linear_bias", *HOW)
+OWN = (
+    "loss_fn", "by", "groups", "linear_bias", "ignore_index", "temperature", "softcap",
+    "logit_scale", "shift", "chunk_rows", "memory_budget", "return_stats",
+)  # fmt: skip
+
+
+def _lines(tokens, _):
+    return -tokens.log_prob
+
+
 LOGITS = {"input": X, "target": Y}
 LINEAR = {"input": HIDDEN, "linear_weight": HEAD, "target": Y}
 FUNCTIONS = {
@@ -61,6 +71,7 @@ FUNCTIONS = {
     "linear_cross_entropy": (LINEAR, (*LOSS, *OF_HEAD)),
     "token_log_probs": (LOGITS, STATISTICS),
     "linear_token_log_probs": (LINEAR, (*STATISTICS, *OF_HEAD)),
+    "linear_loss": (LINEAR | {"loss_fn": _lines}, OWN),
 }
 NOT_OF_REFERENCE = ("return_stats", "return_argmax", "inplace", *HOW)
 CALLS = {
@@ -119,6 +130,7 @@ PARALLEL = {
     "linear_cross_entropy": {"input": HIDDEN, "local_weight": HEAD, "target": Y},
     "token_log_probs": {"local_logits": X, "target": Y},
     "linear_token_log_probs": {"input": HIDDEN, "local_weight": HEAD, "target": Y},
+    "linear_loss": {"input": HIDDEN, "local_weight": HEAD, "target": Y, "loss_fn": _lines},
 }
 OF_RANKS = {"cross_entropy": ("group", "vocab_size"), "token_log_probs": ("group", "vocab_size")}
 SELECTION = sgp.Selection.from_labels(Y)

@@ -780,7 +780,9 @@ def test_what_does_not_fit_a_chunk_makes_the_logits_twice(by, monkeypatch):
         sgp.linear_loss(hidden.requires_grad_(), head.requires_grad_(), target, lines, **options)
 
     longest = T if by == "sequence" else 2 * T
-    words = f"a {by} has {longest} rows that carry loss and a chunk 4, so the logits are made twice"
+    words = (
+        f"no room for the logits of a {by} of {longest} tokens that carry loss, so they are made t"
+    )
     with pytest.warns(UserWarning, match=words) as said:
         assert flops(step) == 2 * B * T * V * D * 4
     assert said[0].filename == __file__

@@ -242,7 +242,7 @@ def test_the_reference_does_not_import_what_it_judges():
         if module not in seen:
             seen.add(module)
             pending += graph[module]
-    rows = {f"sgp.rows.{name}" for name in ("problem", "recipe", "reduction")}
+    rows = {f"sgp.rows.{name}" for name in ("problem", "recipe", "reduction", "units")}
     assert seen == {"sgp.reference", "sgp.selection", "sgp.labels", *rows}
 
 

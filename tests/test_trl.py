@@ -4,30 +4,21 @@ import copy
 import functools
 import re
 import runpy
-import warnings
 
 import peft
 import pytest
 import torch
 import trl
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from trl.trainer.utils import add_fused_lm_head
 
 import sgp.trl
 from sgp.huggingface import UnsupportedModelError, callers, patch
 from tests.families import V, make, make_batch
+from tests.toy_trl import COMMON, numbers_as_text, quiet
 
 RUNS = ({}, {"gradient_accumulation_steps": 2}, {"packing": True, "max_length": 64})
 FIELDS = ("log_probs", "entropy", "is_top1")
-
-
-def quiet(make_it):
-    """TRL and transformers deprecate each other's options."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return make_it()
 
 
 def run(model, batch, **more):
@@ -109,16 +100,7 @@ def test_a_budget_reaches_the_head_and_changes_nothing(budgets):
 @pytest.fixture(scope="module")
 def data():
     """Prompts and completions of numbers, and a tokenizer for them."""
-    inner = Tokenizer(models.WordLevel({str(i): i for i in range(V)}, unk_token="0"))  # noqa: S106
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="0", eos_token="2")  # noqa: S106
-    generator = torch.Generator().manual_seed(6)
-    words = torch.randint(3, V, (32, 20), generator=generator).tolist()
-    rows = [
-        {"prompt": " ".join(map(str, row[:14])), "completion": " " + " ".join(map(str, row[14:]))}
-        for row in words
-    ]
-    return tokenizer, Dataset.from_list(rows)
+    return numbers_as_text()
 
 
 def train(kind, model, data, folder, **more):
@@ -226,13 +208,6 @@ def test_a_patched_model_is_no_hindrance_and_no_help(data, tmp_path, monkeypatch
         assert bool(callers.SAID) == said
 
 
-COMMON = {
-    "per_device_train_batch_size": 4, "max_steps": 2, "learning_rate": 1e-2, "logging_steps": 1,
-    "report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no", "seed": 3,
-    "disable_tqdm": True,
-}  # fmt: skip
-
-
 def logs_of(trainer):
     trainer.train()
     return [log for log in trainer.state.log_history if "loss" in log]
@@ -268,31 +243,6 @@ def test_dpo(bf16, data, tmp_path):
     for log, true in zip(found[:steps], expected[:steps], strict=True):
         for name in ("loss", "rewards/margins", "logps/chosen", "logits/chosen", "entropy"):
             assert log[name] == pytest.approx(true[name], rel=near, abs=near / 10), name
-
-
-def test_grpo(data, tmp_path):
-    tokenizer, rows = data
-
-    def make_trainer():
-        arguments = trl.GRPOConfig(
-            output_dir=str(tmp_path), num_generations=4, max_completion_length=6, beta=0.0,
-            temperature=0.8, **COMMON,
-        )  # fmt: skip
-        return trl.GRPOTrainer(
-            make("llama"), lambda completions, **_: [float(len(set(c))) for c in completions],
-            args=arguments, train_dataset=rows.select_columns(["prompt"]),
-            processing_class=tokenizer,
-        )  # fmt: skip
-
-    expected = quiet(lambda: logs_of(make_trainer()))
-    trainer = quiet(make_trainer)
-    asked = ("log_probs", "entropy")
-    sgp.trl.add_fused_lm_head(trainer.model, trainer.temperature, outputs=asked)
-    found = quiet(lambda: logs_of(trainer))
-    assert len(found) == 2
-    for log, true in zip(found, expected, strict=True):
-        for name in ("loss", "entropy", "grad_norm", "reward"):
-            assert log[name] == pytest.approx(true[name], rel=1e-3, abs=1e-5), name
 
 
 def test_a_copy_has_its_own_weights():

@@ -381,6 +381,9 @@ def test_whole_logits_take_no_budget(argument):
         memory.Case("autocast", 1.0, "both", "mean"),
         memory.Case("bf16", 0.25, "input", "mean"),
         memory.Case("bf16", 1.0, "both", "mean", into=True),
+        memory.Case("bf16", 0.9, "both", "own"),
+        memory.Case("fp16", 1.0, "both", "own"),
+        memory.Case("fp32", 0.9, "weight", "own"),
     ],
     ids=str,
 )
@@ -504,6 +507,16 @@ def shape(M, N=8192, **options):
         (8192, {"late": True}, 5 * GIB, 4.2, 6, "logits held"),
         (65_536, {"N": 65_536}, None, 3.0, 6, "a float32 sum"),
         (8192, {"input_grad": False, "weight_grad": False}, None, 0.51, 2, "chunks of 1024 rows"),
+        # A loss of the caller's, of rows, and of sequences of that many kept tokens.
+        (8192, {"own": True, "least": 1}, None, 2.1, 6, "gradient kept, chunks of 2048"),
+        (8192, {"own": True, "least": 1}, GIB // 2, 0.5, 8, "slices"),
+        (8192, {"own": True, "least": 3000}, None, 2.5, 6, "gradient kept, chunks of 3000"),
+        (8192, {"own": True, "least": 6000}, None, 0.4, 8, "slices"),
+        (8192, {"own": True, "least": 6000}, 4 * GIB, 4.0, 6, "one chunk"),
+        (32_768, {"N": 32_768, "own": True, "least": 6000}, 4 * GIB, 4.0, 6, "chunks of 6000"),
+        (8192, {"own": True, "least": 3000, "weight_grad": False}, None, 1.6, 4, "chunks of 3000"),
+        (8192, {"own": True, "least": 6000, "weight_grad": False}, None, 2.1, 6, "chunks of"),
+        (8192, {"own": True, "is_half": True, "wide": True}, None, 3.1, 6, "chunks of 4096 rows"),
     ],
 )  # fmt: skip
 def test_choices_at_the_shape_of_llama(M, options, budget, gib, mvd, words):
@@ -526,12 +539,14 @@ def test_a_kept_gradient_has_no_float32_sum():
 @given(
     st.integers(1, 70_000), st.floats(0.01, 1.0), st.sampled_from([1_000, 32_000, 151_936]),
     st.sampled_from([64, 896, 4096]), st.booleans(), st.booleans(), st.integers(20, 36),
+    st.sampled_from([0, 1, 700, 5000]),
 )  # fmt: skip
-def test_property_a_budget_is_kept_or_refused(tokens, kept, classes, width, late, needed, log):
+def test_property_a_budget_is_kept_or_refused(tokens, kept, classes, width, late, needed, log, own):
     """Never more than the budget, and never refused where the default would fit."""
+    M = max(1, int(tokens * kept))
     s = Shape(
-        max(1, int(tokens * kept)), tokens, classes, width, 2, 2, 2, input_grad=True,
-        weight_grad=needed, late=late,
+        M, tokens, classes, width, 2, 2, 2, input_grad=True, weight_grad=needed,
+        late=late and not own, own=own > 0, least=min(own, M),
     )  # fmt: skip
     default = chunks.plan("f", s)
     try:
@@ -548,12 +563,14 @@ def test_property_a_budget_is_kept_or_refused(tokens, kept, classes, width, late
 @given(
     st.integers(1, 70_000), st.floats(0.01, 1.0), st.sampled_from([32_000, 151_936]),
     st.sampled_from([896, 4096]), st.booleans(), st.integers(24, 34), st.floats(1.0, 8.0),
+    st.sampled_from([0, 1, 700, 5000]),
 )  # fmt: skip
-def test_property_more_room_is_never_slower(tokens, kept, classes, width, late, log, more):
+def test_property_more_room_is_never_slower(tokens, kept, classes, width, late, log, more, own):
     """But for the 3 % that a smaller way may take longer."""
+    M = max(1, int(tokens * kept))
     s = Shape(
-        max(1, int(tokens * kept)), tokens, classes, width, 2, 2, 2, input_grad=True,
-        weight_grad=True, late=late,
+        M, tokens, classes, width, 2, 2, 2, input_grad=True, weight_grad=True,
+        late=late and not own, own=own > 0, least=min(own, M),
     )  # fmt: skip
     try:
         less = chunks.plan("f", s, memory_budget=1 << log)

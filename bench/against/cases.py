@@ -15,6 +15,9 @@ from torch import Tensor
 import sgp
 
 SEQUENCE = 1_024  # tokens, of which the first are context
+# A loss of reinforcement learning through the head: CISPO, on policy and with an advantage of 1,
+# where its value and gradients are those of the mean.
+OWN = "linear own loss"
 
 
 class Model(NamedTuple):
@@ -39,7 +42,7 @@ KEPT = (1.0, 0.5, 0.25, 0.1, 0.05)
 class Case(NamedTuple):
     """N tokens, of which the fraction `kept` carries loss."""
 
-    form: str  # "logits" | "linear" | "log-probs" (from logits) | "linear log-probs"
+    form: str  # "logits" | "linear" | "log-probs" (from logits) | "linear log-probs" | OWN
     model: Model
     N: int
     kept: float
@@ -90,7 +93,7 @@ def gpu_cases() -> list[Case]:
     found += [Case(form, QWEN_3, 8_192, kept) for form in forms for kept in KEPT]
     found += [
         Case(form, QWEN_3, 8_192, kept)
-        for form, kept in itertools.product(("log-probs", "linear log-probs"), (1.0, 0.25))
+        for form, kept in itertools.product(("log-probs", "linear log-probs", OWN), (1.0, 0.25))
     ]
     found += [Case(form, QWEN_3, 8_192, 0.25, pattern="scattered") for form in forms]
     sizes = (2_048, 16_384, 32_768, 65_536)
@@ -116,6 +119,7 @@ def cpu_cases() -> list[Case]:
         Case("logits", TINY_LLAMA, 256, 0.25, "bfloat16"),
         Case("log-probs", TINY_LLAMA, 256, 0.25, "float32"),
         Case("linear log-probs", TINY_LLAMA, 256, 0.25, "float32"),
+        *(Case(OWN, TINY_LLAMA, 256, kept, "float32") for kept in (1.0, 0.25)),
     ]
     return list(dict.fromkeys(found))
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sgp
-from bench.against.cases import Problem
+from bench.against.cases import OWN, SEQUENCE, Problem
 
 
 class Package(NamedTuple):
@@ -41,6 +41,7 @@ class Package(NamedTuple):
 TORCH = Package("torch", "torch")
 SGP = Package("sgp-kernels", "sgp")
 LIGER = Package("liger-kernel", "liger_kernel", gpu_only=True)
+LIGER_CHUNKED = LIGER._replace(gpu_only=False)  # those of its losses that are PyTorch
 CCE = Package("cut-cross-entropy", "cut_cross_entropy", gpu_only=True)
 QUACK = Package("quack-kernels", "quack", gpu_only=True)
 FLA = Package("fla-core", "fla", gpu_only=True)
@@ -129,6 +130,17 @@ def _log_probs(logits: Tensor, index: Tensor) -> Tensor:
     return torch.log_softmax(logits.float(), -1).gather(-1, index)
 
 
+def cispo(log_prob: Tensor, advantage: float = 1.0, most: float = 5.0) -> Tensor:
+    """Each token's loss in the first step after sampling, when the old policy is the new one."""
+    ratio = (log_prob - log_prob.detach()).exp()
+    return -ratio.clamp(max=most).detach() * advantage * log_prob
+
+
+def pytorch_own_loss(p: Problem) -> Tensor:
+    """Whole logits of the kept rows, and the loss."""
+    return cispo(_log_probs(F.linear(p.hidden[p.rows], p.weight), p.target[:, None])).mean()
+
+
 @functools.lru_cache(maxsize=1)
 def _compiled(form: str, V: int, dtype: torch.dtype) -> Callable[..., Tensor]:  # noqa: ARG001
     """Compiled anew for each head, as in a model: only the number of rows is left open."""
@@ -200,6 +212,22 @@ def ours_linear_log_probs(p: Problem) -> Tensor:
     return -found.log_prob.sum() / p.target.numel()
 
 
+def ours_own_loss(p: Problem) -> Tensor:
+    """`sgp.linear_loss`."""
+    kept = p.target.numel()
+
+    def loss_fn(tokens: sgp.TokenLogProbs, rows: Tensor) -> Tensor:  # noqa: ARG001
+        return cispo(tokens.log_prob) / kept
+
+    return sgp.linear_loss(p.hidden, p.weight, p.selection, loss_fn)
+
+
+def ours_loss_of_log_probs(p: Problem) -> Tensor:
+    """`sgp.linear_token_log_probs`, and the loss after it."""
+    found = sgp.linear_token_log_probs(p.hidden, p.weight, p.selection)
+    return cispo(found.log_prob).sum() / p.target.numel()
+
+
 def ours_linear_log_probs_held(p: Problem) -> Tensor:
     """With room for the logits until the backward."""
     M, D = p.target.numel(), p.weight.shape[1]
@@ -223,6 +251,19 @@ def liger_linear(p: Problem) -> Tensor:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # noqa: PLC0415
 
     return LigerFusedLinearCrossEntropyLoss()(p.weight, p.hidden, p.labels)
+
+
+def liger_own_loss(p: Problem) -> Tensor:
+    """Its fused GRPO loss, as its defaults have it but for what the loss is; on all rows."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss  # noqa: PLC0415
+
+    loss = LigerFusedLinearGRPOLoss(
+        beta=0.0, use_ref_model=False, loss_type="cispo", epsilon_high=5.0
+    )
+    mask = (p.labels != -100).view(-1, min(SEQUENCE, p.labels.numel()))
+    tokens, hidden = p.labels.clamp(min=0).view_as(mask), p.hidden.unflatten(0, mask.shape)
+    found = loss(hidden, p.weight, tokens, mask, p.hidden.new_ones(len(mask)))
+    return found[0]
 
 
 def cut_cross_entropy(p: Problem) -> Tensor:
@@ -291,6 +332,15 @@ def trl_log_probs(p: Problem) -> Tensor:
 
 def trl_linear_log_probs(p: Problem) -> Tensor:
     """The chunked function of its fused head, on the kept rows, its chunk of the vocabulary."""
+    return -_of_trl(p).mean()
+
+
+def trl_own_loss(p: Problem) -> Tensor:
+    """The same, and the loss after it, as its GRPOTrainer does."""
+    return cispo(_of_trl(p)).mean()
+
+
+def _of_trl(p: Problem) -> Tensor:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction  # noqa: PLC0415
     from trl.trainer import utils  # noqa: PLC0415
 
@@ -298,7 +348,8 @@ def trl_linear_log_probs(p: Problem) -> Tensor:
     found = ChunkedLogProbFunction.apply(
         p.hidden[p.rows], p.weight, None, p.target, 1.0, chunk, None, 1.0, ("log_probs",)
     )  # fmt: skip
-    return -found[0].mean()
+    log_probs: Tensor = found[0]
+    return log_probs
 
 
 BASELINE = "PyTorch, kept rows"  # gathered by hand
@@ -307,6 +358,7 @@ PLAIN = {
     "linear": pytorch_linear_by_hand,
     "log-probs": pytorch_log_probs,
     "linear log-probs": pytorch_linear_log_probs,
+    OWN: pytorch_own_loss,
 }
 RIVALS = (
     Rival("sgp", "logits", ours, SGP),
@@ -317,6 +369,8 @@ RIVALS = (
     Rival("sgp", "log-probs", ours_log_probs, SGP),
     Rival("sgp", "linear log-probs", ours_linear_log_probs, SGP),
     Rival("sgp, logits held", "linear log-probs", ours_linear_log_probs_held, SGP),
+    Rival("sgp", OWN, ours_own_loss, SGP),
+    Rival("sgp, log-probs first", OWN, ours_loss_of_log_probs, SGP),
     *(Rival(BASELINE, form, loss) for form, loss in PLAIN.items()),
     Rival("PyTorch, all rows", "logits", pytorch),
     Rival("PyTorch, all rows", "linear", pytorch_linear),
@@ -334,6 +388,8 @@ RIVALS = (
     Rival("flash-linear-attention", "linear", flash_linear_attention_linear, FLA),
     Rival("TRL", "log-probs", trl_log_probs, TRL),
     Rival("TRL", "linear log-probs", trl_linear_log_probs, TRL),
+    Rival("TRL", OWN, trl_own_loss, TRL),
+    Rival("Liger", OWN, liger_own_loss, LIGER_CHUNKED),
 )
 
 

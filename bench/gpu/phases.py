@@ -50,7 +50,10 @@ LINEAR = (
     "cut-cross-entropy",
     "quack",
 )
-LOG_PROBS = ("sgp", "sgp, logits held", rivals.BASELINE, "torch.compile", "TRL")
+LOG_PROBS = (
+    "sgp", "sgp, logits held", "sgp, log-probs first", rivals.BASELINE, "torch.compile", "TRL",
+    "Liger",
+)  # fmt: skip
 SLOW_TO_START = ("torch.compile", "TRL")  # a dry run is without them
 QUICK_TO_START = ("sgp", "least", "PyTorch")
 HOSTED = {  # whose own time counts
@@ -476,6 +479,7 @@ def logprobs(phase: Phase) -> None:
     for form, models in (
         ("log-probs", (cases.QWEN_3, cases.LLAMA_2)),
         ("linear log-probs", (cases.QWEN_3,)),
+        (cases.OWN, (cases.QWEN_3,)),
     ):
         for case in _cases(phase, form, models):
             phase.compare(case, LOG_PROBS, seconds=0.8)

@@ -40,7 +40,10 @@ from sgp.head import chunks
 COPY = 0.90  # of the data sheet's bandwidth
 MATMUL = 0.75  # of the data sheet's dense rate
 LAUNCH_MS = 0.005
-KERNELS = {"logits": 1, "log-probs": 2, "linear": 6, "linear log-probs": 8}  # at least
+KERNELS = {  # at least
+    "logits": 1, "log-probs": 2, "linear": 6, "linear log-probs": 8, cases.OWN: 7
+}  # fmt: skip
+EARLY = ("linear", cases.OWN)  # heads whose gradients are made with the loss
 
 
 class Gpu(NamedTuple):
@@ -108,32 +111,33 @@ def predict(case: Case, gpu: Gpu) -> Prediction:
         ms = 1e3 * moved / speed
         reread = ms + 1e3 * again / speed + launches
         return Prediction(ms, 0.0, ms + launches, reread, 0.0, moved)
-    flops = (6.0 if case.form == "linear" else 8.0) * M * V * D
-    passes = 1 if case.form == "linear" else 2  # log-probabilities read the logits in both
+    flops = (6.0 if case.form in EARLY else 8.0) * M * V * D
+    passes = 1 if case.form == "linear" else 2  # the others read the logits twice
     moved = (passes * 4.0 + case.itemsize) * M * V
     way = _plan(case)
     if way.way == "slices":  # the input's gradient is the sum
         moved += 8.0 * (-(-V // way.columns) - 1) * M * D
     elif way.group < M:
         moved += 8.0 * (-(-M // way.group) - 1) * V * D
-    if case.dtype == "float16" and case.form == "linear":  # waits for its factor in float32
+    if case.dtype == "float16" and case.form in EARLY:  # waits for its factor in float32
         moved += 8.0 * V * D
     bytes_ms, flops_ms = 1e3 * moved / speed, 1e3 * flops / rate
     total = bytes_ms + flops_ms + launches
-    again = 4.0 * M * V if case.form == "linear" else 0.0
+    again = 4.0 * M * V if case.form in EARLY else 0.0
     return Prediction(bytes_ms, flops_ms, total, total + 1e3 * again / speed, flops, moved)
 
 
 def _plan(case: Case) -> chunks.Plan:
     """What the head does by default on a GPU."""
     half = case.dtype == "float16"
-    late = case.form != "linear"
+    late = case.form not in EARLY
     return chunks.plan(
         "sgp",
         chunks.Shape(
             M=case.M, N=case.N, V=case.model.V, D=case.model.D, input_bytes=case.itemsize,
             weight_bytes=case.itemsize, operand_bytes=case.itemsize, input_grad=True,
             weight_grad=True, late=late, is_half=half, wide=half and not late,
+            own=case.form == cases.OWN, least=int(case.form == cases.OWN),
         ),
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from bench.against import measure
-from bench.against.cases import Case, Model
+from bench.against.cases import OWN, Case, Model
 
 MIB = 1 << 20
 COLORS = {  # of seaborn's colorblind palette: sgp is the dark blue
@@ -185,7 +185,9 @@ def _roofline(content: dict[str, Any], stem: Path) -> Path:
     axes.plot(
         [span[0], ridge, span[1]], [span[0] * bandwidth, rate, rate], color="black", linewidth=1.4
     )
-    markers = {"logits": "o", "linear": "s", "log-probs": "^", "linear log-probs": "D"}
+    markers = {
+        "logits": "o", "linear": "s", "log-probs": "^", "linear log-probs": "D", OWN: "P"
+    }  # fmt: skip
     for record in content["cases"]:
         case = case_of(record)
         for rival in ("PyTorch, kept rows", "sgp"):

@@ -48,7 +48,7 @@ class Case(NamedTuple):
     dtype: str  # "bf16" | "fp16" | "fp32" | "autocast"
     kept: float
     needs: str  # "both" | "input" | "weight"
-    reduction: str  # "mean" | "none"
+    reduction: str  # "mean" | "none" | "own": a loss of the caller's
     into: bool = False  # the weight's gradient is added to a tensor of the caller's
 
     def shape(self, size: tuple[int, int, int], *, is_cpu: bool) -> Shape:
@@ -72,6 +72,8 @@ class Case(NamedTuple):
             is_half=self.dtype == "fp16",
             wide=self.dtype == "fp16" and not late,
             into=self.into,
+            own=self.reduction == "own",
+            least=int(self.reduction == "own"),
             is_cpu=is_cpu,
         )
 
@@ -93,6 +95,9 @@ CASES = (
       for dtype in ("fp16", "fp32", "autocast") for reduction in ("mean", "none")),
     *(Case(dtype, 1.0, "weight", "none") for dtype in ("fp16", "fp32", "autocast")),
     *(Case("bf16", kept, "both", "mean", into=True) for kept in (1.0, 0.25)),
+    *(Case(dtype, kept, "both", "own")
+      for dtype in ("bf16", "fp16", "fp32", "autocast") for kept in (1.0, 0.9)),
+    *(Case("bf16", 1.0, needs, "own") for needs in ("input", "weight")),
 )  # fmt: skip
 
 
@@ -104,7 +109,7 @@ def ways(shape: Shape) -> Iterator[Plan]:
     yield chunks.by_rows(shape, few, few)
     if not shape.weight_grad:
         return
-    if shape.is_narrow():
+    if shape.keeps_any():
         yield chunks.by_rows(shape, few, M)
         yield chunks.by_rows(shape, few, M // 2)
     if not shape.wide:
@@ -162,10 +167,22 @@ def _work(
         options["memory_budget"] = 1 << 60  # or nothing may be held
 
     def work() -> None:
+        if case.reduction == "own":
+            sgp.linear_loss(hidden, head, selection, _mean(selection.num_kept)).backward()
+            return
         loss = sgp.linear_cross_entropy(hidden, head, selection, **options)
         loss.backward(upstream if loss.dim() else None)
 
     return work, leaves
+
+
+def _mean(kept: int) -> Callable[..., Tensor]:
+    """A loss of one's own."""
+
+    def loss_fn(tokens: sgp.TokenLogProbs, rows: Tensor) -> Tensor:  # noqa: ARG001
+        return -tokens.log_prob / kept
+
+    return loss_fn
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from sgp import reference
 from sgp.linear import linear_cross_entropy
 from sgp.log_probs import linear_token_log_probs
 from sgp.losses import cross_entropy
+from sgp.own_loss import linear_loss
 from sgp.tolerance import bound, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,7 +51,7 @@ class Path(NamedTuple):
     roundings: int  # of the gradient to its dtype
     inplace: bool = False
     view: bool = False  # the vocabulary is not contiguous, as in (B, V, T)
-    subject: str = "logits"  # or "head": hidden states and a weight; or "log-probs" of a head
+    subject: str = "logits"  # or "head": hidden states and a weight; "log-probs", "own" of a head
 
 
 PATHS = {
@@ -71,6 +72,8 @@ PATHS = {
     "linear head, a factor for each row": Path("none", None, 1, subject="head"),
     # and the terms of the entropy and of lse
     "log-probabilities of a linear head": Path("none", None, 1, subject="log-probs"),
+    # the same terms, in forward, from a loss of the caller's
+    "a loss of log-probabilities": Path("sum", 3.0, 2, subject="own"),
 }
 HEAD_VOCABULARIES = (7, 8_192, 32_000, 50_257)  # one for each layout is enough here
 WIDTH = 16  # of the hidden states
@@ -153,7 +156,7 @@ def check(case: Case, device: torch.device) -> Outcome:
         "token_weight": token_weight if everything else None,
         "reduction": path.reduction,
     }
-    if path.subject == "log-probs":
+    if path.subject in ("log-probs", "own"):
         options = {k: v for k, v in options.items() if k in ("softcap", "logit_scale")}
         options["temperature"] = 0.7 if everything else 1.0
     truth_of, plain_of, ours_of = _functions(path)
@@ -176,7 +179,7 @@ def check(case: Case, device: torch.device) -> Outcome:
     )
     interpreted = is_interpreted()
     loss_bound = bound(relative_error(in_float32, truth), torch.float32)
-    if path.subject == "log-probs":  # these are the statistics
+    if path.subject in ("log-probs", "own"):  # of the statistics
         loss_bound = max(loss_bound, STATISTICS_BOUND)
     limit = bound(errors[3], case.dtype, interpreted=interpreted, roundings=path.roundings)
     passed = (
@@ -206,6 +209,9 @@ def _functions(path: Path) -> tuple[Function, Function, Function]:
         truth = _stacked(reference.linear_token_log_probs)
         in_chunks = functools.partial(linear_token_log_probs, chunk_rows=2)
         return truth, _plain_log_probs, _stacked(in_chunks)
+    if path.subject == "own":
+        truth = functools.partial(reference.linear_loss, loss_fn=_lines)
+        return truth, _plain_own_loss, functools.partial(linear_loss, loss_fn=_lines, chunk_rows=2)
 
     def call(x: Tensor, *arguments: Tensor, **keywords: Any) -> Tensor:
         x = x * 1 if path.inplace else x
@@ -214,6 +220,17 @@ def _functions(path: Path) -> tuple[Function, Function, Function]:
         return loss
 
     return _reference64(reference.cross_entropy), _plain, call
+
+
+def _lines(tokens: reference.TokenLogProbs, rows: Tensor) -> Tensor:  # noqa: ARG001
+    """Some loss of all three."""
+    return 0.3 * tokens.entropy + 0.01 * tokens.lse - tokens.log_prob
+
+
+def _plain_own_loss(hidden: Tensor, head: Tensor, target: Tensor, **options: Any) -> Tensor:
+    log_prob, entropy, lse = _plain_log_probs(hidden, head, target, **options)
+    loss: Tensor = (0.3 * entropy + 0.01 * lse - log_prob).sum()
+    return loss
 
 
 def _stacked(function: Callable[..., reference.TokenLogProbs]) -> Function:

@@ -134,8 +134,8 @@ def with_loss(head: Head, units: Units, loss: OwnLoss) -> tuple[RowOutputs, Grad
     longest, M, trains = units.longest(), head.rows.numel(), any(head.call.needs)
     plan = head.plan(own=True, least=longest)
     once = plan.way == "slices" or plan.rows < longest or not (trains and M)
-    if trains and plan.rows < longest:
-        _say_twice(head.call.name, units, plan)
+    if trains and M and once and units.by != "row":
+        _say_twice(head.call.name, units)
     wanted = head.call.wanted._replace(saved=trains and once)
     out = new_outputs(head.input, head.target.numel(), wanted)
     out.zero_()
@@ -163,15 +163,14 @@ def with_loss(head: Head, units: Units, loss: OwnLoss) -> tuple[RowOutputs, Grad
 _said: set[str] = set()  # functions that have said it
 
 
-def _say_twice(name: str, units: Units, plan: Plan) -> None:
+def _say_twice(name: str, units: Units) -> None:
     """Warn, once a process, that what the loss needs at once does not fit."""
     if name in _said:
         return
     _said.add(name)
     warn(
-        f"{name}: a {units.by} has {units.longest()} rows that carry loss and a chunk {plan.rows}, "
-        f"so the logits are made twice, for a third more time. A memory_budget or chunk_rows with "
-        "room for them makes them once"
+        f"{name}: there is no room for the logits of a {units.by} of {units.longest()} tokens that "
+        "carry loss, so they are made twice; a larger memory_budget or chunk_rows makes them once"
     )
 
 

@@ -66,7 +66,7 @@ class Shape(NamedTuple):
     is_half: bool = False  # float16 operands: factors of rows wait outside, in float32
     wide: bool = False  # gradients in float32 although the weight is narrower
     into: bool = False  # the weight's gradient is added to a float32 tensor of the caller's
-    own: bool = False  # the caller's loss stands between the statistics of a chunk and its gradient
+    own: bool = False  # a loss of the caller's stands between a chunk's statistics and its gradient
     least: int = 0  # rows that it needs in one chunk
     is_cpu: bool = False
     is_contiguous: bool = True  # the hidden states
@@ -229,7 +229,8 @@ def _plan(shape: Shape, chunk_rows: int, memory_budget: int) -> Plan:
 
 def default_budget(shape: Shape) -> int:
     """Bytes of a call with chunks of DEFAULT_ROWS and a float32 sum; without one, BUSY_ROWS."""
-    rows = default_rows(shape) if shape.weight_grad else busy_rows(shape)
+    busy = busy_rows(shape)
+    rows = default_rows(shape) if shape.weight_grad or shape.least > busy else busy
     return by_rows(shape, rows, rows).bytes
 
 
@@ -248,8 +249,7 @@ def ways(shape: Shape, budget: int, *, held: bool) -> Iterator[Plan]:
     """Every way in sizes worth a look; with `held`, of a caller's budget, down to the smallest."""
     M, busy = max(1, shape.M), busy_rows(shape)
     sizes = {min(k * busy, M) for k in (1, 2, 4, 8)} | {M}
-    if shape.least:
-        sizes.add(min(shape.least, M))
+    sizes |= {min(shape.least, M)} - {0}
     if held:
         sizes |= {min(busy >> k, M) for k in range(1, busy.bit_length()) if busy >> k >= LEAST_ROWS}
     for group in _groups(shape, sizes) if shape.keeps_any() else ():
@@ -305,7 +305,8 @@ def by_rows(shape: Shape, rows: int, group: int) -> Plan:
     if narrow or groups == 1:
         making += (summed if groups > 1 else 0) - _of_weight(s)
     multiplying = (kept or logits) + rows_of_group + _waiting(s) + _converted(s, group)
-    multiplying += summed - _of_weight(s) if summed else _before_factor(s)
+    multiplying += summed - _of_weight(s) if summed else 0
+    multiplying += _before_factor(s) if s.own or not summed else 0
     multiplying += group * s.D * s.operand_bytes if s.is_half else 0
     finishing = summed + _waiting(s) + (s.N * s.D * s.input_bytes if s.wide else 0)
     rest = (multiplying, finishing) if s.weight_grad else (_scaling(s),)

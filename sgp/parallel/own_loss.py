@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sgp.head.autograd import head_options
 from sgp.head.problem import Pieces
-from sgp.own_loss import check_loss_function, own_loss
+from sgp.own_loss import own_loss
 from sgp.parallel.problem import agree_on_head, head_problem
 from sgp.parallel.rows import ShardRows
 from sgp.parallel.shard import Group
@@ -17,7 +17,7 @@ from sgp.reference import LossFunction
 from sgp.rows.by_torch import Wanted
 from sgp.rows.problem import check_flags
 from sgp.rows.recipe import Recipe
-from sgp.rows.units import make_units
+from sgp.rows.units import check_loss_function, make_units
 from sgp.rows.watched import not_compiled
 from sgp.selection import Selection
 

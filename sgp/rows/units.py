@@ -84,6 +84,14 @@ class Units(NamedTuple):
         return self.present & here
 
 
+def check_loss_function(name: str, loss_fn: Any) -> None:
+    """Raise TypeError for what cannot be called with statistics and rows."""
+    if not callable(loss_fn) or isinstance(loss_fn, type):
+        raise TypeError(
+            f"{name}: loss_fn = {shown(loss_fn)}; expected a function of (tokens, rows)"
+        )
+
+
 def make_units(
     name: str,
     by: Any,
