@@ -47,14 +47,16 @@ def toy(up: str) -> str:
     """Rewards of the toy with sgp.linear_loss and in plain PyTorch, and the picture."""
     path, found = newest("own-loss-toy")
     curves = found["rewards"]
-    lines = [f"| step | {' | '.join(curves)} |", "|---|---|---|"]
-    for step in (1, 25, 50, 100, found["steps"]):
-        cells = (f"{100 * curve[step - 1]:.1f} %" for curve in curves.values())
-        lines.append(f"| {step} | {' | '.join(cells)} |")
+    lines = [f"| steps | {' | '.join(curves)} |", "|---|---|---|"]
+    for first, last in ((1, 25), (26, 50), (51, 100), (101, 200), (201, found["steps"])):
+        means = (statistics.mean(curve[first - 1 : last]) for curve in curves.values())
+        lines.append(f"| {first} to {last} | {' | '.join(f'{100 * x:.1f} %' for x in means)} |")
     apart = next((i for i, (a, b) in enumerate(zip(*curves.values(), strict=True)) if a != b), None)
-    equal = "All rewards are equal" if apart is None else f"The first {apart} rewards are equal"
+    equal = (
+        "all steps have equal ones" if apart is None else f"the first {apart} steps have equal ones"
+    )
     source = (
-        f"{equal}. Mean reward of a step's samples; chance is {100 * found['chance']:.1f} %. "
+        f"Mean reward; {equal}, and chance is {100 * found['chance']:.1f} %. "
         f"{found['machine']['name']}, torch {found['versions']['torch']}, {found['date']} "
         f"([results]({up}bench/results/{path.name}))."
     )
