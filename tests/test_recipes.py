@@ -32,7 +32,7 @@ def of_examples(name):
 
 losses = of_examples("losses")
 # chunks that are shorter than a sequence are meant
-pytestmark = pytest.mark.filterwarnings("ignore:.*the logits are made twice")
+pytestmark = pytest.mark.filterwarnings("ignore:.*made twice")
 B, P, C, V, D = 6, 3, 7, 13, 5  # sequences of a prompt of 3 tokens and up to 7 of an answer
 LENGTHS = (7, 3, 5, 1, 6, 2)
 CHUNKS = (None, 1, 4, 100)
