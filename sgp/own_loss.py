@@ -105,7 +105,7 @@ def linear_loss(
     Cost: matmuls take `6 M V D` floating-point operations, `4 M V D` with one side frozen and
     `2 M V D` without gradients. They take `2 M V D` more where the logits are made twice: where a
     small budget asks for it, or a sequence or group has more rows than a chunk may, which is said
-    once. Labels on a GPU, instead of a Selection, cost one wait for the device.
+    once. Labels on a GPU cost a wait for the device, and two by sequences; a Selection costs none.
 
     Raises:
         ValueError, TypeError: arguments that do not fit; numbers or metrics of another shape, dtype

@@ -46,7 +46,7 @@ def test_the_command_measures_every_call(tmp_path):
     assert found["how"] == (host.GPU if torch.cuda.is_available() else host.STANDIN)
     timed = {call["call"]: call for call in found["calls"]}
     ours = {"mean", "mean, a denominator", "sum", "none", "token_log_probs"}
-    ours |= {"linear_cross_entropy", "linear_token_log_probs"}
+    ours |= {"linear_cross_entropy", "linear_token_log_probs", "linear_loss"}
     assert set(timed) == ours | {host.LEAST, "F.cross_entropy", "F, head and loss", "Liger"}
     for name, call in timed.items():
         if name == "Liger" and call["status"] == "liger-kernel is not installed":

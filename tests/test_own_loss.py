@@ -7,6 +7,7 @@ The truth is `sgp.reference.linear_loss`, which calls them once, on whole logits
 
 import functools
 import warnings
+import weakref
 from unittest import mock
 
 import pytest
@@ -287,6 +288,23 @@ def test_gradients_of_what_the_lines_close_over(chunk_rows, by, frozen):
         found.append((loss.detach(), *torch.autograd.grad(2.5 * loss, leaves)))
     for value, true in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(value, true)
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_the_graph_of_the_lines_waits_where_something_needs_it(closes):
+    (hidden, head, _), target = make(bias=False)
+    factor = torch.tensor(2.0, requires_grad=closes)
+    inside = []
+
+    def lines(tokens, _):
+        ratio = tokens.log_prob.exp()  # saved for its own backward
+        inside.append(weakref.ref(ratio))
+        return ratio * factor
+
+    loss = sgp.linear_loss(hidden.requires_grad_(), head, target, lines, chunk_rows=4)
+    assert any(x() is not None for x in inside) == closes
+    loss.backward()
+    assert all(x() is None for x in inside)
 
 
 def test_the_graph_of_what_is_closed_over_is_walked_once(monkeypatch):

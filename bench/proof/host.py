@@ -198,6 +198,11 @@ def calls() -> list[Call]:
             lambda b: linear_log_probs(b.hidden, b.weight, b.selection).log_prob,
             head=True,
         ),
+        Call(
+            "linear_loss",
+            lambda b: sgp.linear_loss(b.hidden, b.weight, b.selection, lambda t, _: -t.log_prob),
+            head=True,
+        ),
     ]
 
 
