@@ -96,11 +96,13 @@ def linear_loss(
         and (G,), zero where none of their rows is kept.
 
     The result must not depend on the chunks, so no number may depend on other rows (sequences,
-    groups). At the first call of a function, which is told by its code, so that a closure made anew
-    at each step counts once, it is called about thirty times more, with some statistics changed and
-    with some of the rows alone, and refused if its numbers mix; this waits for a GPU once. With
-    SGP_CHECK=1 every call is checked. `loss_fn` runs in the modes of autograd and autocast that the
-    call is made in; its exceptions come through. Gradients reach other tensors that it uses.
+    groups). At its first call a function is called about thirty times more, with some statistics
+    changed and with some of the rows alone, and it is refused if its numbers mix; this waits for a
+    GPU once. A function is told by its code and the code of functions that it closes over, so that
+    a closure made anew at each step is checked once. With SGP_CHECK=1 every call is checked.
+
+    `loss_fn` runs in the modes of autograd and autocast that the call is made in. Its exceptions
+    come through. Other tensors that it uses get their gradients too.
 
     Cost: matmuls take `6 M V D` floating-point operations, `4 M V D` with one side frozen and
     `2 M V D` without gradients. They take `2 M V D` more where the logits are made twice: where a

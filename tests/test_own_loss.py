@@ -557,6 +557,16 @@ def test_each_function_is_checked_once(monkeypatch):
         return lines(*arguments)
 
     assert count(wrapped) == 1
+
+    def of(part):
+        def lines(tokens, _):
+            calls.append(1)
+            return part(tokens)
+
+        return lines
+
+    assert count(of(lambda t: -t.log_prob)) == first
+    assert count(of(lambda t: -t.log_prob - t.entropy)) == first, "another function inside"
     whole = {"by": "group", "groups": torch.zeros(B, dtype=torch.int64)}
 
     def one(tokens, rows):

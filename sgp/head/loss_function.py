@@ -12,6 +12,7 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import CellType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,7 +29,8 @@ from sgp.rows.units import Piece, Units
 
 Metrics = dict[str, Tensor]
 
-_seen: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()  # code: by what it was checked
+# A function's code: what it was checked with, the `by` and the codes of functions that it closes over.
+_seen: WeakKeyDictionary[Any, set[tuple[Any, ...]]] = WeakKeyDictionary()
 
 
 class Caller:
@@ -177,9 +179,9 @@ class Caller:
         """Find numbers that depend on other units' values, once for each function."""
         if self.units.count(piece.units) < 2:
             return
-        code = _code(self.function)
-        checked = _seen.setdefault(code, set())
-        if self.units.by in checked and os.environ.get("SGP_CHECK", "0") != "1":
+        code, *inner = _codes(self.function)
+        checked, mark = _seen.setdefault(code, set()), (self.units.by, *inner)
+        if mark in checked and os.environ.get("SGP_CHECK", "0") != "1":
             return
         still = TokenLogProbs(*(x.detach() for x in tokens if x is not None))
         told = mixing.look(self.checked, self.units, still, rows, piece, numbers.detach())
@@ -190,7 +192,7 @@ class Caller:
             )
         elif told:
             raise ValueError(f"{self.name}: {told}")
-        checked.add(self.units.by)
+        checked.add(mark)
 
     def _keep(self, metrics: Metrics, rows: Tensor, piece: Piece) -> None:
         if self.metrics and self.metrics[0][2].keys() != metrics.keys():
@@ -224,8 +226,11 @@ def _itself(x: Tensor) -> Tensor:
     return x
 
 
-def _code(function: Callable[..., Any]) -> Any:
-    """What two closures of one function share: its code; of other callables, their class."""
+def _codes(function: Callable[..., Any]) -> list[Any]:
+    """What two closures of one function share: its code, and that of functions in its closure.
+
+    Of another callable, the code of its class, or the class itself.
+    """
     while isinstance(function, functools.partial):
         function = function.func
     function = inspect.unwrap(function)
@@ -235,7 +240,17 @@ def _code(function: Callable[..., Any]) -> Any:
     code = getattr(function, "__code__", None)
     if code is None:
         code = getattr(type(function).__call__, "__code__", None)
-    return type(function) if code is None else code
+    inner = (_content(cell) for cell in getattr(function, "__closure__", None) or ())
+    own = type(function) if code is None else code
+    return [own, *(x.__code__ for x in inner if inspect.isfunction(x))]
+
+
+def _content(cell: CellType) -> Any:
+    """Of a closure's cell; None where nothing is in it yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
 
 
 def reaches_others(numbers: Tensor, leaves: Sequence[Tensor]) -> bool:
