@@ -29,7 +29,7 @@ from sgp.rows.units import Piece, Units
 
 Metrics = dict[str, Tensor]
 
-# A function's code: what it was checked with, the `by` and the codes of functions that it closes over.
+# A function's code: the `by`, and the codes of functions in its closure, that it was checked with.
 _seen: WeakKeyDictionary[Any, set[tuple[Any, ...]]] = WeakKeyDictionary()
 
 
