@@ -10,7 +10,14 @@ from torch import Tensor
 
 from sgp import dtensors
 from sgp.head import operators
-from sgp.head.autograd import LINEAR_LOSS, HeadOptions, HeadOwnLoss, Made, head_options, linear_head
+from sgp.head.autograd import (
+    LINEAR_LOSS,
+    Computed,
+    HeadOptions,
+    HeadOwnLoss,
+    head_options,
+    linear_head,
+)
 from sgp.head.calls import LinearHead
 from sgp.head.loss_function import Caller
 from sgp.head.problem import Pieces, check_head, make_head_problem
@@ -79,8 +86,9 @@ def linear_loss(
             are differentiable, and their positions (m,) int64 among the flattened rows, ascending:
             take the values of your own tensors with `[rows]`. It returns one number a row (m,); for
             `by="sequence"` and `"group"` one for each that has rows in this call, in ascending
-            order, or one for every sequence (S,) or group (G,), of which the others are ignored.
-            Or `(numbers, metrics)`, metrics being a dict of tensors of the same length.
+            order, or one for every sequence (S,) or group (G,), of which the others are ignored
+            (but must be finite where gradients reach other tensors). Or `(numbers, metrics)`,
+            metrics being a dict of tensors of the same length.
         by: "row"; "sequence": all kept rows of a sequence stand in one call, so that a loss of
             whole sequences is exact; "group": those of several sequences, such as a DPO pair.
         groups: (S,) integers that never fall, for `by="group"`: sequences with the same number are
@@ -96,13 +104,18 @@ def linear_loss(
         and (G,), zero where none of their rows is kept.
 
     The result must not depend on the chunks, so no number may depend on other rows (sequences,
-    groups). At its first call a function is called about thirty times more, with some statistics
+    groups). At its first call a function is called about forty times more, with some statistics
     changed and with some of the rows alone, and it is refused if its numbers mix; this waits for a
     GPU once. A function is told by its code and the code of functions that it closes over, so that
     a closure made anew at each step is checked once. With SGP_CHECK=1 every call is checked.
 
     `loss_fn` runs in the modes of autograd and autocast that the call is made in. Its exceptions
     come through. Other tensors that it uses get their gradients too.
+
+    Where `input` is a DTensor whose tokens are sharded, every rank calls `loss_fn` with tokens of
+    its own, by="row" only. `rows` are positions among all ranks' tokens, and gradients of other
+    tensors are refused. An exception that not all ranks have leaves the others waiting until the
+    group's time-out.
 
     Cost: matmuls take `6 M V D` floating-point operations, `4 M V D` with one side frozen and
     `2 M V D` without gradients. They take `2 M V D` more where the logits are made twice: where a
@@ -162,12 +175,13 @@ def own_loss(
         stats, gradients = operators.with_loss(
             o.operations or ONE_DEVICE, head.detached(), o.early(), units, caller
         )
+    caller.check_gradient()
     loss = torch.cat(caller.numbers).sum()
     if any(o.call.needs):
         attached = [x for x in caller.numbers if x.requires_grad]
-        made = Made(loss.detach(), gradients)
+        computed = Computed(loss.detach(), gradients)
         tensors = (head.input, head.weight, head.bias, head.target)
-        loss = apply(HeadOwnLoss, *tensors, made, o, *attached)[0]
+        loss = apply(HeadOwnLoss, *tensors, computed, o, *attached)[0]
     found: list[Any] = [loss]
     if return_stats:
         found.append(token_statistics(problem, stats, need_argmax=False))

@@ -260,6 +260,11 @@ def linear_loss(
     rows = selection.rows
     returned = loss_fn(TokenLogProbs(*(x.flatten()[rows] for x in found if x is not None)), rows)
     numbers, metrics = returned if isinstance(returned, tuple) else (returned, None)
+    count = len(rows) if units.present is None else int(units.present.sum())
+    if tuple(numbers.shape) not in ((count,), (count if by == "row" else units.number,)):
+        raise ValueError(
+            f"{name}: loss_fn returned {tuple(numbers.shape)}; expected ({count},), one a {by}"
+        )
     if units.present is None:
         if problem.token_weight is not None:
             numbers = numbers * problem.token_weight[rows]

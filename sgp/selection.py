@@ -193,7 +193,7 @@ class Selection:
             is_part=True,
             dense_weight=None if self.dense_weight is None else some(self.dense_weight),
             boundaries=boundaries,
-            kept_counts=None,
+            kept_counts=kept_counts(target != IGNORE, self.num_sequences, boundaries).cpu(),
         )
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> Selection:

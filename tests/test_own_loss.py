@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import sgp
-from sgp.head import algorithm, chunks, loss_function, mixing
+from sgp.head import algorithm, chunks, loss_function
 from sgp.head.chunks import Plan
 from sgp.rows import by_torch
 from sgp.tolerance import bound, relative_error
@@ -515,6 +515,202 @@ def test_the_rows_that_mix_are_named():
         sgp.linear_loss(hidden.requires_grad_(), head, target, lines)
 
 
+def of_a_large_batch():
+    """4096 rows, in which a mean of all and of half differ little, and advantages of each."""
+    hidden, head = torch.randn(4096, 4), torch.randn(7, 4)
+    return hidden.requires_grad_(), head, torch.randint(7, (4096,)), torch.randn(4096)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "share",
+    [lambda x: x - x.mean(), lambda x: x / x.std(), lambda x: (x - x.mean()) / x.std(),
+     lambda x: x * (x > 0).float().mean(), lambda x: x.softmax(0)],
+    ids=["centred", "scaled", "whitened", "a share", "softmax"],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:std")  # of one row
+def test_what_a_large_call_shares_is_found(share, seed):
+    torch.manual_seed(seed)
+    hidden, head, target, advantage = of_a_large_batch()
+    with pytest.raises(ValueError, match="another number in a call with fewer rows"):
+        sgp.linear_loss(hidden, head, target, lambda t, rows: t.log_prob * share(advantage[rows]))
+
+
+def test_a_large_call_that_shares_nothing_passes():
+    """Sizes of 24 orders, and a matmul of 16 bits."""
+    hidden, head, target, advantage = of_a_large_batch()
+    sizes = advantage * torch.logspace(-12, 12, 4096)
+    network = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 1)).bfloat16()
+
+    def lines(tokens, rows):
+        value = network(hidden.detach()[rows].bfloat16()).squeeze(1).float()
+        return tokens.log_prob * sizes[rows] + value
+
+    sgp.linear_loss(hidden, head, target, lines)
+
+
+def good(tokens, _):
+    return -tokens.log_prob
+
+
+def bad(tokens, _):
+    return -tokens.log_prob / len(tokens.log_prob)
+
+
+def wrapped(function, *, kind="good"):
+    @functools.wraps(function)
+    def call(*arguments):
+        numbers = function(*arguments)
+        return numbers if kind == "good" else numbers - numbers.mean()
+
+    return call
+
+
+def passed(tokens, rows, function=good):
+    return function(tokens, rows)
+
+
+def with_default(function):
+    def call(tokens, rows, function=function):
+        return function(tokens, rows)
+
+    return call
+
+
+class Holder:
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *arguments):
+        return self.function(*arguments)
+
+    def method(self, *arguments):
+        return self.function(*arguments)
+
+
+def test_another_function_is_not_taken_for_one_that_was_checked():
+    """Of the same code: behind wrappers, in arguments, defaults and objects, or by a flag."""
+    (hidden, head, _), target = make(bias=False)
+    hidden.requires_grad_()
+
+    pairs = {
+        "wraps": (good, wrapped(good, kind="bad")),
+        "twice": (wrapped(wrapped(good)), wrapped(wrapped(bad))),
+        "a flag": (wrapped(good, kind="good"), wrapped(good, kind="bad")),
+        "partial": (
+            functools.partial(passed, function=good),
+            functools.partial(passed, function=bad),
+        ),
+        "a default": (with_default(good), with_default(bad)),
+        "an object": (Holder(good), Holder(bad)),
+        "a partial of an object": (
+            functools.partial(Holder(good)),
+            functools.partial(Holder(bad)),
+        ),
+        "a method": (Holder(good).method, Holder(bad).method),
+    }
+    refused = {}
+    for name, (first, second) in pairs.items():
+        sgp.linear_loss(hidden, head, target, first)
+        try:
+            sgp.linear_loss(hidden, head, target, second)
+        except ValueError as error:
+            refused[name] = "depend on the chunks" in str(error)
+    assert refused == dict.fromkeys(pairs, True)
+
+
+def test_what_the_function_does_to_its_tokens_is_its_own_business():
+    """In place, after it has computed, and during the check."""
+    (hidden, head, _), target = make(torch.float64, bias=False)
+    hidden.requires_grad_()
+
+    def lines(tokens, _, *, changes):
+        numbers = -tokens.log_prob - tokens.entropy
+        if changes:
+            with torch.no_grad():
+                tokens.entropy.clamp_(max=0.5)
+                tokens.log_prob.zero_()
+                tokens.is_top1.logical_not_()
+        return numbers
+
+    for options in ({}, {"chunk_rows": 4}):
+        found = []
+        for changes in (False, True):
+            loss, tokens = sgp.linear_loss(
+                hidden, head, target, functools.partial(lines, changes=changes),
+                return_stats=True, **options,
+            )  # fmt: skip
+            found.append((*torch.autograd.grad(loss, hidden), *tokens[:4]))
+        for value, true in zip(*found, strict=True):
+            torch.testing.assert_close(value, true)
+
+
+def test_numbers_that_are_ignored_must_be_finite_for_other_tensors():
+    """0 times NaN would be their gradient, in a call that lacks a sequence."""
+    (hidden, head, _), target = make(torch.float64, bias=False)
+    hidden.requires_grad_()
+    factor = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+
+    def lines(tokens, rows, *, least, factor):
+        of = rows // T
+        sums = tokens.log_prob.new_zeros(B).index_add(0, of, tokens.log_prob)
+        return sums / torch.bincount(of, minlength=B).clamp(min=least) * factor
+
+    unsafe = functools.partial(lines, least=0, factor=factor)
+    with pytest.raises(ValueError, match=r"NaN numbers for sequences without rows.*clamp\(min=1\)"):
+        sgp.linear_loss(hidden, head, target, unsafe, by="sequence")
+    safe, found = functools.partial(lines, least=1, factor=factor), []
+    for chunk_rows in (None, 6):
+        loss = sgp.linear_loss(hidden, head, target, safe, by="sequence", chunk_rows=chunk_rows)
+        found.append(torch.autograd.grad(loss, (hidden, factor)))
+    for value, other in zip(*found, strict=True):
+        torch.testing.assert_close(value, other)
+    constant = functools.partial(lines, least=0, factor=2.0)  # nothing that could become NaN
+    sgp.linear_loss(hidden, head, target, constant, by="sequence")
+
+
+def test_a_chunk_may_have_no_gradient():
+    """Whether an error is raised does not depend on the chunks."""
+    (hidden, head, _), target = make(torch.float64, bias=False)
+    hidden.requires_grad_()
+    gains = (torch.arange(B * T) > 20).double()
+
+    def lines(tokens, rows):
+        if not gains[rows].any():
+            return tokens.log_prob.new_zeros(len(rows))
+        return -tokens.log_prob * gains[rows]
+
+    one, several = (
+        torch.autograd.grad(sgp.linear_loss(hidden, head, target, lines, chunk_rows=n), hidden)[0]
+        for n in (None, 4)
+    )
+    torch.testing.assert_close(several, one)
+
+
+def test_the_check_draws_no_random_numbers_of_the_callers():
+    (hidden, head, _), target = make(bias=False)
+    found = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            sgp.linear_loss(hidden, head, target, lambda t, _: t.log_prob * torch.rand_like(t.lse))
+        found.append(float(torch.rand(())))
+    assert found[0] == found[1]
+
+
+def test_a_metric_keeps_its_dtype():
+    (hidden, head, _), target = make(bias=False)
+
+    def lines(tokens, rows):
+        dtype = torch.float32 if rows[0] < T else torch.float64
+        return -tokens.log_prob, {"early": tokens.lse.detach().to(dtype)}
+
+    words = r"metrics\['early'\] of torch.float64, and of torch.float32 in another call"
+    with pytest.raises(TypeError, match=words):
+        sgp.linear_loss(hidden.requires_grad_(), head, target, lines, chunk_rows=1)
+
+
 def test_lines_that_do_not_mix_pass():
     """A matmul of 16 bits inside, infinities, NaN, and numbers that no other row can reach."""
     (hidden, head, _), target = make(bias=False)
@@ -556,6 +752,7 @@ def test_each_function_is_checked_once(monkeypatch):
     def wrapped(*arguments):
         return lines(*arguments)
 
+    assert count(wrapped) == first, "a wrapper may mix what it wraps"
     assert count(wrapped) == 1
 
     def of(part):
@@ -664,7 +861,11 @@ ARGUMENTS = [
     ({"by": "group", "groups": GROUPS[:3]}, ValueError, r"groups are \(3,\); expected \(5,\)"),
     ({"by": "group", "groups": GROUPS.float()}, TypeError, "groups are torch.float32"),
     ({"by": "group", "groups": "01122"}, TypeError, "groups = '01122'"),
-    ({"by": "group", "groups": [0, 1, 0, 1, 2]}, ValueError, r"\[0, 1, 0, 1, 2\] fall"),
+    (
+        {"by": "group", "groups": [0, 1, 0, 1, 2]},
+        ValueError,
+        "groups fall from 1 to 0 at sequence 2",
+    ),
     ({"by": "group", "groups": ["a"] * 5}, TypeError, "expected integers"),
     ({"loss_fn": 3}, TypeError, "loss_fn = 3; expected a function"),
     ({"return_stats": "yes"}, TypeError, "return_stats = 'yes'"),
@@ -737,6 +938,7 @@ def _two(numbers):
 def test_a_cut_selection_is_refused():
     (hidden, head, _), target = make(bias=False)
     part = sgp.Selection.from_labels(target).cut(torch.arange(4))
+    assert part.kept_counts.tolist() == (target[:, :4] != IGNORE).sum(1).tolist()
     lines = Losses(torch.float32)
     with pytest.raises(ValueError, match="by = 'sequence' of a Selection that was cut"):
         sgp.linear_loss(hidden[:, :4], head, part, lines.sequence, by="sequence")
@@ -836,8 +1038,10 @@ def test_nothing_waits_for_a_gpu(way, by, monkeypatch):
     leaves = [x.requires_grad_() for x in tensors[:2]]
     lines = getattr(Losses(torch.float32), by)
     options = {"groups": GROUPS} if by == "group" else {}
-    looked, inner, listed = [], mixing.look, []
-    monkeypatch.setattr(mixing, "look", lambda *x: looked.append(1) or inner(*x))
+    looked, inner, listed = [], loss_function.find_mixing, []
+    monkeypatch.setattr(loss_function, "find_mixing", lambda *x: looked.append(1) or inner(*x))
+    summed, cumsum = [], torch.Tensor.cumsum
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, *y: summed.append(x) or cumsum(x, *y))
     to_list = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: listed.append(x) or to_list(x))
     for call in ("first", "later"):
@@ -851,6 +1055,7 @@ def test_nothing_waits_for_a_gpu(way, by, monkeypatch):
         assert len(looked) == 1, "at the first call"
         # On the CPU: the rows of each sequence, and the groups.
         known = {"row": 0, "sequence": 1, "group": 2}[by]
+        assert any(x is selection.kept_counts for x in summed) == (by != "row")
         assert len(listed) == known + (call == "first")
 
 

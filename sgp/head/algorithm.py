@@ -23,7 +23,7 @@ from sgp.head.half import Factors, half_scale
 from sgp.head.sums import Sums
 from sgp.rows import backend
 from sgp.rows.autograd import row_upstream
-from sgp.rows.by_torch import NOTHING, Columns, RowOutputs, Upstream, Wanted, new_outputs
+from sgp.rows.by_torch import NOTHING, Columns, RowOutputs, Upstream, new_outputs
 from sgp.rows.recipe import Recipe, cast
 from sgp.rows.units import Piece, Units
 
@@ -134,9 +134,9 @@ def with_loss(head: Head, units: Units, loss: OwnLoss) -> tuple[RowOutputs, Grad
     longest, M, trains = units.longest(), head.rows.numel(), any(head.call.needs)
     plan = head.plan(own=True, least=longest)
     once = plan.way == "slices" or plan.rows < longest or not (trains and M)
-    if trains and M and once and units.by != "row":
+    if trains and M and plan.rows < longest:
         _say_twice(head.call.name, units)
-    wanted = head.call.wanted._replace(saved=trains and once)
+    wanted = head.call.wanted._replace(saved=trains)
     out = new_outputs(head.input, head.target.numel(), wanted)
     out.zero_()
     assert out.statistics is not None, "asked for"  # noqa: S101
@@ -183,19 +183,14 @@ def _loss_by_chunks(
     waiting = iter(pieces)
     shares = head.rows.new_ones(2, M, dtype=head.sums_dtype)  # folded and share of `Factors`
     scale = half_scale(head.input, head.call.recipe, None) if head.call.is_half else None
-    whole = out.statistics
-    assert whole is not None, "asked for"  # noqa: S101
 
     def one(chunk: _Chunk, g: Tensor | None) -> None:
         assert g is not None, "with sums it has a place"  # noqa: S101
-        rows, recipe = head.rows[chunk.part], head.call.recipe
-        target = head.target.index_select(0, rows)
-        here = new_outputs(chunk.logits, rows.numel(), Wanted(saved=True, stats=True))
-        head.operations.forward(chunk.logits, None, target, None, None, None, recipe, here)
+        here = _forward_chunk(head, chunk, None, None, None, None, out, scratch=False)
         assert here.statistics is not None, "asked for"  # noqa: S101
         assert here.saved is not None, "asked for"  # noqa: S101
-        for values, place in zip(here.statistics, whole, strict=True):
-            place.index_copy_(0, rows, values)
+        rows, recipe = head.rows[chunk.part], head.call.recipe
+        target = head.target.index_select(0, rows)
         found = loss(here.statistics, rows, next(waiting))
         r, upstream = row_upstream(found, here.saved, here.statistics[1])
         if scale is not None:
@@ -351,8 +346,12 @@ def _forward_chunk(
     out: RowOutputs,
     *,
     scratch: bool,
-) -> None:
-    """Fill the chunk's rows of `out`, and the gradient g of its logits where it has a place."""
+) -> RowOutputs:
+    """Fill the chunk's rows of `out`, and the gradient g of its logits where it has a place.
+
+    Returns:
+        The chunk's own.
+    """
     rows = head.rows[chunk.part]
     here = new_outputs(chunk.logits, rows.numel(), head.call.wanted._replace(
         saved=out.saved is not None
@@ -376,6 +375,7 @@ def _forward_chunk(
     for whole, values in zip(out[:-1], here[:-1], strict=True):
         if whole is not None and values is not None:
             whole.index_copy_(0, rows, values)
+    return here
 
 
 def _place_of_gradient(head: Head, logits: Tensor) -> Tensor:

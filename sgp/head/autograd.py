@@ -260,8 +260,8 @@ class HeadOwnLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
-        made: Made = arguments[4]
-        return made.loss, *made.gradients
+        computed: Computed = arguments[4]
+        return computed.loss, *computed.gradients
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -277,7 +277,7 @@ class HeadOwnLoss(torch.autograd.Function):
         return *found, *(None,) * 3, *(upstream.expand(length) for length in ctx.lengths)
 
 
-class Made(NamedTuple):
+class Computed(NamedTuple):
     """A loss and its gradients; no tensor to autograd."""
 
     loss: Tensor

@@ -17,11 +17,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from sgp.caller import warn
-from sgp.head import mixing
+from sgp.head.mixing import RANDOM, find_mixing
 from sgp.head.problem import is_autocast
 from sgp.reference import LossFunction, TokenLogProbs
 from sgp.rows.recipe import accumulation_dtype, shown
@@ -29,7 +29,7 @@ from sgp.rows.units import Piece, Units
 
 Metrics = dict[str, Tensor]
 
-# A function's code: the `by`, and the codes of functions in its closure, that it was checked with.
+# The first of a function's fingerprint: with which `by` and which rest it was checked.
 _seen: WeakKeyDictionary[Any, set[tuple[Any, ...]]] = WeakKeyDictionary()
 
 
@@ -64,6 +64,8 @@ class Caller:
         if is_autocast(like):
             self.autocast = torch.get_autocast_dtype(like.device.type)
         self.numbers: list[Tensor] = []  # of each piece; with a graph where others need it
+        self.has_gradient = False  # of the statistics, in any piece
+        self.is_checked = False  # for numbers that mix
         self.metrics: list[tuple[Tensor, Piece, Metrics]] = []
         self.returns_metrics = False
 
@@ -71,18 +73,21 @@ class Caller:
         self, statistics: tuple[Tensor, Tensor, Tensor, Tensor], rows: Tensor, piece: Piece
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of the piece's loss with respect to log_prob, entropy and lse, or None."""
-        *found, is_top1 = statistics
-        leaves = [x.detach().requires_grad_(self.trains) for x in found]
-        tokens = TokenLogProbs(leaves[0], leaves[1], leaves[2], is_top1)
+        # Copies: what the function does to them in place is not the head's.
+        found = [x.detach().clone() for x in statistics]
+        leaves = [x.requires_grad_(self.trains) for x in found[:3]]
+        tokens = TokenLogProbs(leaves[0], leaves[1], leaves[2], found[3])
         # Hooks of a checkpoint around this call would run all of it again.
         with torch.set_grad_enabled(self.records), saved_tensors_hooks(_itself, _itself):
-            numbers, metrics = self.checked(tokens, rows, piece)
+            numbers, metrics = self.call(tokens, rows, piece)
             if metrics is not None:
                 self._keep(metrics, rows, piece)
-            self._check_mixing(tokens, rows, piece, numbers)
+            self._check_mixing(statistics, rows, piece, numbers)
+            if self.units.present is not None and len(numbers) == self.units.number:
+                numbers = torch.where(self.units.mask(piece.units), numbers, 0)
             if self.row_weight is not None:
                 numbers = numbers * self.row_weight.index_select(0, rows)
-            if not self.trains or not rows.numel():
+            if not self.trains:
                 self.numbers.append(numbers)
                 return None, None, None
             has_others = reaches_others(numbers, leaves)
@@ -93,27 +98,29 @@ class Caller:
     def _gradients(
         self, numbers: Tensor, leaves: list[Tensor], *, retain: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        found: tuple[Tensor | None, ...] = (None, None, None)
-        if numbers.requires_grad:
-            found = torch.autograd.grad(
-                numbers.sum(), leaves, allow_unused=True, retain_graph=retain
-            )
-        if all(x is None for x in found):
+        if not numbers.requires_grad:
+            return None, None, None
+        log_prob, entropy, lse = torch.autograd.grad(
+            numbers.sum(), leaves, allow_unused=True, retain_graph=retain
+        )
+        if not all(x is None for x in (log_prob, entropy, lse)):
+            self.has_gradient = True
+        return log_prob, entropy, lse
+
+    def check_gradient(self) -> None:
+        """Raise ValueError where the head needs a gradient and no number had one."""
+        if self.trains and not self.has_gradient and any(len(x) for x in self.numbers):
             raise ValueError(
                 f"{self.name}: the numbers of loss_fn have no gradient for tokens.log_prob, "
                 "tokens.entropy or tokens.lse; were they detached, or computed under "
                 "torch.no_grad? Where only the value is wanted, call the function itself under "
                 "torch.no_grad"
             )
-        return found[0], found[1], found[2]
 
-    def checked(
+    def call(
         self, tokens: TokenLogProbs, rows: Tensor, piece: Piece
     ) -> tuple[Tensor, Metrics | None]:
-        """What the function returns of some rows: its numbers, one a unit, and its metrics.
-
-        Numbers of all sequences or groups are zero where these rows are not theirs.
-        """
+        """What the function returns for some rows, checked: its numbers and its metrics."""
         with self._autocast():
             returned = self.function(tokens, rows)
         metrics = None
@@ -125,24 +132,20 @@ class Caller:
                     "metrics) with a dict of tensors"
                 )
             returned, metrics = returned
-        numbers = self._checked(returned, "", piece)
+        numbers = self._check_tensor(returned, "", piece)
         if not numbers.is_floating_point() or numbers.dtype.itemsize < 4:
             raise TypeError(
                 f"{self.name}: loss_fn returned numbers of {numbers.dtype}; expected float32 or "
                 "float64, as tokens.log_prob is"
             )
-        numbers = numbers.to(self.dtype)
-        if metrics is not None:
-            for key, value in metrics.items():
-                if not isinstance(key, str):
-                    raise TypeError(f"{self.name}: loss_fn returned a metric named {key!r}")
-                self._checked(value, f" for metrics[{key!r}]", piece)
-        if self.units.present is not None and len(numbers) == self.units.number:
-            numbers = torch.where(self.units.mask(piece.units), numbers, 0)
-        return numbers, metrics
+        for key, value in (metrics or {}).items():
+            if not isinstance(key, str):
+                raise TypeError(f"{self.name}: loss_fn returned a metric named {key!r}")
+            self._check_tensor(value, f" for metrics[{key!r}]", piece)
+        return numbers.to(self.dtype), metrics
 
-    def _checked(self, value: Any, where: str, piece: Piece) -> Tensor:
-        """A tensor of one number a unit."""
+    def _check_tensor(self, value: Any, where: str, piece: Piece) -> Tensor:
+        """A tensor of one number a unit, or of one for every sequence or group."""
         by, m = self.units.by, piece.rows.stop - piece.rows.start
         if not isinstance(value, Tensor):
             raise TypeError(
@@ -174,24 +177,27 @@ class Caller:
         return torch.autocast(self.device.type, dtype=self.autocast)
 
     def _check_mixing(
-        self, tokens: TokenLogProbs, rows: Tensor, piece: Piece, numbers: Tensor
+        self, statistics: tuple[Tensor, ...], rows: Tensor, piece: Piece, numbers: Tensor
     ) -> None:
         """Find numbers that depend on other units' values, once for each function."""
-        if self.units.count(piece.units) < 2:
+        if self.is_checked or self.units.count(piece.units) < 2:
             return
-        code, *inner = _codes(self.function)
-        checked, mark = _seen.setdefault(code, set()), (self.units.by, *inner)
+        self.is_checked = True
+        code, *others = _fingerprint(self.function)
+        checked, mark = _seen.setdefault(code, set()), (self.units.by, *others)
         if mark in checked and os.environ.get("SGP_CHECK", "0") != "1":
             return
-        still = TokenLogProbs(*(x.detach() for x in tokens if x is not None))
-        told = mixing.look(self.checked, self.units, still, rows, piece, numbers.detach())
-        if told == mixing.RANDOM:
+        tokens = TokenLogProbs(*statistics)
+        devices = [rows.device] if rows.is_cuda else []
+        with torch.random.fork_rng(devices):
+            found = find_mixing(self.call, self.units, tokens, rows, piece, numbers)
+        if found == RANDOM:
             warn(
                 f"{self.name}: loss_fn returned other numbers when it was called again with the "
                 "same rows, so it cannot be checked that rows do not mix"
             )
-        elif told:
-            raise ValueError(f"{self.name}: {told}")
+        elif found:
+            raise ValueError(f"{self.name}: {found}")
         checked.add(mark)
 
     def _keep(self, metrics: Metrics, rows: Tensor, piece: Piece) -> None:
@@ -200,6 +206,13 @@ class Caller:
                 f"{self.name}: loss_fn returned the metrics {list(metrics)}, and "
                 f"{list(self.metrics[0][2])} in another call; expected the same for all rows"
             )
+        for key, x in metrics.items() if self.metrics else ():
+            expected = self.metrics[0][2][key].dtype
+            if x.dtype != expected:
+                raise TypeError(
+                    f"{self.name}: loss_fn returned metrics[{key!r}] of {x.dtype}, and of "
+                    f"{expected} in another call"
+                )
         self.returns_metrics = True
         self.metrics.append((rows, piece, {key: x.detach() for key, x in metrics.items()}))
 
@@ -226,23 +239,36 @@ def _itself(x: Tensor) -> Tensor:
     return x
 
 
-def _codes(function: Callable[..., Any]) -> list[Any]:
-    """What two closures of one function share: its code, and that of functions in its closure.
+def _fingerprint(function: Callable[..., Any]) -> list[Any]:
+    """What two closures of one function share, first the code that is called.
 
-    Of another callable, the code of its class, or the class itself.
+    Then the code of functions that they reach (by closures, defaults, partial arguments and
+    attributes of a bound object), and their flags: strings and booleans among these. Of another
+    callable, its class stands for its code.
     """
-    while isinstance(function, functools.partial):
-        function = function.func
-    function = inspect.unwrap(function)
-    if isinstance(function, nn.Module):
-        function = type(function).forward
-    function = getattr(function, "__func__", function)
-    code = getattr(function, "__code__", None)
-    if code is None:
-        code = getattr(type(function).__call__, "__code__", None)
-    inner = (_content(cell) for cell in getattr(function, "__closure__", None) or ())
-    own = type(function) if code is None else code
-    return [own, *(x.__code__ for x in inner if inspect.isfunction(x))]
+    found: list[Any] = []
+    seen: set[int] = set()
+    waiting: list[Any] = [function]
+    while waiting:
+        x = waiting.pop(0)
+        if isinstance(x, (str, bool)):
+            found.append(x)
+        elif id(x) in seen:
+            continue
+        elif inspect.isfunction(x):
+            cells = (_content(cell) for cell in x.__closure__ or ())
+            waiting += [*cells, *(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()]
+            found.append(x.__code__)
+        elif isinstance(x, functools.partial):
+            waiting += [x.func, *x.args, *x.keywords.values()]
+            function = x.func if x is function else function
+        elif inspect.ismethod(x):
+            waiting += [x.__func__, *getattr(x.__self__, "__dict__", {}).values()]
+        elif x is function:  # another callable
+            waiting += getattr(x, "__dict__", {}).values()
+            found.append(type(x))
+        seen.add(id(x))
+    return found
 
 
 def _content(cell: CellType) -> Any:

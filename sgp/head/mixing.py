@@ -1,13 +1,15 @@
 """Whether a caller's loss function mixes rows, sequences or groups, which would be lost in chunks.
 
-Two probes, both with the rows of one call. The statistics of half of the units are changed, and no
+Three probes, all with the rows of one call. The statistics of half of the units are changed, and no
 number of the other half may change: with the halves by each bit of the units' places, every pair is
-apart once. And each half of the units is given alone, where a number may differ by what a shorter
-matmul rounds, and no more: a mean, a count of the rows in the call, or whatever else they share.
+apart once. Each half of the units is given alone. And some units are given one by one, where a mean
+over the call, a count of its rows or whatever else they share is quite another. There a number may
+differ by what a shorter matmul rounds.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +21,8 @@ from sgp.rows.units import Piece, Units
 
 RANDOM = "random"
 EXACT = 1e-6  # of the largest number: the same arithmetic on the same values
-CLOSE = 1e-2  # other shapes, in which matmuls of 16 bits may round otherwise
+CLOSE = 1e-2  # of other shapes, in which matmuls of 16 bits may round otherwise
+SINGLES = 8  # units that are given one by one; half of them must differ
 GOLDEN = 0.618034
 
 Function = Callable[[TokenLogProbs, Tensor, Piece], tuple[Tensor, Any]]
@@ -28,9 +31,14 @@ ADVICE = (
     "so the loss would depend on the chunks. Let each number depend on its own {by} alone: compute "
     "a mean, a count or another divisor before the call{more}"
 )
+MORE = {
+    "row": "; for a loss of whole sequences pass by='sequence'",
+    "sequence": "; for losses of several sequences pass by='group'",
+    "group": "",
+}
 
 
-def look(
+def find_mixing(
     function: Function,
     units: Units,
     tokens: TokenLogProbs,
@@ -43,37 +51,42 @@ def look(
     Args:
         function: gives numbers for the rows of a piece.
         units, tokens, rows, piece, numbers: of one call of it.
+
+    Raises:
+        ValueError: the function fails when it is called with a part of the rows.
     """
     probe = _Probe(function, units, tokens, rows, piece)
-    base = probe.per_unit(numbers, piece)
-    again = probe.numbers(tokens)
-    found = [_differs(base, again, EXACT).any()]
+    base = probe.per_unit(numbers.detach(), piece)
+    found = [_differs(base, probe.numbers(tokens), EXACT).any()]
     bits = range(max(1, (probe.count - 1).bit_length()))
     halves = [(bit, side) for bit in bits for side in (0, 1)]
     for bit, side in halves:
-        changed = probe.side(bit, side)
-        found.append(probe.others_change(base, changed).any())
-    try:
-        apart = torch.cat([probe.alone(part) for part in probe.halves()])
-    except Exception as error:
-        raise ValueError(
-            f"loss_fn failed when it was called with a part of the rows ({error}); it is called "
-            "chunk by chunk, so take the values of your own tensors with [rows]"
-        ) from error
+        found.append(probe.others_change(base, probe.side(bit, side)).any())
+    middle = probe.count // 2
+    apart = torch.cat([probe.alone(0, middle), probe.alone(middle, probe.count)])
     found.append(_differs(base, apart, CLOSE).any())
-    is_random, *mixes, depends = torch.stack(found).tolist()
+    places = sorted({i * (probe.count - 1) // (SINGLES - 1) for i in range(SINGLES)})
+    alone = torch.cat([probe.alone(i, i + 1) for i in places])
+    together = torch.cat([base[i : i + 1] for i in places])
+    differ = [_differs(a, b, CLOSE) for a, b in zip(together, alone, strict=True)]  # each by itself
+    found.append(2 * torch.stack(differ).sum() >= len(places))
+    found.append(torch.stack(probe.ignored).any())
+    is_random, *mixes, depends, depends_alone, is_unsafe = torch.stack(found).tolist()
+    by = units.by
+    advice = ADVICE.format(by=by, more=MORE[by])
     if is_random:
         return RANDOM
-    by = units.by
-    more = "" if by == "group" else "; for a loss of whole sequences pass by='sequence'"
-    if by == "sequence":
-        more = "; for losses of several sequences pass by='group'"
-    advice = ADVICE.format(by=by, more=more)
     if any(mixes):
         pair = probe.pair(base, *halves[mixes.index(True)])
         return f"loss_fn mixes {by}s: {pair}, {advice}"
-    if depends:
+    if depends or depends_alone:
         return f"loss_fn gives a {by} another number in a call with fewer {by}s, {advice}"
+    if is_unsafe:
+        return (
+            f"loss_fn uses tensors that require grad, and returns infinite or NaN numbers for "
+            f"{by}s without rows in a call, by which their gradients would become NaN; keep these "
+            "finite, as by counts.clamp(min=1)"
+        )
     return ""
 
 
@@ -94,6 +107,7 @@ class _Probe:
         if units.by != "row":
             repeats = torch.tensor(lengths, device=rows.device)
             self.unit = places.repeat_interleave(repeats, output_size=rows.numel())
+        self.ignored = [torch.zeros((), dtype=torch.bool, device=rows.device)]
         self.shift = 0.25 + (torch.arange(rows.numel(), device=rows.device) * GOLDEN) % 1
 
     def _stops(self) -> list[int]:
@@ -107,15 +121,18 @@ class _Probe:
     def per_unit(self, numbers: Tensor, piece: Piece) -> Tensor:
         """One number for each unit that has a row, in order."""
         if self.units.present is None or len(numbers) == self.units.count(piece.units):
-            return numbers
-        order = self.units.mask(piece.units).to(torch.int8)
-        first = order.argsort(descending=True, stable=True)
-        return numbers[first[: self.units.count(piece.units)]]
+            return numbers.detach()
+        mask = self.units.mask(piece.units)
+        if numbers.requires_grad:  # of other tensors: the statistics here have no graph
+            self.ignored.append((~mask & ~numbers.isfinite()).any())
+        first = mask.to(torch.int8).argsort(descending=True, stable=True)
+        return numbers.detach()[first[: self.units.count(piece.units)]]
 
     def numbers(self, tokens: TokenLogProbs) -> Tensor:
         """What the function gives for all rows."""
-        numbers, _ = self.function(tokens, self.rows, self.piece)
-        return self.per_unit(numbers.detach(), self.piece)
+        copies = TokenLogProbs(*(x.clone() for x in tokens if x is not None))
+        numbers, _ = self.function(copies, self.rows, self.piece)
+        return self.per_unit(numbers, self.piece)
 
     def side(self, bit: int, side: int) -> Tensor:
         """(count,) bool: the units whose place has, or lacks, a bit."""
@@ -134,28 +151,28 @@ class _Probe:
         """(count,) bool: units other than these whose numbers change with these."""
         return _differs(base, self.numbers(self.changed(units)), EXACT) & ~units
 
-    def halves(self) -> list[Piece]:
-        """The piece in two."""
-        middle = self.count // 2
-        at = self.stops[middle - 1]
-        part, units = self.piece
-        if self.units.by == "row":
-            return [Piece(slice(part.start, at), slice(part.start, at)),
-                    Piece(slice(at, part.stop), slice(at, part.stop))]  # fmt: skip
-        cut = units.start + self.units.ends[units].index(at) + 1
-        return [
-            Piece(slice(part.start, at), slice(units.start, cut)),
-            Piece(slice(at, part.stop), slice(cut, units.stop)),
-        ]
-
-    def alone(self, piece: Piece) -> Tensor:
-        """The numbers of a part of the rows, without the others."""
-        some = slice(
-            piece.rows.start - self.piece.rows.start, piece.rows.stop - self.piece.rows.start
-        )
-        tokens = TokenLogProbs(*(x[some] for x in self.tokens if x is not None))
-        numbers, _ = self.function(tokens, self.rows[some], piece)
-        return self.per_unit(numbers.detach(), piece)
+    def alone(self, first: int, last: int) -> Tensor:
+        """The numbers of some units without the others."""
+        start = self.piece.rows.start
+        begin, end = ([start, *self.stops][i] for i in (first, last))
+        some = slice(begin - start, end - start)
+        units = slice(begin, end)
+        if self.units.by != "row":
+            ends = self.units.ends
+            units = slice(bisect.bisect_right(ends, begin), bisect.bisect_left(ends, end) + 1)
+        part = Piece(slice(begin, end), units)
+        tokens = TokenLogProbs(*(x[some].clone() for x in self.tokens if x is not None))
+        try:
+            numbers, _ = self.function(tokens, self.rows[some], part)
+        except torch.OutOfMemoryError:
+            raise
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"loss_fn failed when it was called with a part of the rows ({error}). It is "
+                "called chunk by chunk: take the values of your own tensors with [rows], and let "
+                "it take any number of rows"
+            ) from error
+        return self.per_unit(numbers, part)
 
     def pair(self, base: Tensor, bit: int, side: int) -> str:
         """Words for one unit whose number changes with another's values."""

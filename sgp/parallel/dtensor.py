@@ -27,6 +27,17 @@ from sgp.rows.recipe import Recipe
 from sgp.rows.reduction import check_reduction
 from sgp.selection import Selection
 
+OF_RANKS: dict[str, Loss] = {
+    function.__name__: function
+    for function in (
+        losses.cross_entropy,
+        losses.linear_cross_entropy,
+        losses.token_log_probs,
+        losses.linear_token_log_probs,
+        own_loss.linear_loss,
+    )
+}  # those of a split vocabulary
+
 
 def of_logits(single: Loss, input: Tensor, target: Any, **options: Any) -> Any:  # noqa: A002
     """`single(input, target, **options)` for logits (N, V, ...) or, with a Selection, (..., V).
@@ -46,7 +57,7 @@ def of_logits(single: Loss, input: Tensor, target: Any, **options: Any) -> Any: 
     function = single
     if at is not None:
         function = functools.partial(
-            _of_ranks(single),
+            OF_RANKS[single.__name__],
             group=mesh.get_group(at),
             vocab_size=input.shape[dim],
         )
@@ -101,7 +112,7 @@ def of_head(
     if at is not None:
         scattered = isinstance(input, DTensor) and not is_whole(input, at)
         function = functools.partial(
-            _of_ranks(single),
+            OF_RANKS[single.__name__],
             group=weight.device_mesh.get_group(at),
             vocab_size=weight.shape[0],
             sum_input_grad=not scattered,
@@ -122,13 +133,6 @@ def of_head(
     own_bias = whole(linear_bias) if at is None else _local(linear_bias)
     own, options = (hidden, _local(weight), whole(target)), all_whole(options)
     return _replicated(function(*own, linear_bias=own_bias, **options), input)
-
-
-def _of_ranks(single: Loss) -> Loss:
-    """The function of that name for a split vocabulary."""
-    name = single.__name__
-    found: Loss = getattr(own_loss if hasattr(own_loss, name) else losses, name)
-    return found
 
 
 def _labels_of(

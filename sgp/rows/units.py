@@ -165,9 +165,10 @@ def _checked_groups(name: str, groups: Any, num_sequences: int) -> list[int]:
             "each sequence's group"
         )
     listed: list[int] = values.tolist()
-    if sorted(listed) != listed:
-        raise ValueError(
-            f"{name}: groups = {listed} fall; put the sequences of a group next to each other and "
-            "number the groups in order"
-        )
+    for i in range(1, num_sequences):
+        if listed[i] < listed[i - 1]:
+            raise ValueError(
+                f"{name}: groups fall from {listed[i - 1]} to {listed[i]} at sequence {i}; put the "
+                "sequences of a group next to each other and number the groups in order"
+            )
     return listed
