@@ -88,7 +88,8 @@ def linear_loss(
             `by="sequence"` and `"group"` one for each that has rows in this call, in ascending
             order, or one for every sequence (S,) or group (G,), of which the others are ignored
             (but must be finite where gradients reach other tensors). Or `(numbers, metrics)`,
-            metrics being a dict of tensors of the same length.
+            metrics being a dict of tensors of the same length. Where nothing is kept, it is called
+            once with no rows.
         by: "row"; "sequence": all kept rows of a sequence stand in one call, so that a loss of
             whole sequences is exact; "group": those of several sequences, such as a DPO pair.
         groups: (S,) integers that never fall, for `by="group"`: sequences with the same number are
@@ -185,6 +186,7 @@ def own_loss(
     found: list[Any] = [loss]
     if return_stats:
         found.append(token_statistics(problem, stats, need_argmax=False))
-    if caller.returns_metrics:
-        found.append(caller.joined_metrics(problem.shape))
+    metrics = caller.joined_metrics(problem.shape)
+    if metrics is not None:
+        found.append(metrics)
     return found[0] if len(found) == 1 else tuple(found)

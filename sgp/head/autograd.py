@@ -249,7 +249,7 @@ class HeadScalarLoss(torch.autograd.Function):
         if grads[0] is None:
             return (None,) * 10
         name, what = ctx.options.named(LINEAR_CROSS_ENTROPY), "'mean' or 'sum' loss"
-        return *_times_upstream(ctx, grads[0], name, what), *(None,) * 7
+        return *_times_upstream(ctx, grads[0], name, what)[0], *(None,) * 7
 
 
 class HeadOwnLoss(torch.autograd.Function):
@@ -273,8 +273,10 @@ class HeadOwnLoss(torch.autograd.Function):
         upstream = grads[0]
         if upstream is None:
             return (None,) * (6 + len(ctx.lengths))
-        found = _times_upstream(ctx, upstream, ctx.options.named(LINEAR_LOSS), "loss")
-        return *found, *(None,) * 3, *(upstream.expand(length) for length in ctx.lengths)
+        name = ctx.options.named(LINEAR_LOSS)
+        found, origin = _times_upstream(ctx, upstream, name, "loss")
+        of_numbers = (once(name, upstream.expand(n), origin, upstream) for n in ctx.lengths)
+        return *found, *(None,) * 3, *of_numbers
 
 
 class Computed(NamedTuple):
@@ -301,8 +303,10 @@ def _wait(
     ctx.dtypes = tuple(None if x is None else x.dtype for x in head)
 
 
-def _times_upstream(ctx: Any, upstream: Tensor, name: str, what: str) -> tuple[Tensor | None, ...]:
-    """The gradients of the head times the factor, in place; once only."""
+def _times_upstream(
+    ctx: Any, upstream: Tensor, name: str, what: str
+) -> tuple[tuple[Tensor | None, ...], Tensor]:
+    """The gradients of the head times the factor, in place, once only; and the anchor of `once`."""
     *gradients, target = saved_tensors(ctx, name, what)
     options: HeadOptions = ctx.options
     origin = next(g for g in gradients if g is not None)
@@ -319,7 +323,7 @@ def _times_upstream(ctx: Any, upstream: Tensor, name: str, what: str) -> tuple[T
             matrix = values if values.dim() > 1 else values[None]
             multiply_rows_(matrix, rows, upstream, options.call.recipe.ignore_index)
             given.append(values.to(dtype))
-    return _give(name, tuple(given), needs, origin, upstream)
+    return _give(name, tuple(given), needs, origin, upstream), origin
 
 
 class HeadRowLoss(Transformed):

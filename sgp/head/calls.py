@@ -108,7 +108,7 @@ class Head(NamedTuple):
             wide=call.wide,
             into=call.into,
             own=own,
-            least=chunks.padded(least, self.rows.numel()),
+            least=chunks.padded(min(least, self.rows.numel()), self.rows.numel()),
             is_cpu=not self.input.is_cuda,
             # Ranks plan alike, so as for one whose hidden states are strided and copied.
             is_contiguous=self.input.is_contiguous() and not self.operations.is_part,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import CellType
@@ -21,10 +22,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from sgp.caller import warn
-from sgp.head.mixing import RANDOM, find_mixing
+from sgp.head.mixing import FailedOnPartError, find_mixing, reaches_others
 from sgp.head.problem import is_autocast
 from sgp.reference import LossFunction, TokenLogProbs
-from sgp.rows.recipe import accumulation_dtype, shown
+from sgp.rows.recipe import accumulation_dtype
 from sgp.rows.units import Piece, Units
 
 Metrics = dict[str, Tensor]
@@ -64,41 +65,49 @@ class Caller:
         if is_autocast(like):
             self.autocast = torch.get_autocast_dtype(like.device.type)
         self.numbers: list[Tensor] = []  # of each piece; with a graph where others need it
-        self.has_gradient = False  # of the statistics, in any piece
+        self.has_rows = self.has_gradient = False  # of the statistics, in any piece
         self.is_checked = False  # for numbers that mix
-        self.metrics: list[tuple[Tensor, Piece, Metrics]] = []
-        self.returns_metrics = False
+        self.before: tuple[Sequence[Tensor], Tensor, Piece] | None = None
+        self.metrics: list[tuple[Tensor, Piece, Metrics | None]] = []
 
     def __call__(
         self, statistics: tuple[Tensor, Tensor, Tensor, Tensor], rows: Tensor, piece: Piece
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of the piece's loss with respect to log_prob, entropy and lse, or None."""
-        # Copies: what the function does to them in place is not the head's.
-        found = [x.detach().clone() for x in statistics]
-        leaves = [x.requires_grad_(self.trains) for x in found[:3]]
-        tokens = TokenLogProbs(leaves[0], leaves[1], leaves[2], found[3])
         # Hooks of a checkpoint around this call would run all of it again.
-        with torch.set_grad_enabled(self.records), saved_tensors_hooks(_itself, _itself):
-            numbers, metrics = self.call(tokens, rows, piece)
-            if metrics is not None:
-                self._keep(metrics, rows, piece)
-            self._check_mixing(statistics, rows, piece, numbers)
+        with torch.set_grad_enabled(self.records), saved_tensors_hooks(_detached, _itself):
+            numbers, metrics, leaves = self.run(statistics, rows, piece)
+            self._keep(metrics, rows, piece)
+            self._check_mixing(statistics, rows, piece)
             if self.units.present is not None and len(numbers) == self.units.number:
                 numbers = torch.where(self.units.mask(piece.units), numbers, 0)
             if self.row_weight is not None:
                 numbers = numbers * self.row_weight.index_select(0, rows)
-            if not self.trains:
-                self.numbers.append(numbers)
-                return None, None, None
             has_others = reaches_others(numbers, leaves)
             gradients = self._gradients(numbers, leaves, retain=has_others)
-            self.numbers.append(numbers if has_others else numbers.detach())
+            # A copy: the function may return a buffer that it uses again.
+            self.numbers.append(numbers if has_others else numbers.detach().clone())
+        self.has_rows |= rows.numel() > 0
         return gradients
+
+    def run(
+        self, statistics: Sequence[Tensor], rows: Tensor, piece: Piece
+    ) -> tuple[Tensor, Metrics | None, list[Tensor]]:
+        """What the function gives for some rows, checked, and the leaves of its graph.
+
+        It gets copies: what it does to them in place is not the head's, nor the Selection's.
+        """
+        *found, is_top1 = (x.detach().clone() for x in statistics)
+        leaves = [x.requires_grad_(self.trains) for x in found]
+        tokens = TokenLogProbs(leaves[0], leaves[1], leaves[2], is_top1)
+        with self._autocast():
+            returned = self.function(tokens, rows.clone())
+        return *self._checked(returned, piece), leaves
 
     def _gradients(
         self, numbers: Tensor, leaves: list[Tensor], *, retain: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if not numbers.requires_grad:
+        if not (self.trains and numbers.requires_grad):
             return None, None, None
         log_prob, entropy, lse = torch.autograd.grad(
             numbers.sum(), leaves, allow_unused=True, retain_graph=retain
@@ -109,7 +118,7 @@ class Caller:
 
     def check_gradient(self) -> None:
         """Raise ValueError where the head needs a gradient and no number had one."""
-        if self.trains and not self.has_gradient and any(len(x) for x in self.numbers):
+        if self.trains and self.has_rows and not self.has_gradient:
             raise ValueError(
                 f"{self.name}: the numbers of loss_fn have no gradient for tokens.log_prob, "
                 "tokens.entropy or tokens.lse; were they detached, or computed under "
@@ -117,12 +126,8 @@ class Caller:
                 "torch.no_grad"
             )
 
-    def call(
-        self, tokens: TokenLogProbs, rows: Tensor, piece: Piece
-    ) -> tuple[Tensor, Metrics | None]:
-        """What the function returns for some rows, checked: its numbers and its metrics."""
-        with self._autocast():
-            returned = self.function(tokens, rows)
+    def _checked(self, returned: Any, piece: Piece) -> tuple[Tensor, Metrics | None]:
+        """Numbers and metrics, from what the function returned."""
         metrics = None
         if isinstance(returned, tuple):
             if len(returned) != 2 or not isinstance(returned[1], dict):
@@ -136,7 +141,7 @@ class Caller:
         if not numbers.is_floating_point() or numbers.dtype.itemsize < 4:
             raise TypeError(
                 f"{self.name}: loss_fn returned numbers of {numbers.dtype}; expected float32 or "
-                "float64, as tokens.log_prob is"
+                "float64, as tokens.log_prob is: convert what has 16 bits with .float()"
             )
         for key, value in (metrics or {}).items():
             if not isinstance(key, str):
@@ -147,21 +152,22 @@ class Caller:
     def _check_tensor(self, value: Any, where: str, piece: Piece) -> Tensor:
         """A tensor of one number a unit, or of one for every sequence or group."""
         by, m = self.units.by, piece.rows.stop - piece.rows.start
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            what = f"a {type(value).__name__}"
+            what = f"a tensor of layout {value.layout}" if isinstance(value, Tensor) else what
             raise TypeError(
-                f"{self.name}: loss_fn returned {shown(value)}{where}; expected a tensor with one "
+                f"{self.name}: loss_fn returned {what}{where}; expected a dense tensor with one "
                 f"number a {by}"
             )
         count = self.units.count(piece.units)
-        if tuple(value.shape) not in ((count,), (self.units.number if by != "row" else count,)):
+        every = count if by == "row" else self.units.number
+        if tuple(value.shape) not in ((count,), (every,)):
             expected = f"({count},), one number a {by}"
-            if by != "row":
-                expected += (
-                    f" with rows in this call, or ({self.units.number},), one for every {by}"
-                )
+            if every != count:
+                expected += f" with rows in this call, or ({every},), one for every {by}"
             raise ValueError(
                 f"{self.name}: loss_fn returned {tuple(value.shape)}{where} for {m} rows; expected "
-                f"{expected}: the loss is the sum of the numbers"
+                f"{expected}" + ("" if where else ": the loss is the sum of the numbers")
             )
         if value.device != self.device:
             raise ValueError(
@@ -176,52 +182,68 @@ class Caller:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast)
 
-    def _check_mixing(
-        self, statistics: tuple[Tensor, ...], rows: Tensor, piece: Piece, numbers: Tensor
-    ) -> None:
+    def _check_mixing(self, statistics: Sequence[Tensor], rows: Tensor, piece: Piece) -> None:
         """Find numbers that depend on other units' values, once for each function."""
-        if self.is_checked or self.units.count(piece.units) < 2:
+        if self.is_checked or not rows.numel():
             return
-        self.is_checked = True
+        if self.before is not None:  # a piece of one unit, which has nothing to mix with
+            earlier, at, part = self.before
+            statistics = [torch.cat(pair) for pair in zip(earlier, statistics, strict=True)]
+            rows = torch.cat([at, rows])
+            piece = Piece(*(slice(a.start, b.stop) for a, b in zip(part, piece, strict=True)))
+        elif self.units.count(piece.units) == 1:
+            self.before = (statistics, rows, piece)
+            return
+        self.is_checked, self.before = True, None
         code, *others = _fingerprint(self.function)
         checked, mark = _seen.setdefault(code, set()), (self.units.by, *others)
         if mark in checked and os.environ.get("SGP_CHECK", "0") != "1":
             return
-        tokens = TokenLogProbs(*statistics)
         devices = [rows.device] if rows.is_cuda else []
-        with torch.random.fork_rng(devices):
-            found = find_mixing(self.call, self.units, tokens, rows, piece, numbers)
-        if found == RANDOM:
+        try:
+            with torch.random.fork_rng(devices), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of one row, say, that has no deviation
+                found = find_mixing(self.run, self.units, statistics, rows, piece)
+        except FailedOnPartError as error:
+            text = str(error).replace(f"{self.name}: ", "")  # of its own, inside
+            raise ValueError(f"{self.name}: {text}") from error
+        if found.fault:
+            raise ValueError(f"{self.name}: {found.fault}")
+        if found.unknown:
             warn(
-                f"{self.name}: loss_fn returned other numbers when it was called again with the "
-                "same rows, so it cannot be checked that rows do not mix"
+                f"{self.name}: it cannot be checked that loss_fn keeps {self.units.by}s apart: "
+                f"{found.unknown}"
             )
-        elif found:
-            raise ValueError(f"{self.name}: {found}")
-        checked.add(mark)
+        if found.is_final:
+            checked.add(mark)
 
-    def _keep(self, metrics: Metrics, rows: Tensor, piece: Piece) -> None:
-        if self.metrics and self.metrics[0][2].keys() != metrics.keys():
+    def _keep(self, metrics: Metrics | None, rows: Tensor, piece: Piece) -> None:
+        names = None if metrics is None else [*metrics]
+        first = self.metrics[0][2] if self.metrics else metrics
+        expected = None if first is None else [*first]
+        if names != expected:
             raise ValueError(
-                f"{self.name}: loss_fn returned the metrics {list(metrics)}, and "
-                f"{list(self.metrics[0][2])} in another call; expected the same for all rows"
+                f"{self.name}: loss_fn returned the metrics {names}, and {expected} in another "
+                "call; expected the same for all rows"
             )
-        for key, x in metrics.items() if self.metrics else ():
-            expected = self.metrics[0][2][key].dtype
-            if x.dtype != expected:
+        for key, x in (metrics or {}).items():
+            dtype = first[key].dtype if first else x.dtype
+            if x.dtype != dtype:
                 raise TypeError(
-                    f"{self.name}: loss_fn returned metrics[{key!r}] of {x.dtype}, and of "
-                    f"{expected} in another call"
+                    f"{self.name}: loss_fn returned metrics[{key!r}] of {x.dtype}, and of {dtype} "
+                    "in another call"
                 )
-        self.returns_metrics = True
-        self.metrics.append((rows, piece, {key: x.detach() for key, x in metrics.items()}))
+        kept = metrics and {key: x.detach().clone() for key, x in metrics.items()}
+        self.metrics.append((rows, piece, kept))
 
-    def joined_metrics(self, shape: tuple[int, ...]) -> Metrics:
+    def joined_metrics(self, shape: tuple[int, ...]) -> Metrics | None:
         """Those of all pieces: of rows in `shape`, zero where ignored; else one a unit."""
+        if self.metrics[0][2] is None:
+            return None
         found: Metrics = {}
         size = torch.Size(shape).numel() if self.units.present is None else self.units.number
         for rows, piece, metrics in self.metrics:
-            for key, x in metrics.items():
+            for key, x in (metrics or {}).items():
                 whole = found.setdefault(key, x.new_zeros(size))
                 if self.units.present is None:
                     whole.index_copy_(0, rows, x)
@@ -233,6 +255,11 @@ class Caller:
         if self.units.present is None:
             return {key: x.view(shape) for key, x in found.items()}
         return found
+
+
+def _detached(x: Tensor) -> Tensor:
+    """What a graph keeps; an output itself would keep its own graph, and so itself."""
+    return x.detach()
 
 
 def _itself(x: Tensor) -> Tensor:
@@ -264,8 +291,9 @@ def _fingerprint(function: Callable[..., Any]) -> list[Any]:
             function = x.func if x is function else function
         elif inspect.ismethod(x):
             waiting += [x.__func__, *getattr(x.__self__, "__dict__", {}).values()]
-        elif x is function:  # another callable
-            waiting += getattr(x, "__dict__", {}).values()
+        elif x is function:  # another callable; torch.compile's has the one that is compiled
+            function = getattr(x, "_orig_mod", function)
+            waiting += [function, *getattr(x, "__dict__", {}).values()]
             found.append(type(x))
         seen.add(id(x))
     return found
@@ -277,21 +305,3 @@ def _content(cell: CellType) -> Any:
         return cell.cell_contents
     except ValueError:
         return None
-
-
-def reaches_others(numbers: Tensor, leaves: Sequence[Tensor]) -> bool:
-    """Whether a tensor that requires grad, and is none of these leaves, went into the numbers."""
-    seen: set[Any] = set()
-    waiting: list[Any] = [numbers.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            if all(leaf is not x for x in leaves):
-                return True
-            continue
-        waiting.extend(following for following, _ in node.next_functions)
-    return False

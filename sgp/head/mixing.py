@@ -10,22 +10,27 @@ differ by what a shorter matmul rounds.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sgp.reference import TokenLogProbs
 from sgp.rows.units import Piece, Units
 
-RANDOM = "random"
-EXACT = 1e-6  # of the largest number: the same arithmetic on the same values
+EXACT = 1e-6  # of a row's number, or the largest of sequences: the same arithmetic, the same values
 CLOSE = 1e-2  # of other shapes, in which matmuls of 16 bits may round otherwise
 SINGLES = 8  # units that are given one by one; half of them must differ
 GOLDEN = 0.618034
+CANNOT = (
+    # What a function raises of statistics that it did not expect.
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError),
+    *(TypeError, ValueError),
+)
 
-Function = Callable[[TokenLogProbs, Tensor, Piece], tuple[Tensor, Any]]
+Statistics = Sequence[Tensor]  # log_prob, entropy, lse, is_top1
+# Statistics, rows and which ones they are -> numbers, anything, and the leaves of their graph.
+Function = Callable[[Statistics, Tensor, Piece], tuple[Tensor, Any, list[Tensor]]]
 
 ADVICE = (
     "so the loss would depend on the chunks. Let each number depend on its own {by} alone: compute "
@@ -38,66 +43,88 @@ MORE = {
 }
 
 
+class FailedOnPartError(ValueError):
+    """A function that works on all rows of a call, and not on some of them."""
+
+
+class Verdict(NamedTuple):
+    """What came of looking."""
+
+    fault: str = ""  # what is wrong with the function
+    unknown: str = ""  # why all or a part of it could not be seen
+    is_final: bool = True  # whether there is no need to look again
+
+
 def find_mixing(
     function: Function,
     units: Units,
-    tokens: TokenLogProbs,
+    statistics: Statistics,
     rows: Tensor,
     piece: Piece,
-    numbers: Tensor,
-) -> str:
-    """What is wrong with the function, RANDOM, or nothing; waits for the device once.
+) -> Verdict:
+    """Call the function again and again, and compare; waits for the device once.
+
+    It draws from the caller's random generators, which `torch.random.fork_rng` around it restores.
 
     Args:
         function: gives numbers for the rows of a piece.
-        units, tokens, rows, piece, numbers: of one call of it.
+        units, statistics, rows, piece: of one call of it.
 
     Raises:
-        ValueError: the function fails when it is called with a part of the rows.
+        FailedOnPartError: the function fails when it is called with a part of the rows.
     """
-    probe = _Probe(function, units, tokens, rows, piece)
-    base = probe.per_unit(numbers.detach(), piece)
-    found = [_differs(base, probe.numbers(tokens), EXACT).any()]
+    probe = _Probe(function, units, statistics, rows, piece)
+    base = probe.numbers(statistics)
+    is_random = probe.has_drawn()
+    tolerance = EXACT * (base.abs() if units.by == "row" else _largest(base))
+    found = [_differs(base, probe.numbers(statistics), tolerance).any()]
     bits = range(max(1, (probe.count - 1).bit_length()))
     halves = [(bit, side) for bit in bits for side in (0, 1)]
-    for bit, side in halves:
-        found.append(probe.others_change(base, probe.side(bit, side)).any())
-    middle = probe.count // 2
-    apart = torch.cat([probe.alone(0, middle), probe.alone(middle, probe.count)])
-    found.append(_differs(base, apart, CLOSE).any())
-    places = sorted({i * (probe.count - 1) // (SINGLES - 1) for i in range(SINGLES)})
-    alone = torch.cat([probe.alone(i, i + 1) for i in places])
-    together = torch.cat([base[i : i + 1] for i in places])
-    differ = [_differs(a, b, CLOSE) for a, b in zip(together, alone, strict=True)]  # each by itself
-    found.append(2 * torch.stack(differ).sum() >= len(places))
-    found.append(torch.stack(probe.ignored).any())
-    is_random, *mixes, depends, depends_alone, is_unsafe = torch.stack(found).tolist()
+    try:
+        found += [probe.others_change(base, tolerance, *half).any() for half in halves]
+        if not is_random:
+            found += [probe.differs_in_halves(base), probe.differs_alone(base)]
+    except (FailedOnPartError, torch.OutOfMemoryError):
+        raise
+    except CANNOT as error:
+        why = f"it raised {error!r} when it was called with changed statistics or fewer rows"
+        return Verdict(unknown=why)
+    finite = base.isfinite() & (base != 0)
+    found += [torch.stack(probe.ignored).any(), finite.sum() >= 2]
+    another, *rest, is_unsafe, tells = torch.stack(found).tolist()
+    mixes, depends = rest[: len(halves)], rest[len(halves) :]
     by = units.by
     advice = ADVICE.format(by=by, more=MORE[by])
-    if is_random:
-        return RANDOM
+    if another:
+        return Verdict(unknown="it returned other numbers when it was called again")
     if any(mixes):
-        pair = probe.pair(base, *halves[mixes.index(True)])
-        return f"loss_fn mixes {by}s: {pair}, {advice}"
-    if depends or depends_alone:
-        return f"loss_fn gives a {by} another number in a call with fewer {by}s, {advice}"
+        pair = probe.pair(base, tolerance, *halves[mixes.index(True)])
+        return Verdict(f"loss_fn mixes {by}s: {pair}, {advice}")
+    if any(depends):
+        return Verdict(f"loss_fn gives a {by} another number in a call with fewer {by}s, {advice}")
     if is_unsafe:
-        return (
-            f"loss_fn uses tensors that require grad, and returns infinite or NaN numbers for "
+        return Verdict(
+            "loss_fn uses tensors that require grad, and returns infinite or NaN numbers for "
             f"{by}s without rows in a call, by which their gradients would become NaN; keep these "
             "finite, as by counts.clamp(min=1)"
         )
-    return ""
+    unknown = "it draws random numbers, which depend on the number of rows" if is_random else ""
+    return Verdict(unknown=unknown, is_final=bool(tells))
 
 
 class _Probe:
     """Calls of the function with changed statistics, or with some of the units."""
 
     def __init__(
-        self, function: Function, units: Units, tokens: TokenLogProbs, rows: Tensor, piece: Piece
+        self,
+        function: Function,
+        units: Units,
+        statistics: Statistics,
+        rows: Tensor,
+        piece: Piece,
     ) -> None:
-        """See `look`."""
-        self.function, self.units, self.tokens = function, units, tokens
+        """See `find_mixing`."""
+        self.function, self.units, self.statistics = function, units, statistics
         self.rows, self.piece = rows, piece
         self.count = units.count(piece.units)
         start, self.stops = piece.rows.start, self._stops()
@@ -109,6 +136,7 @@ class _Probe:
             self.unit = places.repeat_interleave(repeats, output_size=rows.numel())
         self.ignored = [torch.zeros((), dtype=torch.bool, device=rows.device)]
         self.shift = 0.25 + (torch.arange(rows.numel(), device=rows.device) * GOLDEN) % 1
+        self.random = self._random()
 
     def _stops(self) -> list[int]:
         """Where the units that have a row end, among the kept rows."""
@@ -118,40 +146,67 @@ class _Probe:
         ends = self.units.ends[self.piece.units]
         return [end for before, end in zip((part.start, *ends), ends, strict=False) if end > before]
 
-    def per_unit(self, numbers: Tensor, piece: Piece) -> Tensor:
-        """One number for each unit that has a row, in order."""
-        if self.units.present is None or len(numbers) == self.units.count(piece.units):
+    def _random(self) -> list[Tensor]:
+        """The states of the random generators."""
+        found = [torch.get_rng_state()]
+        return [*found, torch.cuda.get_rng_state(self.rows.device)] if self.rows.is_cuda else found
+
+    def has_drawn(self) -> bool:
+        """Whether a random number was drawn since the beginning, or since `_run`."""
+        pairs = zip(self.random, self._random(), strict=True)
+        return any(not torch.equal(before, now) for before, now in pairs)
+
+    def _run(self, statistics: Statistics, rows: Tensor, piece: Piece) -> Tensor:
+        """One number for each unit of a piece that has a row; random ones begin as always."""
+        torch.set_rng_state(self.random[0])
+        if self.rows.is_cuda:
+            torch.cuda.set_rng_state(self.random[1], self.rows.device)
+        numbers, _, leaves = self.function(statistics, rows, piece)
+        count = self.units.count(piece.units)
+        if self.units.present is None or len(numbers) == count:
             return numbers.detach()
         mask = self.units.mask(piece.units)
-        if numbers.requires_grad:  # of other tensors: the statistics here have no graph
+        if reaches_others(numbers, leaves):
             self.ignored.append((~mask & ~numbers.isfinite()).any())
         first = mask.to(torch.int8).argsort(descending=True, stable=True)
-        return numbers.detach()[first[: self.units.count(piece.units)]]
+        return numbers.detach()[first[:count]]
 
-    def numbers(self, tokens: TokenLogProbs) -> Tensor:
+    def numbers(self, statistics: Statistics) -> Tensor:
         """What the function gives for all rows."""
-        copies = TokenLogProbs(*(x.clone() for x in tokens if x is not None))
-        numbers, _ = self.function(copies, self.rows, self.piece)
-        return self.per_unit(numbers, self.piece)
+        return self._run(statistics, self.rows, self.piece)
 
     def side(self, bit: int, side: int) -> Tensor:
         """(count,) bool: the units whose place has, or lacks, a bit."""
         return ((torch.arange(self.count, device=self.rows.device) >> bit) & 1) == side
 
-    def changed(self, units: Tensor) -> TokenLogProbs:
+    def changed(self, units: Tensor) -> Statistics:
         """The statistics, others in the rows of these units."""
         here = units[self.unit]
-        log_prob, entropy, lse, is_top1, _ = self.tokens
+        log_prob, entropy, lse, is_top1 = self.statistics
         shift = torch.where(here, self.shift, 0).to(log_prob.dtype)
-        return TokenLogProbs(
-            log_prob - shift, entropy * (1 - shift / 2), lse + shift, is_top1 ^ here
-        )
+        return log_prob - shift, entropy * (1 - shift / 2), lse + shift, is_top1 ^ here
 
-    def others_change(self, base: Tensor, units: Tensor) -> Tensor:
-        """(count,) bool: units other than these whose numbers change with these."""
-        return _differs(base, self.numbers(self.changed(units)), EXACT) & ~units
+    def others_change(self, base: Tensor, tolerance: Tensor, bit: int, side: int) -> Tensor:
+        """(count,) bool: units that are not on this side, whose numbers change with those."""
+        return self._change_with(base, tolerance, self.side(bit, side))
 
-    def alone(self, first: int, last: int) -> Tensor:
+    def _change_with(self, base: Tensor, tolerance: Tensor, units: Tensor) -> Tensor:
+        return _differs(base, self.numbers(self.changed(units)), tolerance) & ~units
+
+    def differs_in_halves(self, base: Tensor) -> Tensor:
+        """() bool: whether a half of the units gives other numbers when it is alone."""
+        middle = self.count // 2
+        apart = torch.cat([self._alone(0, middle), self._alone(middle, self.count)])
+        return _differs(base, apart, CLOSE * _largest(base)).any()
+
+    def differs_alone(self, base: Tensor) -> Tensor:
+        """() bool: whether most of some units give other numbers when they are alone."""
+        places = sorted({i * (self.count - 1) // (SINGLES - 1) for i in range(SINGLES)})
+        alone = torch.cat([self._alone(i, i + 1) for i in places])
+        together = torch.cat([base[i : i + 1] for i in places])
+        return 2 * _differs(together, alone, CLOSE * together.abs()).sum() >= len(places)
+
+    def _alone(self, first: int, last: int) -> Tensor:
         """The numbers of some units without the others."""
         start = self.piece.rows.start
         begin, end = ([start, *self.stops][i] for i in (first, last))
@@ -161,30 +216,30 @@ class _Probe:
             ends = self.units.ends
             units = slice(bisect.bisect_right(ends, begin), bisect.bisect_left(ends, end) + 1)
         part = Piece(slice(begin, end), units)
-        tokens = TokenLogProbs(*(x[some].clone() for x in self.tokens if x is not None))
         try:
-            numbers, _ = self.function(tokens, self.rows[some], part)
+            return self._run([x[some] for x in self.statistics], self.rows[some], part)
         except torch.OutOfMemoryError:
             raise
         except (IndexError, RuntimeError, ValueError) as error:
-            raise ValueError(
+            raise FailedOnPartError(
                 f"loss_fn failed when it was called with a part of the rows ({error}). It is "
                 "called chunk by chunk: take the values of your own tensors with [rows], and let "
                 "it take any number of rows"
             ) from error
-        return self.per_unit(numbers, part)
 
-    def pair(self, base: Tensor, bit: int, side: int) -> str:
+    def pair(self, base: Tensor, tolerance: Tensor, bit: int, side: int) -> str:
         """Words for one unit whose number changes with another's values."""
-        changed = self.side(bit, side)
-        target = int(self.others_change(base, changed).nonzero()[0])
-        candidates = changed.nonzero().squeeze(1)
-        while candidates.numel() > 1:
+        units, by = self.side(bit, side), self.units.by
+        targets = self._change_with(base, tolerance, units).nonzero().flatten().tolist()
+        candidates = units.nonzero().flatten()
+        while candidates.numel() > 1 and targets:
             half = candidates[: candidates.numel() // 2]
-            some = torch.zeros_like(changed).index_fill(0, half, True)
-            is_here = bool(self.others_change(base, some)[target])
+            some = torch.zeros_like(units).index_fill(0, half, True)
+            is_here = bool(self._change_with(base, tolerance, some)[targets[0]])
             candidates = half if is_here else candidates[half.numel() :]
-        source, by = int(candidates[0]), self.units.by
+        if not targets:
+            return "some numbers change with the values of others"
+        target, source = targets[0], int(candidates[0])
         where = ""
         if by == "row":
             where = f" (positions {int(self.rows[target])} and {int(self.rows[source])})"
@@ -193,8 +248,27 @@ class _Probe:
         )
 
 
-def _differs(a: Tensor, b: Tensor, tolerance: float) -> Tensor:
+def _largest(numbers: Tensor) -> Tensor:
+    """() the size of the largest that is finite."""
+    return torch.where(numbers.isfinite(), numbers.abs(), 0).amax()
+
+
+def _differs(a: Tensor, b: Tensor, tolerance: Tensor) -> Tensor:
     """Where numbers are not the same; infinities and NaN are what they are."""
-    finite = torch.where(a.isfinite(), a.abs(), 0)
-    close = (a - b).abs() <= tolerance * finite.amax()
-    return ~(close | (a == b) | (a.isnan() & b.isnan()))
+    return ~(((a - b).abs() <= tolerance) | (a == b) | (a.isnan() & b.isnan()))
+
+
+def reaches_others(numbers: Tensor, leaves: Sequence[Tensor]) -> bool:
+    """Whether a tensor that requires grad, and is none of these leaves, went into the numbers."""
+    seen: set[Any] = set()
+    waiting: list[Any] = [numbers.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ != "AccumulateGrad":
+            waiting.extend(following for following, _ in node.next_functions)
+        elif all(node.variable is not x for x in leaves):
+            return True
+    return False

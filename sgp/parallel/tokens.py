@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from sgp.head.loss_function import reaches_others
+from sgp.head.mixing import reaches_others
 from sgp.labels import IGNORE
 from sgp.reference import TokenLogProbs
 from sgp.rows.problem import check_mean_weights, check_tensor
