@@ -164,7 +164,7 @@ class _Probe:
         numbers, _, leaves = self.function(statistics, rows, piece)
         count = self.units.count(piece.units)
         if self.units.present is None or len(numbers) == count:
-            return numbers.detach()
+            return numbers.detach().clone()  # it may be a buffer that is used again
         mask = self.units.mask(piece.units)
         if reaches_others(numbers, leaves):
             self.ignored.append((~mask & ~numbers.isfinite()).any())
