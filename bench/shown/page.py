@@ -64,6 +64,40 @@ def toy(up: str) -> str:
     return "\n".join([*lines, "", source, "", picture])
 
 
+def own_loss(up: str) -> str:
+    """Time and memory of a loss of one's own, beside others."""
+    path = max(RESULTS.glob("*-own-loss.json"))
+    found = json.loads(path.read_text())
+    lines = ["| kept | way | time | of sgp's | MiB |", "|---|---|---|---|---|"]
+    for record in found["cases"]:
+        timed = sorted((r for r in record["rivals"] if r["both_ms"]), key=lambda r: r["both_ms"])
+        ours = next(r["both_ms"] for r in timed if r["rival"] == "sgp")
+        for r in timed:
+            name = WAYS_OF_OWN_LOSS.get(r["rival"], r["rival"])
+            lines.append(
+                f"| {100 * record['kept']:.0f} % | {name} | {tables.ms(r['both_ms'])} ms | "
+                f"{r['both_ms'] / ours:.2f} | {r['memory_bytes'] / MIB:.0f} |"
+            )
+    case, machine = found["cases"][0], found["machine"]
+    source = (
+        f"CISPO's loss with its gradients: {case['N']} tokens, V = {case['model']['V']}, "
+        f"D = {case['model']['D']}, {case['dtype']}, {machine['name']} ({machine['cpu']}), "
+        f"torch {found['versions']['torch']}, {found['date']}. MiB are beyond inputs and weight "
+        "gradients. "
+        f'`python -m bench compare --only "own loss"` ([results]({up}bench/results/{path.name})).'
+    )
+    return "\n".join([*lines, "", source])
+
+
+WAYS_OF_OWN_LOSS = {
+    "sgp": "`sgp.linear_loss`",
+    "sgp, log-probs first": "`sgp.linear_token_log_probs`, and the loss after it",
+    "PyTorch, kept rows": "`log_softmax` of whole logits of the kept rows, gathered by hand",
+    "TRL": "TRL's chunked log-probabilities of the kept rows, and the loss after it",
+    "Liger": "`LigerFusedLinearGRPOLoss`, on all rows",
+}
+
+
 def context(up: str) -> str:
     """Time and memory of each way, beside one pass."""
     path, found = newest("context")
@@ -224,6 +258,7 @@ def gallery(up: str) -> str:
 
 
 BLOCKS: dict[str, Callable[[str], str]] = {
-    "recall": recall, "toy": toy, "context": context, "sft": sft, "gpu": gpu, "traffic": traffic,
+    "recall": recall, "toy": toy, "own": own_loss, "context": context, "sft": sft, "gpu": gpu,
+    "traffic": traffic,
     "loops": loops, "train": train, "gallery": gallery,
 }  # fmt: skip

@@ -31,8 +31,9 @@ COLORS = {  # of seaborn's colorblind palette: sgp is the dark blue
     "quack": "#c9b800",
     "flash-linear-attention": "#7f6d5f",
     "TRL": "#333333",
+    "sgp, log-probs first": "#56b4e9",
 }
-MARKERS = dict(zip(COLORS, "oDPs^vX<>dph*H8"[: len(COLORS)], strict=True))
+MARKERS = dict(zip(COLORS, "oDPs^vX<>dph*H81"[: len(COLORS)], strict=True))
 BOUNDS = {
     "logits": "bound: its bytes at a copy's speed",
     "linear": "bound: the bare matmuls of the kept rows",
@@ -201,8 +202,10 @@ def _roofline(content: dict[str, Any], stem: Path) -> Path:
                     markersize=6,
                     alpha=0.75,
                 )
+    shown = {record["form"] for record in content["cases"]}
     for form, marker in markers.items():
-        axes.plot([], [], marker, color="#555555", label=form)
+        if form in shown:
+            axes.plot([], [], marker, color="#555555", label=form)
     for rival in ("sgp", "PyTorch, kept rows"):
         axes.plot([], [], "-", color=COLORS[rival], linewidth=5, label=rival)
     axes.set_xscale("log")

@@ -189,7 +189,7 @@ def _log_probs(records: list[Record], up: str) -> Iterator[str]:
             yield (
                 f"On a CPU, log-probabilities take {min(ratios):.2f} to {max(ratios):.2f} times "
                 "as long as plain PyTorch on gathered rows "
-                f"([results]({up}bench/results/{path.name}))."
+                f"([results]({up}bench/results/{path.name})){_own_loss(up)}."
             )
 
 
@@ -227,6 +227,16 @@ def _best(records: list[Record], phase: str, key: str, name: str, **size: object
         and all(r.get(k) == v for k, v in size.items())
     ]  # fmt: skip
     return min(found, default=float("inf"))
+
+
+def _own_loss(up: str) -> str:
+    """The same of a loss of one's own."""
+    path = max(files.RESULTS.glob("*-own-loss.json"))
+    ratios = [_ratio(case) for case in json.loads(path.read_text())["cases"]]
+    return (
+        f", and `linear_loss` takes {min(ratios):.2f} to {max(ratios):.2f} times as long "
+        f"([results]({up}bench/results/{path.name}))"
+    )
 
 
 def _ratio(case: Record) -> float:
