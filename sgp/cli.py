@@ -239,11 +239,20 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         help="whose data sheet the milliseconds are from (default: %(default)s)",
     )
     add("--frozen-head", action="store_true", help="the weight has no gradient, as under LoRA")
+    add = parser.add_mutually_exclusive_group().add_argument
     add(
         "--per-token",
         action="store_true",
         help="gradients in backward, with a factor a token: reduction none, a loss a sequence, "
         "log-probabilities",
+    )
+    add(
+        "--own-loss",
+        type=_size,
+        default=0,
+        metavar="M",
+        help="linear_loss, with M tokens that carry loss at once: 1 by row, else those of the "
+        "longest sequence or group",
     )
     parser.set_defaults(prepare=_plan)
 

@@ -96,6 +96,9 @@ def test_a_budget_that_nothing_fits_is_code_1_and_the_planners_message(ask):
 
 def test_options_reach_the_planner(ask):
     assert chosen(ask("--frozen-head")[1]) == "chunks of 1024 rows"
+    assert chosen(ask("--own-loss 1")[1]) == "gradient kept, chunks of 1024 rows"
+    assert chosen(ask("--frozen-head", "--own-loss 2000")[1]) == "chunks of 2047 rows"
+    assert "a loss of one's own, 2000 tokens at once" in ask("--own-loss 2000")[1]
     assert chosen(ask("--per-token")[1]).startswith("slices of ")
     assert chosen(ask("--per-token", "--budget 2GiB")[1]) == "logits held for backward"
     half = ask("--dtype fp16", "--budget 300MiB")[1]

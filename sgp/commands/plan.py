@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     def shape(*, budgeted: bool) -> Shape:
         return shape_of(
             a.tokens, kept, a.vocab, a.width, a.dtype,
-            frozen=a.frozen_head, per_token=a.per_token, budgeted=budgeted,
+            frozen=a.frozen_head, per_token=a.per_token, budgeted=budgeted, own=a.own_loss,
         )  # fmt: skip
 
     usual, budgeted = shape(budgeted=False), shape(budgeted=True)
@@ -99,6 +99,7 @@ def shape_of(
     frozen: bool = False,
     per_token: bool = False,
     budgeted: bool = False,
+    own: int = 0,
 ) -> Shape:
     """What the planner is asked about a call on a GPU.
 
@@ -114,9 +115,10 @@ def shape_of(
         per_token: whether gradients come in backward, with a factor a row.
         budgeted: whether the call has a memory_budget. A float16 head's gradients are made in
             backward then, because they would wait for the loss scaler's factor in float32.
+        own: of a loss of the caller's own, the tokens with loss that it needs at once.
     """
     of, is_half = DTYPES[dtype], dtype == "fp16"
-    late = per_token or (is_half and budgeted and not frozen)
+    late = per_token or (is_half and budgeted and not frozen and not own)
     return Shape(
         M=chunks.padded(kept, tokens),
         N=tokens,
@@ -130,6 +132,8 @@ def shape_of(
         late=late,
         is_half=is_half,
         wide=is_half and not late,
+        own=own > 0,
+        least=chunks.padded(min(own, kept), kept),
     )
 
 
@@ -173,7 +177,7 @@ def plain(shape: Shape) -> Plan:
     At most it holds float32 log-probabilities, their gradient and that of the logits, and none of
     the results yet: 12 bytes a logit.
     """
-    s = shape._replace(M=shape.N, late=False, is_half=False, wide=False, into=False)
+    s = shape._replace(M=shape.N, late=False, is_half=False, wide=False, into=False, own=False)
     logits, o = s.N * s.V, s.operand_bytes
     results = s.N * s.D * s.input_bytes + s.V * s.D * s.weight_bytes * s.weight_grad
     copy = s.V * s.D * o if o != s.weight_bytes else 0
@@ -193,6 +197,8 @@ def _what(a: argparse.Namespace, kept: int, shape: Shape) -> str:
         tokens += f" (planned as {shape.M})"
     words = [f"{tokens}; V = {a.vocab}, D = {a.width}, {a.dtype}"]
     words += ["frozen head"] * a.frozen_head + ["gradients with a factor a token"] * a.per_token
+    if a.own_loss:
+        words.append(f"a loss of one's own, {a.own_loss} tokens at once")
     return ", ".join(words)
 
 
