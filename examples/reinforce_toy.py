@@ -1,5 +1,6 @@
 """Reinforcement learning that can be watched: a tiny Llama learns to count in steps.
 
+    pip install -e ".[train]"
     python examples/reinforce_toy.py --steps 300 --picture reward.png
 
 The prompt is a step of 1 to 3 and a digit. The reward is the share of sampled tokens that are the
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
+import importlib.util
 import json
 import platform
 import time
@@ -165,8 +167,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--picture", type=Path, help="PNG; the numbers are written beside it")
+    parser.add_argument("--picture", type=Path, help="PNG; a JSON of the numbers stands beside it")
     options = parser.parse_args()
+    if options.picture and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--picture needs matplotlib: pip install matplotlib")
 
     start = time.perf_counter()
     losses = {"plain PyTorch": loss_of_pytorch, "sgp.linear_loss": loss_of_sgp}
@@ -177,7 +181,6 @@ def main() -> None:
             both = ", ".join(f"{name} {curve[step]:.3f}" for name, curve in curves.items())
             print(f"step {step + 1}: reward {both}")
     if options.picture:
-        draw(curves, options.picture)
         content = {
             "machine": {"name": f"{torch.get_num_threads()} cores", "platform": platform.machine()},
             "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
@@ -188,6 +191,7 @@ def main() -> None:
             "rewards": curves,
         }
         options.picture.with_suffix(".json").write_text(json.dumps(content) + "\n")
+        draw(curves, options.picture)
 
 
 if __name__ == "__main__":

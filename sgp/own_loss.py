@@ -52,11 +52,11 @@ def linear_loss(
     memory_budget: int | None = None,
     return_stats: bool = False,
 ) -> Any:
-    """The sum of what your own lines make of each token's log-probability, with exact gradients.
+    """A loss of your own, a function of each token's log-probability, computed inside the head.
 
     The kept rows' logits are made chunk by chunk. `loss_fn` runs between the statistics of a chunk
     and its gradient, so that the logits are made once, where log-probabilities with a loss after
-    them make them twice.
+    them make them twice. The gradients are exact.
 
     Example:
         >>> import torch, sgp
@@ -83,16 +83,16 @@ def linear_loss(
             multiply the numbers of rows.
         loss_fn: called as `loss_fn(tokens, rows)` with the TokenLogProbs of some kept rows, (m,)
             each in float32 (float64 for float64 input), of which `log_prob`, `entropy` and `lse`
-            are differentiable, and their positions (m,) int64 among the flattened rows, ascending:
-            take the values of your own tensors with `[rows]`. It returns one number a row (m,); for
-            `by="sequence"` and `"group"` one for each that has rows in this call, in ascending
-            order, or one for every sequence (S,) or group (G,), of which the others are ignored
-            (but must be finite where gradients reach other tensors). Or `(numbers, metrics)`,
-            metrics being a dict of tensors of the same length. Where nothing is kept, it is called
-            once with no rows.
+            are differentiable, and their positions (m,) int64 among the flattened rows, ascending.
+            Take the values of your own tensors with `[rows]`: row t predicts token t + 1. It
+            returns one number a row (m,); for `by="sequence"` and `"group"` one for each that has
+            rows in this call, in ascending order, or one for every sequence (S,) or group (G,), of
+            which the others are ignored (but must not be infinite or NaN where `loss_fn` uses other
+            tensors that require grad). Or `(numbers, metrics)`, metrics being a dict of tensors of
+            the same length. Where nothing is kept, it is called once with no rows.
         by: "row"; "sequence": all kept rows of a sequence stand in one call, so that a loss of
             whole sequences is exact; "group": those of several sequences, such as a DPO pair.
-        groups: (S,) integers that never fall, for `by="group"`: sequences with the same number are
+        groups: (S,) non-decreasing integers, for `by="group"`: sequences with the same number are
             one group. Give them on the CPU: from a GPU they are copied, which waits for it.
         ignore_index: targets of this value carry no loss; None means -100.
         temperature, softcap, logit_scale: as in `token_log_probs`.
@@ -105,10 +105,11 @@ def linear_loss(
         and (G,), zero where none of their rows is kept.
 
     The result must not depend on the chunks, so no number may depend on other rows (sequences,
-    groups). At its first call a function is called about forty times more, with some statistics
-    changed and with some of the rows alone, and it is refused if its numbers mix; this waits for a
-    GPU once. A function is told by its code and the code of functions that it closes over, so that
-    a closure made anew at each step is checked once. With SGP_CHECK=1 every call is checked.
+    groups), nor a metric, which is not checked. At its first call a function is called a few dozen
+    times more, with some statistics changed and with some of the rows alone, and it is refused if
+    its numbers mix rows; this waits for a GPU once. So it must have no side effects. A function is
+    told by its code and by the functions, strings and booleans that it reaches, so that a closure
+    made anew at each step is checked once. With SGP_CHECK=1 every call is checked.
 
     `loss_fn` runs in the modes of autograd and autocast that the call is made in. Its exceptions
     come through. Other tensors that it uses get their gradients too.
@@ -121,7 +122,7 @@ def linear_loss(
     Cost: matmuls take `6 M V D` floating-point operations, `4 M V D` with one side frozen and
     `2 M V D` without gradients. They take `2 M V D` more where the logits are made twice: where a
     small budget asks for it, or a sequence or group has more rows than a chunk may, which is said
-    once. Labels on a GPU cost a wait for the device, and two by sequences; a Selection costs none.
+    once. Labels on a GPU cost a wait for the device, two with by="sequence"; a Selection, none.
 
     Raises:
         ValueError, TypeError: arguments that do not fit; numbers or metrics of another shape, dtype

@@ -1070,7 +1070,7 @@ def test_the_weights_of_a_selection_multiply_rows():
             torch.testing.assert_close(value, true)
     for by in ("sequence", "group"):
         options = {"groups": GROUPS} if by == "group" else {}
-        with pytest.raises(ValueError, match=f"by = '{by}' of a Selection with weights"):
+        with pytest.raises(ValueError, match=f"by = '{by}' of a Selection with token weights"):
             sgp.linear_loss(*tensors[:2], selection, lines, by=by, **options)
 
 

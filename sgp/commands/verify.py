@@ -182,7 +182,8 @@ def _tables(outcomes: list[Outcome], device: torch.device) -> Iterator[Table]:
         table = Table(
             title=f"{path} ({machine(device)})",
             caption="Worst of the cases: relative error of a row against float64;\n"
-            "PyTorch: its operators in the same dtype.",
+            "PyTorch: its operators in the same dtype, inf where they overflow.\n"
+            "ok: no worse than these, within sgp/tolerance.py.",
         )
         for column in ("dtype", "V", "loss", "PyTorch", "gradient", "PyTorch", ""):
             table.add_column(column, justify="left" if column == "dtype" else "right", no_wrap=True)

@@ -100,8 +100,17 @@ class Caller:
         *found, is_top1 = (x.detach().clone() for x in statistics)
         leaves = [x.requires_grad_(self.trains) for x in found]
         tokens = TokenLogProbs(leaves[0], leaves[1], leaves[2], is_top1)
-        with self._autocast():
-            returned = self.function(tokens, rows.clone())
+        try:
+            with self._autocast():
+                returned = self.function(tokens, rows.clone())
+        except (IndexError, RuntimeError) as error:
+            if hasattr(error, "add_note"):  # from Python 3.11 on
+                error.add_note(
+                    f"{self.name} called loss_fn with {len(rows)} rows, positions among the "
+                    "flattened labels: take the values of your own tensors with [rows], and those "
+                    "of each sequence with [selection.sequence_of(rows)]"
+                )
+            raise
         return *self._checked(returned, piece), leaves
 
     def _gradients(
@@ -141,7 +150,8 @@ class Caller:
         if not numbers.is_floating_point() or numbers.dtype.itemsize < 4:
             raise TypeError(
                 f"{self.name}: loss_fn returned numbers of {numbers.dtype}; expected float32 or "
-                "float64, as tokens.log_prob is: convert what has 16 bits with .float()"
+                "float64, as tokens.log_prob is"
+                + (": convert them with .float()" if numbers.is_floating_point() else "")
             )
         for key, value in (metrics or {}).items():
             if not isinstance(key, str):
@@ -167,7 +177,8 @@ class Caller:
                 expected += f" with rows in this call, or ({every},), one for every {by}"
             raise ValueError(
                 f"{self.name}: loss_fn returned {tuple(value.shape)}{where} for {m} rows; expected "
-                f"{expected}" + ("" if where else ": the loss is the sum of the numbers")
+                f"{expected}"
+                + ("" if where else "; they are summed for you, so divide each by the total first")
             )
         if value.device != self.device:
             raise ValueError(

@@ -123,8 +123,8 @@ def make_units(
         return Units(by, kept)
     if problem.token_weight is not None:
         raise ValueError(
-            f"{name}: by = {by!r} of a Selection with weights, which are of rows; multiply in "
-            "loss_fn instead, or use by='row'"
+            f"{name}: by = {by!r} of a Selection with token weights, which multiply the numbers of "
+            "rows; use by='row', or multiply inside loss_fn"
         )
     if problem.is_part:
         raise ValueError(
@@ -161,8 +161,8 @@ def _checked_groups(name: str, groups: Any, num_sequences: int) -> list[int]:
         raise TypeError(f"{name}: groups are {values.dtype}; expected integers")
     if tuple(values.shape) != (num_sequences,):
         raise ValueError(
-            f"{name}: groups are {tuple(values.shape)}; expected ({num_sequences},), the number of "
-            "each sequence's group"
+            f"{name}: groups are {tuple(values.shape)}; expected ({num_sequences},), a number for "
+            "each sequence, as [0, 0, 1, 1] for two pairs"
         )
     listed: list[int] = values.tolist()
     for i in range(1, num_sequences):
