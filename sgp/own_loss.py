@@ -178,16 +178,16 @@ def own_loss(
             o.operations or ONE_DEVICE, head.detached(), o.early(), units, caller
         )
     caller.check_gradient()
-    loss = torch.cat(caller.numbers).sum()
+    loss = torch.stack(caller.sums).sum()
     if any(o.call.needs):
-        attached = [x for x in caller.numbers if x.requires_grad]
+        attached = [x for x in caller.sums if x.requires_grad]
         computed = Computed(loss.detach(), gradients)
         tensors = (head.input, head.weight, head.bias, head.target)
         loss = apply(HeadOwnLoss, *tensors, computed, o, *attached)[0]
     found: list[Any] = [loss]
     if return_stats:
         found.append(token_statistics(problem, stats, need_argmax=False))
-    metrics = caller.joined_metrics(problem.shape)
-    if metrics is not None:
-        found.append(metrics)
+    if caller.metrics is not None:
+        is_of_rows = units.present is None
+        found.append({k: problem.shaped(x) if is_of_rows else x for k, x in caller.metrics.items()})
     return found[0] if len(found) == 1 else tuple(found)

@@ -303,7 +303,7 @@ def test_the_graph_of_the_lines_waits_where_something_needs_it(closes):
 
     loss = sgp.linear_loss(hidden.requires_grad_(), head, target, lines, chunk_rows=4)
     nodes = [type(node).__name__ for node, _ in loss.grad_fn.next_functions if node is not None]
-    assert ("MulBackward0" in nodes) == closes
+    assert ("SumBackward0" in nodes) == closes
     assert all(x() is None for x in inside)
 
 
@@ -644,8 +644,8 @@ def test_what_the_function_does_to_its_tokens_is_its_own_business():
             torch.testing.assert_close(value, true)
 
 
-def test_numbers_that_are_ignored_must_be_finite_for_other_tensors():
-    """0 times NaN would be their gradient, in a call that lacks a sequence."""
+def test_numbers_that_are_ignored_must_be_finite():
+    """0 times NaN may be a gradient, of the head's or of other tensors, where one is missing."""
     (hidden, head, _), target = make(torch.float64, bias=False)
     hidden.requires_grad_()
     factor = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
@@ -664,8 +664,14 @@ def test_numbers_that_are_ignored_must_be_finite_for_other_tensors():
         found.append(torch.autograd.grad(loss, (hidden, factor)))
     for value, other in zip(*found, strict=True):
         torch.testing.assert_close(value, other)
-    constant = functools.partial(lines, least=0, factor=2.0)  # nothing that could become NaN
-    sgp.linear_loss(hidden, head, target, constant, by="sequence")
+
+    def by_matrix(tokens, rows):
+        of_sequence = (rows[None] // T == torch.arange(B)[:, None]).to(tokens.log_prob.dtype)
+        return -(of_sequence @ tokens.log_prob) / of_sequence.sum(1)
+
+    target[2] = 0  # a token in every sequence, so that all are finite in one call
+    with pytest.raises(ValueError, match="infinite or NaN numbers for sequences without rows"):
+        sgp.linear_loss(hidden, head, target, by_matrix, by="sequence")
 
 
 def test_a_chunk_may_have_no_gradient():
@@ -876,6 +882,142 @@ def test_nothing_carries_loss_in_a_budget(dtype):
     loss = sgp.linear_loss(hidden, head, nothing, lambda t, _: -t.log_prob, memory_budget=10**6)
     loss.backward()
     assert not head.grad.any()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_noise_of_additions_in_another_order_is_no_mixing(seed):
+    """As atomic additions of a GPU make it, which no generator's state repeats."""
+    (hidden, head, _), target = make(bias=False)
+    noise = torch.Generator().manual_seed(seed)
+
+    def lines(tokens, rows):
+        order = torch.randperm(len(rows), generator=noise)
+        sums = tokens.log_prob.new_zeros(B)
+        for i in order.tolist():
+            sums = sums.index_add(0, rows[i : i + 1] // T, 100 * tokens.log_prob[i : i + 1])
+        return (sums - 100 * sums.detach().mul(0.01).round(decimals=1)).tanh()
+
+    sgp.linear_loss(hidden.requires_grad_(), head, target, lines, by="sequence")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_first_step_whose_numbers_are_rounding_alone_is_not_refused(seed):
+    """The policy is the reference: the square of a difference is the square of noise."""
+    torch.manual_seed(seed)
+    hidden, head = torch.randn(8, 100, 8, requires_grad=True), torch.randn(50, 8)
+    selection = sgp.Selection.from_labels(torch.randint(50, (8, 100)))
+    with torch.no_grad():
+        old = sgp.linear_token_log_probs(hidden, head, selection).log_prob.sum(1)
+
+    def lines(tokens, rows):
+        matrix = (selection.sequence_of(rows)[None] == torch.arange(8)[:, None]).float()
+        return (matrix @ tokens.log_prob - old) ** 2 / 8
+
+    sgp.linear_loss(hidden, head, selection, lines, by="sequence")
+
+
+def test_a_mean_behind_a_threshold_is_found():
+    """KTO's z0, taken of the call: 0 where the policy is the reference, and changes lower it."""
+    (hidden, head, _), target = make(bias=False)
+    hidden.requires_grad_()
+    target = target.clamp(min=0)
+    with torch.no_grad():
+        old = sgp.linear_token_log_probs(hidden, head, target).log_prob.sum(1)
+
+    def lines(tokens, rows):
+        sums = tokens.log_prob.new_zeros(B).index_add(0, rows // T, tokens.log_prob)
+        z0 = (sums - old).mean().clamp(min=0).detach()
+        return torch.sigmoid(0.1 * (z0 - sums + old))
+
+    with pytest.raises(ValueError, match="loss_fn mixes sequences"):
+        sgp.linear_loss(hidden, head, target, lines, by="sequence")
+
+
+def test_tensors_that_are_changed_after_their_use():
+    """As autograd says it, and no wrong gradient."""
+    (hidden, head, _), target = make(bias=False)
+    hidden.requires_grad_()
+    values = torch.ones(B * T, requires_grad=True)
+    buffer, constant = torch.zeros(B * T), torch.ones(B * T)
+
+    def inside(tokens, _):
+        ratio = tokens.log_prob.exp()
+        squared = ratio * ratio
+        ratio += 1
+        return -squared
+
+    def over_chunks(tokens, rows):
+        here = buffer[: len(rows)].copy_(2.0 * rows)
+        return -tokens.log_prob + values[rows] * here
+
+    words = r"linear_loss: a tensor \(\d+,\) of torch.float32 that loss_fn needs.*changed in place"
+    with pytest.raises(RuntimeError, match=words):
+        sgp.linear_loss(hidden, head, target, inside)
+    loss = sgp.linear_loss(hidden, head, target, over_chunks, chunk_rows=4)
+    with pytest.raises(RuntimeError, match=words):
+        loss.backward()
+    loss = sgp.linear_loss(
+        hidden, head, target, lambda t, rows: -t.log_prob + (values * constant)[rows]
+    )
+    constant.zero_()
+    with pytest.raises(RuntimeError, match=r"changed in place|modified by an inplace"):
+        loss.backward()
+
+
+def test_exceptions_of_the_check_alone_do_not_end_a_training():
+    (hidden, head, _), target = make(bias=False)
+    old = sgp.linear_token_log_probs(hidden, head, target).log_prob.flatten()
+
+    class StopEpoch(Exception):  # noqa: N818
+        pass
+
+    def lines(tokens, rows):
+        if (tokens.log_prob - old[rows]).abs().mean() > 0.015:
+            raise StopEpoch
+        return -tokens.log_prob
+
+    with pytest.warns(UserWarning, match="it raised StopEpoch"):
+        sgp.linear_loss(hidden.requires_grad_(), head, target, lines)
+
+
+@pytest.mark.parametrize("what", ["strings", "zeros"])
+def test_the_check_ends(what):
+    """Also where a string changes from step to step, or every number is 0."""
+    (hidden, head, _), target = make(bias=False)
+    calls = []
+
+    def make_lines(tag):
+        def lines(tokens, _):
+            calls.append(tag)
+            return tokens.log_prob * (what == "strings")
+
+        return lines
+
+    for step in range(20):
+        tag = f"step {step}" if what == "strings" else "step"
+        calls.clear()
+        sgp.linear_loss(hidden.requires_grad_(), head, target, make_lines(tag))
+    assert len(calls) == 1
+
+
+def test_memory_of_many_sequences_does_not_grow_with_the_pieces():
+    """Numbers and metrics of all sequences in each call are joined at once."""
+
+    def peak(S):
+        hidden, head = torch.randn(S, 2, 4), torch.randn(8, 4)
+        selection = sgp.Selection.from_labels(torch.randint(8, (S, 2)))
+
+        def lines(tokens, rows):
+            numbers = -tokens.log_prob.new_zeros(S).index_add(0, rows // 2, tokens.log_prob)
+            return numbers, {"a": numbers, "b": numbers}
+
+        arguments = (hidden.requires_grad_(), head, selection, lines)
+        sgp.linear_loss(*arguments, by="sequence", chunk_rows=32)
+        with cpu_peak() as held:
+            sgp.linear_loss(*arguments, by="sequence", chunk_rows=32)
+        return held.peak_bytes
+
+    assert peak(2000) < 5 * peak(500)
 
 
 def test_lines_that_do_not_mix_pass():

@@ -255,7 +255,7 @@ class HeadScalarLoss(torch.autograd.Function):
 class HeadOwnLoss(torch.autograd.Function):
     """(loss (), 3 gradients) of a loss of the caller's, which have been made.
 
-    `numbers` are those of which the loss is the sum; they are given where they have a graph.
+    Its last inputs are the numbers () of which it is the sum, where they have a graph.
     """
 
     @staticmethod
@@ -266,17 +266,18 @@ class HeadOwnLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _wait(ctx, inputs[:3], inputs[3], Gradients(*output[1:]), inputs[5], ())
-        ctx.lengths = [len(x) for x in inputs[6:]]
+        ctx.num_sums = len(inputs) - 6
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         upstream = grads[0]
         if upstream is None:
-            return (None,) * (6 + len(ctx.lengths))
+            return (None,) * (6 + ctx.num_sums)
         name = ctx.options.named(LINEAR_LOSS)
         found, origin = _times_upstream(ctx, upstream, name, "loss")
-        of_numbers = (once(name, upstream.expand(n), origin, upstream) for n in ctx.lengths)
-        return *found, *(None,) * 3, *of_numbers
+        of_sum: Tensor = once(name, upstream, origin, upstream)
+        num_sums: int = ctx.num_sums
+        return *found, *(None,) * 3, *(of_sum,) * num_sums
 
 
 class Computed(NamedTuple):

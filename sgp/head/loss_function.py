@@ -30,6 +30,8 @@ from sgp.rows.units import Piece, Units
 
 Metrics = dict[str, Tensor]
 
+MOST_CHECKS = 8  # of one code: with strings that change, or batches whose numbers are all 0
+
 # The first of a function's fingerprint: with which `by` and which rest it was checked.
 _seen: WeakKeyDictionary[Any, set[tuple[Any, ...]]] = WeakKeyDictionary()
 
@@ -61,21 +63,23 @@ class Caller:
         self.row_weight, self.trains = row_weight, trains
         self.records = torch.is_grad_enabled()
         self.dtype, self.device = accumulation_dtype(like.dtype), like.device
+        self.size = like.shape[:-1].numel()
         self.autocast: torch.dtype | None = None
         if is_autocast(like):
             self.autocast = torch.get_autocast_dtype(like.device.type)
-        self.numbers: list[Tensor] = []  # of each piece; with a graph where others need it
+        self.sums: list[Tensor] = []  # () of each piece; with a graph where others need it
         self.has_rows = self.has_gradient = False  # of the statistics, in any piece
         self.is_checked = False  # for numbers that mix
         self.before: tuple[Sequence[Tensor], Tensor, Piece] | None = None
-        self.metrics: list[tuple[Tensor, Piece, Metrics | None]] = []
+        self.is_first = True
+        self.metrics: Metrics | None = None  # of all rows (N,), sequences or groups
 
     def __call__(
         self, statistics: tuple[Tensor, Tensor, Tensor, Tensor], rows: Tensor, piece: Piece
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of the piece's loss with respect to log_prob, entropy and lse, or None."""
         # Hooks of a checkpoint around this call would run all of it again.
-        with torch.set_grad_enabled(self.records), saved_tensors_hooks(_detached, _itself):
+        with torch.set_grad_enabled(self.records), saved_tensors_hooks(_packed, _unpacked):
             numbers, metrics, leaves = self.run(statistics, rows, piece)
             self._keep(metrics, rows, piece)
             self._check_mixing(statistics, rows, piece)
@@ -83,10 +87,10 @@ class Caller:
                 numbers = torch.where(self.units.mask(piece.units), numbers, 0)
             if self.row_weight is not None:
                 numbers = numbers * self.row_weight.index_select(0, rows)
-            has_others = reaches_others(numbers, leaves)
-            gradients = self._gradients(numbers, leaves, retain=has_others)
-            # A copy: the function may return a buffer that it uses again.
-            self.numbers.append(numbers if has_others else numbers.detach().clone())
+            total = numbers.sum()
+            has_others = reaches_others(total, leaves)
+            gradients = self._gradients(total, leaves, retain=has_others)
+            self.sums.append(total if has_others else total.detach())
         self.has_rows |= rows.numel() > 0
         return gradients
 
@@ -114,12 +118,12 @@ class Caller:
         return *self._checked(returned, piece), leaves
 
     def _gradients(
-        self, numbers: Tensor, leaves: list[Tensor], *, retain: bool
+        self, total: Tensor, leaves: list[Tensor], *, retain: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if not (self.trains and numbers.requires_grad):
+        if not (self.trains and total.requires_grad):
             return None, None, None
         log_prob, entropy, lse = torch.autograd.grad(
-            numbers.sum(), leaves, allow_unused=True, retain_graph=retain
+            total, leaves, allow_unused=True, retain_graph=retain
         )
         if not all(x is None for x in (log_prob, entropy, lse)):
             self.has_gradient = True
@@ -208,7 +212,8 @@ class Caller:
         self.is_checked, self.before = True, None
         code, *others = _fingerprint(self.function)
         checked, mark = _seen.setdefault(code, set()), (self.units.by, *others)
-        if mark in checked and os.environ.get("SGP_CHECK", "0") != "1":
+        is_known = mark in checked or len(checked) >= MOST_CHECKS
+        if is_known and os.environ.get("SGP_CHECK", "0") != "1":
             return
         devices = [rows.device] if rows.is_cuda else []
         try:
@@ -225,55 +230,50 @@ class Caller:
                 f"{self.name}: it cannot be checked that loss_fn keeps {self.units.by}s apart: "
                 f"{found.unknown}"
             )
-        if found.is_final:
-            checked.add(mark)
+        checked.add(mark if found.is_final else (*mark, len(checked)))
 
     def _keep(self, metrics: Metrics | None, rows: Tensor, piece: Piece) -> None:
+        """Put a piece's metrics into those of all rows (N,), sequences or groups."""
         names = None if metrics is None else [*metrics]
-        first = self.metrics[0][2] if self.metrics else metrics
-        expected = None if first is None else [*first]
+        if self.is_first:
+            self.is_first = False
+            size = self.size if self.units.present is None else self.units.number
+            if metrics is not None:
+                self.metrics = {key: x.detach().new_zeros(size) for key, x in metrics.items()}
+        expected = None if self.metrics is None else [*self.metrics]
         if names != expected:
             raise ValueError(
                 f"{self.name}: loss_fn returned the metrics {names}, and {expected} in another "
                 "call; expected the same for all rows"
             )
-        for key, x in (metrics or {}).items():
-            dtype = first[key].dtype if first else x.dtype
-            if x.dtype != dtype:
+        for key, whole in (self.metrics or {}).items():
+            x = (metrics or {})[key].detach()
+            if x.dtype != whole.dtype:
                 raise TypeError(
-                    f"{self.name}: loss_fn returned metrics[{key!r}] of {x.dtype}, and of {dtype} "
-                    "in another call"
+                    f"{self.name}: loss_fn returned metrics[{key!r}] of {x.dtype}, and of "
+                    f"{whole.dtype} in another call"
                 )
-        kept = metrics and {key: x.detach().clone() for key, x in metrics.items()}
-        self.metrics.append((rows, piece, kept))
-
-    def joined_metrics(self, shape: tuple[int, ...]) -> Metrics | None:
-        """Those of all pieces: of rows in `shape`, zero where ignored; else one a unit."""
-        if self.metrics[0][2] is None:
-            return None
-        found: Metrics = {}
-        size = torch.Size(shape).numel() if self.units.present is None else self.units.number
-        for rows, piece, metrics in self.metrics:
-            for key, x in (metrics or {}).items():
-                whole = found.setdefault(key, x.new_zeros(size))
-                if self.units.present is None:
-                    whole.index_copy_(0, rows, x)
-                elif x.numel():
-                    mask = self.units.mask(piece.units)
-                    if len(x) != size:  # one of each that is present, in order
-                        x = x[(mask.cumsum(0) - 1).clamp(min=0)]  # noqa: PLW2901
-                    found[key] = torch.where(mask, x, whole)
-        if self.units.present is None:
-            return {key: x.view(shape) for key, x in found.items()}
-        return found
+            if self.units.present is None:
+                whole.index_copy_(0, rows, x)
+            elif x.numel():
+                mask = self.units.mask(piece.units)
+                if len(x) != len(whole):  # one of each that is present, in order
+                    x = x[(mask.cumsum(0) - 1).clamp(min=0)]
+                whole.copy_(torch.where(mask, x, whole))
 
 
-def _detached(x: Tensor) -> Tensor:
-    """What a graph keeps; an output itself would keep its own graph, and so itself."""
-    return x.detach()
+def _packed(x: Tensor) -> tuple[Tensor, int | None]:
+    """What a graph keeps, and its version; an output itself would keep its graph, and so itself."""
+    return x.detach(), None if x.is_inference() else x._version  # noqa: SLF001  (no public name)
 
 
-def _itself(x: Tensor) -> Tensor:
+def _unpacked(packed: tuple[Tensor, int | None]) -> Tensor:
+    x, version = packed
+    if version is not None and x._version != version:  # noqa: SLF001
+        raise RuntimeError(
+            f"sgp.linear_loss: a tensor {tuple(x.shape)} of {x.dtype} that loss_fn needs for its "
+            "gradient was changed in place afterwards"
+        )
     return x
 
 
@@ -297,15 +297,17 @@ def _fingerprint(function: Callable[..., Any]) -> list[Any]:
             cells = (_content(cell) for cell in x.__closure__ or ())
             waiting += [*cells, *(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()]
             found.append(x.__code__)
+            function = getattr(x, "__wrapped__", x) if x is function else function
         elif isinstance(x, functools.partial):
             waiting += [x.func, *x.args, *x.keywords.values()]
             function = x.func if x is function else function
         elif inspect.ismethod(x):
             waiting += [x.__func__, *getattr(x.__self__, "__dict__", {}).values()]
-        elif x is function:  # another callable; torch.compile's has the one that is compiled
-            function = getattr(x, "_orig_mod", function)
-            waiting += [function, *getattr(x, "__dict__", {}).values()]
+        elif callable(x) and not isinstance(x, type):  # torch.compile's has what it compiles
             found.append(type(x))
+            if x is function:
+                function = getattr(x, "_orig_mod", function)
+                waiting += [function, *getattr(x, "__dict__", {}).values()]
         seen.add(id(x))
     return found
 
