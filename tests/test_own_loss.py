@@ -415,6 +415,8 @@ def test_checkpoints(use_reentrant, closes):
         return sgp.linear_loss(x, head, target, lines, chunk_rows=4)
 
     x = hidden.clone().requires_grad_()
+    loss(x)  # the first call, which is checked
+    calls.clear()
     loss(x).backward()
     true, of_factor = x.grad.clone(), factor.grad
     x.grad = factor.grad = None
@@ -424,7 +426,8 @@ def test_checkpoints(use_reentrant, closes):
     torch.testing.assert_close(x.grad, true)
     if closes:
         torch.testing.assert_close(factor.grad, of_factor)
-    assert len(calls) <= 2 * pieces, "once, and once more for the backward"
+    first = 1 if use_reentrant else pieces  # without gradients, for all rows at once
+    assert len(calls) == first + pieces, "once, and once more for the backward"
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks, after a break
@@ -891,11 +894,8 @@ def test_the_noise_of_additions_in_another_order_is_no_mixing(seed):
     noise = torch.Generator().manual_seed(seed)
 
     def lines(tokens, rows):
-        order = torch.randperm(len(rows), generator=noise)
-        sums = tokens.log_prob.new_zeros(B)
-        for i in order.tolist():
-            sums = sums.index_add(0, rows[i : i + 1] // T, 100 * tokens.log_prob[i : i + 1])
-        return (sums - 100 * sums.detach().mul(0.01).round(decimals=1)).tanh()
+        sums = tokens.log_prob.new_zeros(B).index_add(0, rows // T, tokens.log_prob)
+        return sums * (1 + 3e-6 * torch.randn(B, generator=noise))
 
     sgp.linear_loss(hidden.requires_grad_(), head, target, lines, by="sequence")
 

@@ -270,13 +270,13 @@ class HeadOwnLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        num_sums: int = ctx.num_sums
         upstream = grads[0]
         if upstream is None:
-            return (None,) * (6 + ctx.num_sums)
+            return (None,) * (6 + num_sums)
         name = ctx.options.named(LINEAR_LOSS)
         found, origin = _times_upstream(ctx, upstream, name, "loss")
         of_sum: Tensor = once(name, upstream, origin, upstream)
-        num_sums: int = ctx.num_sums
         return *found, *(None,) * 3, *(of_sum,) * num_sums
 
 
