@@ -87,9 +87,9 @@ def linear_loss(
             Take the values of your own tensors with `[rows]`: row t predicts token t + 1. It
             returns one number a row (m,); for `by="sequence"` and `"group"` one for each that has
             rows in this call, in ascending order, or one for every sequence (S,) or group (G,), of
-            which the others are ignored (but must not be infinite or NaN where `loss_fn` uses other
-            tensors that require grad). Or `(numbers, metrics)`, metrics being a dict of tensors of
-            the same length. Where nothing is kept, it is called once with no rows.
+            which the others are ignored (but must not be infinite or NaN). Or `(numbers, metrics)`,
+            metrics being a dict of tensors of the same length. Where nothing is kept, it is called
+            once with no rows.
         by: "row"; "sequence": all kept rows of a sequence stand in one call, so that a loss of
             whole sequences is exact; "group": those of several sequences, such as a DPO pair.
         groups: (S,) non-decreasing integers, for `by="group"`: sequences with the same number are

@@ -57,8 +57,8 @@ def toy(up: str) -> str:
     )
     source = (
         f"Mean reward; {equal}, and chance is {100 * found['chance']:.1f} %. "
-        f"{found['machine']['name']}, torch {found['versions']['torch']}, {found['date']} "
-        f"([results]({up}bench/results/{path.name}))."
+        f"Both took {found['seconds']:.0f} s on {found['machine']['name']}, torch "
+        f"{found['versions']['torch']}, {found['date']} ([results]({up}bench/results/{path.name}))."
     )
     picture = f"![Reward of both loops]({up}bench/results/{path.stem}.png)"
     return "\n".join([*lines, "", source, "", picture])

@@ -134,7 +134,9 @@ class _Probe:
         places = torch.arange(self.count, device=rows.device)
         self.unit = places
         if units.by != "row":
-            repeats = torch.tensor(lengths, device=rows.device)
+            repeats = torch.tensor(lengths, device="cpu")
+            if rows.is_cuda:
+                repeats = repeats.pin_memory().to(rows.device, non_blocking=True)
             self.unit = places.repeat_interleave(repeats, output_size=rows.numel())
         self.ignored = [torch.zeros((), dtype=torch.bool, device=rows.device)]
         self.shift = 0.25 + (torch.arange(rows.numel(), device=rows.device) * GOLDEN) % 1
