@@ -309,7 +309,7 @@ def _fingerprint(function: Callable[..., Any]) -> list[Any]:
                 function = getattr(x, "_orig_mod", function)
                 waiting += [function, *getattr(x, "__dict__", {}).values()]
         seen.add(id(x))
-    return found
+    return found if found and not isinstance(found[0], (str, bool)) else [type(function), *found]
 
 
 def _content(cell: CellType) -> Any:
