@@ -610,6 +610,7 @@ def test_another_function_is_not_taken_for_one_that_was_checked():
             functools.partial(Holder(bad)),
         ),
         "a method": (Holder(good).method, Holder(bad).method),
+        "compiled": (torch.compile(good, backend="eager"), torch.compile(bad, backend="eager")),
     }
     refused = {}
     for name, (first, second) in pairs.items():
