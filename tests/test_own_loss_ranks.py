@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -178,3 +179,38 @@ def test_dtensors(tmp_path):
         assert "by = 'sequence' of tokens with placements" in refused[0]
         assert "loss_fn uses a tensor that requires grad" in refused[1]
         assert relative_error(one, exact) <= LIMIT
+
+
+class Policy(nn.Module):
+    """A backbone, a head, and a coefficient that the loss function learns."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone, self.head = nn.Linear(D, D), nn.Linear(D, V, bias=False)
+        self.coefficient = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x, labels):
+        numbers = lines_of("row", self.coefficient)
+        loss, _ = sgp.linear_loss(self.backbone(x), self.head.weight, labels, numbers)
+        return loss
+
+
+def data_parallel(rank):
+    """The gradients of a rank's half of the batch, averaged by DDP."""
+    (hidden, *_), labels = make()
+    model = nn.parallel.DistributedDataParallel(Policy())
+    half = slice(2 * rank, 2 * rank + 2)
+    model(hidden[half], labels[half]).backward()
+    return [p.grad for p in model.module.parameters()]
+
+
+def test_data_parallel(tmp_path):
+    """Every parameter's gradient, also of what the loss function closes over, is reduced."""
+    (hidden, *_), labels = make()
+    model = Policy()
+    for half in (slice(0, 2), slice(2, 4)):
+        model(hidden[half], labels[half]).backward()
+    for found in run_ranks(data_parallel, 2, tmp_path):
+        for value, parameter in zip(found, model.parameters(), strict=True):
+            assert relative_error(value, parameter.grad / 2) <= LIMIT
