@@ -109,7 +109,8 @@ def linear_loss(
     times more, with some statistics changed and with some of the rows alone, and it is refused if
     its numbers mix rows; this waits for a GPU once. So it must have no side effects. A function is
     told by its code and by the functions, strings and booleans that it reaches, so that a closure
-    made anew at each step is checked once. With SGP_CHECK=1 every call is checked.
+    made anew at each step is checked once. With SGP_CHECK=1 every call is checked, with SGP_CHECK=0
+    none.
 
     `loss_fn` runs in the modes of autograd and autocast that the call is made in. Its exceptions
     come through. Other tensors that it uses get their gradients too.

@@ -1084,6 +1084,8 @@ def test_each_function_is_checked_once(monkeypatch):
     assert count(one, **whole) == 1
     monkeypatch.setenv("SGP_CHECK", "1")
     assert count(make_lines(2.0)) == first
+    monkeypatch.setenv("SGP_CHECK", "0")
+    assert count(lambda t, _: calls.append(1) or -t.log_prob / len(t.log_prob)) == 1
 
 
 def test_lines_of_chance_are_not_refused():
