@@ -120,7 +120,7 @@ def check(tensors, target, by, *, short=False, interpreted=False, **options):
             limit = 1e-10 if dtype == torch.float64 else 1e-5
             assert relative_error(value, true) <= limit
         limit = bound(relative_error(own, true), value.dtype, interpreted=interpreted, roundings=2)
-        assert relative_error(value, true) <= 1.01 * limit
+        assert relative_error(value, true) <= limit
     return rest, more, found
 
 
