@@ -49,7 +49,7 @@ from sgp.kernels.arithmetic import (
     transform_slope,
 )
 
-SMALL = tl.constexpr(0.4)  # of a difference of logarithms: below, a series
+SMALL = tl.constexpr(0.14)  # of a difference of logarithms: below, a series
 
 
 class Pair(NamedTuple):
@@ -62,14 +62,11 @@ class Pair(NamedTuple):
 
 @triton.jit
 def expm1_series(x):
-    # Next term 4e-8 of the whole at |x| = 0.4.
-    b = 1.0 + x * (1.0 / 7.0)
-    b = 1.0 + x * (1.0 / 6.0) * b
-    b = 1.0 + x * (1.0 / 5.0) * b
-    b = 1.0 + x * (1.0 / 4.0) * b
-    b = 1.0 + x * (1.0 / 3.0) * b
-    b = 1.0 + x * (1.0 / 2.0) * b
-    return x * b
+    # Next term 8e-8 of the whole at |x| = SMALL.
+    b = tl.fma(x, 1.0 / 120.0, 1.0 / 24.0)
+    b = tl.fma(b, x, 1.0 / 6.0)
+    b = tl.fma(b, x, 0.5)
+    return x * tl.fma(b, x, 1.0)
 
 
 @triton.jit
@@ -264,7 +261,13 @@ def log_of_mixture(b_rho, beta):
     b_e = exp(-b_size)  # the smaller of p and q, divided by the larger
     b_share = tl.where(b_rho > 0.0, 1.0 - beta, beta)  # of the smaller in m
     b_y = b_share * tl.where(b_size < SMALL, expm1_series(-b_size), b_e - 1.0)
-    b_log = tl.where(b_y > -0.3, log1p(b_y), tl.log((1.0 - b_share) + b_share * b_e))
+    z = b_y / (2.0 + b_y)  # log1p(y) = 2 atanh(z)
+    z2 = z * z
+    b_log = tl.fma(z2, 0.11111111, 0.14285715)
+    b_log = tl.fma(b_log, z2, 0.2)
+    b_log = tl.fma(b_log, z2, 0.33333334)
+    b_log = 2.0 * (z * tl.fma(b_log, z2, 1.0))
+    b_log = tl.where(b_y > -0.3, b_log, tl.log((1.0 - b_share) + b_share * b_e))
     return b_log + tl.maximum(b_rho, 0.0), b_log + tl.maximum(-b_rho, 0.0)
 
 

@@ -228,7 +228,8 @@ def two_rows_loss(
 
     Without `loss`, the sums of some columns alone, into `saved`.
     """
-    constants = _of_two_rows(V, (logits, teacher), dlogits, on)
+    quiet = loss is not None and stats is None
+    constants = _of_two_rows(V, (logits, teacher), dlogits, opts, on, quiet=quiet)
     rows = (logits, teacher, dlogits, target, index, loss, saved, stats)
     arguments = (*rows, *opts, ignore_index, which, V)
     return Call(two_rows_forward, (target.numel(),), arguments, {"KIND": kind, **constants})
@@ -248,7 +249,7 @@ def two_rows_terms(
 ) -> Call:
     """What some columns add to the jsd of every row, from the sums of all columns."""
     arguments = (logits, teacher, target, saved, terms, *opts, ignore_index, V)
-    constants = _of_two_rows(V, (logits, teacher), None, on)
+    constants = _of_two_rows(V, (logits, teacher), None, opts, on)
     return Call(two_rows_mixture, (target.numel(),), arguments, constants)
 
 
@@ -268,7 +269,7 @@ def two_rows_gradient(
     on: Target | None = None,
 ) -> Call:
     """The gradient of every row of the teacher from what the forward saved."""
-    constants = _of_two_rows(V, (logits, teacher), dlogits, on)
+    constants = _of_two_rows(V, (logits, teacher), dlogits, opts, on)
     arguments = (logits, teacher, dlogits, target, index, saved, *opts, ignore_index, which, V)
     return Call(two_rows_backward, (target.numel(),), arguments, {"KIND": kind, **constants})
 
@@ -348,10 +349,18 @@ def _row(
 
 
 def _of_two_rows(
-    V: int, rows: tuple[Matrix, Matrix], dlogits: Matrix | None, on: Target | None
+    V: int,
+    rows: tuple[Matrix, Matrix],
+    dlogits: Matrix | None,
+    opts: tuple[Options, Options, Pair],
+    on: Target | None,
+    *,
+    quiet: bool = True,
 ) -> dict[str, Any]:
     """What a kernel of two rows is compiled with."""
-    row = _row(V, Options(), rows[0], dlogits, teacher=rows[1])
+    row = _row(V, opts[0], rows[0], dlogits, teacher=rows[1])
+    light = row.light and opts[1].softcap is None and opts[2] == Pair()
+    row = row._replace(light=light, quiet=quiet)
     on = on or table.target_of(rows[0].ptr.device)
     line = table.two_rows(row)
     return {"EDGES": row.edges, **_lanes(line, row, on), **_constants(line, row, on)}
