@@ -193,10 +193,11 @@ def two_rows_forward(
 ):
     i_row = tl.program_id(0).to(tl.int64)
     V = aligned(V, ALIGN)
-    is_mine = True
-    if index is not None:
-        is_mine = tl.load(index + i_row) == which
     y = tl.load(target + i_row)
+    is_mine = True
+    if index is not None:  # ignored rows are the first teacher's
+        i_teacher = tl.where(y == ignore_index, 0, tl.load(index + i_row))
+        is_mine = i_teacher == which
     p_saved = saved
     if saved is not None:
         p_saved = saved + SAVED * i_row
@@ -349,10 +350,11 @@ def two_rows_backward(
 ):
     i_row = tl.program_id(0).to(tl.int64)
     V = aligned(V, ALIGN)
-    is_mine = True
-    if index is not None:
-        is_mine = tl.load(index + i_row) == which
     y = tl.load(target + i_row)
+    is_mine = True
+    if index is not None:  # ignored rows are the first teacher's
+        i_teacher = tl.where(y == ignore_index, 0, tl.load(index + i_row))
+        is_mine = i_teacher == which
     if is_mine:
         if y == ignore_index:
             zero_row(dlogits, i_row, V, BV, LANES, VECTOR, EDGES, ALIGN)

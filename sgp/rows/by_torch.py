@@ -56,6 +56,7 @@ class Wanted(NamedTuple):
     saved: bool = False
     stats: bool = False
     argmax: bool = False  # only together with the statistics
+    width: int = 3  # numbers a row that are saved
 
 
 def new_outputs(logits: Tensor, N: int, wanted: Wanted) -> RowOutputs:
@@ -63,7 +64,7 @@ def new_outputs(logits: Tensor, N: int, wanted: Wanted) -> RowOutputs:
     dtype = accumulation_dtype(logits.dtype)
     return RowOutputs(
         logits.new_empty(N, dtype=dtype),
-        logits.new_empty((N, 3), dtype=dtype) if wanted.saved else None,
+        logits.new_empty((N, wanted.width), dtype=dtype) if wanted.saved else None,
         logits.new_empty(N, dtype=dtype) if wanted.stats else None,
         logits.new_empty(N, dtype=dtype) if wanted.stats else None,
         logits.new_empty(N, dtype=dtype) if wanted.stats else None,

@@ -19,7 +19,7 @@ SAVED = 10
 class Divergence(NamedTuple):
     """How a student is compared with a teacher; the rest is in the student's Recipe."""
 
-    kind: str = "forward_kl"
+    kind: str = ""  # one of KINDS; "": with none
     beta: float = 0.5
     cross_entropy_weight: float = 0.0
     teacher_softcap: float | None = None
@@ -61,6 +61,10 @@ class Divergence(NamedTuple):
             theirs.softcap,
             theirs.logit_scale,
         )
+
+    def is_on(self) -> bool:
+        """Whether there is a teacher."""
+        return self.kind != ""
 
     def of_teacher(self, recipe: Recipe) -> Recipe:
         """The teacher's recipe beside the student's."""

@@ -26,6 +26,7 @@ from torch.autograd import profiler
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 PLAIN = (Tensor, nn.Parameter)
+PLAIN_KINDS = (Tensor, Tensor | None)
 NAMESPACE = "sgp::".removesuffix("::")  # a copy of the package gets another (huggingface/hub.py)
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
@@ -113,7 +114,7 @@ class Operator:
         # Tensors come first. Anyone of them may be watched: autograd batches upstream gradients
         # alone, and labels may be gathered asynchronously.
         self.tensors = sum(_is_of_tensors(kind) for kind in self.types)
-        self.nested = any(_is_record(kind) for kind in self.types[: self.tensors])
+        self.nested = any(kind not in PLAIN_KINDS for kind in self.types[: self.tensors])
         self.written = [list(parameters).index(argument) for argument in mutates_args]
 
     def __call__(self, *arguments: Any) -> Any:
@@ -121,7 +122,7 @@ class Operator:
         if torch.compiler.is_compiling():  # the schema says what is written to
             return self.op(*flat(arguments))
         tensors = arguments[: self.tensors]
-        watched = is_watched(*(flat(tensors) if self.nested else tensors))
+        watched = is_watched(*(flat(tensors, lists=True) if self.nested else tensors))
         out = self.op(*flat(arguments)) if watched else self.body(*arguments)
         for place in self.written:  # or autograd would not notice a second backward
             torch.autograd.graph.increment_version(arguments[place])
@@ -132,9 +133,15 @@ class Operator:
         if not info.batch_size:
             raise ValueError(f"{NAMESPACE}.{self.body.__name__}: vmap over no examples")
         pairs = list(zip(arguments, in_dims, strict=True))
+
+        def example(x: Any, dim: Any, i: int) -> Any:
+            if isinstance(x, list):
+                dims = dim if isinstance(dim, list) else [dim] * len(x)
+                return [example(part, d, i) for part, d in zip(x, dims, strict=True)]
+            return x if dim is None else x.select(dim, i)
+
         results = [
-            self.op(*(x if dim is None else x.select(dim, i) for x, dim in pairs))
-            for i in range(info.batch_size)
+            self.op(*(example(x, dim, i) for x, dim in pairs)) for i in range(info.batch_size)
         ]
         if isinstance(results[0], Tensor):
             return torch.stack(results), 0
@@ -166,12 +173,12 @@ def operator(**options: Any) -> Callable[[Callable[..., Any]], Operator]:
     return lambda body: Operator(body, **options)
 
 
-def flat(values: Iterable[Any]) -> list[Any]:
-    """Arguments with the fields of each NamedTuple in its place."""
+def flat(values: Iterable[Any], *, lists: bool = False) -> list[Any]:
+    """Arguments with the fields of each NamedTuple, and the entries of `lists`, in its place."""
     found: list[Any] = []
     for value in values:
-        if isinstance(value, tuple):
-            found.extend(flat(value))
+        if isinstance(value, tuple) or (lists and isinstance(value, list)):
+            found.extend(flat(value, lists=lists))
         else:
             found.append(value)
     return found
@@ -182,9 +189,9 @@ def _is_record(kind: Any) -> bool:
 
 
 def _is_of_tensors(kind: Any) -> bool:
-    """Whether a parameter is a tensor, one that may be None, or a NamedTuple of these."""
+    """Whether a parameter is a tensor, one that may be None, a list, or a NamedTuple of these."""
     kinds = _fields(kind).values() if _is_record(kind) else [kind]
-    return all(part in (Tensor, Tensor | None) for part in kinds)
+    return all(part in (*PLAIN_KINDS, list[Tensor]) for part in kinds)
 
 
 @functools.cache
