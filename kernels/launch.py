@@ -16,6 +16,7 @@ from triton.compiler import CompiledKernel
 
 from sgp.kernels import table
 from sgp.kernels.arithmetic import INTERPRETED, Options, Statistics
+from sgp.kernels.divergence import Pair
 from sgp.kernels.divisor import mean_scale as mean_scale_kernel
 from sgp.kernels.factor import multiply_rows
 from sgp.kernels.layout import Matrix, alignment
@@ -24,10 +25,12 @@ from sgp.kernels.row_blockwise import row_blockwise
 from sgp.kernels.row_resident import row_resident
 from sgp.kernels.row_streaming import row_streaming
 from sgp.kernels.table import Line, Row, Target
+from sgp.kernels.two_rows import two_rows_backward, two_rows_forward, two_rows_mixture
 
 __all__ = [
     "Call",
     "Options",
+    "Pair",
     "Statistics",
     "mean_scale",
     "multiply",
@@ -35,6 +38,9 @@ __all__ = [
     "row_forward",
     "row_gradient",
     "runs_interpreted",
+    "two_rows_gradient",
+    "two_rows_loss",
+    "two_rows_terms",
 ]
 
 # Contracting x * scale - max into one rounding would make the largest exponent a rounding error
@@ -201,6 +207,73 @@ def row_gradient(
     return Call(row_backward, (target.numel(),), arguments, constants)
 
 
+def two_rows_loss(
+    logits: Matrix,
+    teacher: Matrix,
+    dlogits: Matrix | None,
+    target: torch.Tensor,
+    index: torch.Tensor | None,
+    loss: torch.Tensor | None,
+    saved: torch.Tensor | None,
+    stats: Statistics | None,
+    opts: tuple[Options, Options, Pair],
+    *,
+    kind: str,
+    V: int,
+    ignore_index: int,
+    which: int = 0,
+    on: Target | None = None,
+) -> Call:
+    """Divergence and, where asked for, statistics and gradient of every row of the teacher.
+
+    Without `loss`, the sums of some columns alone, into `saved`.
+    """
+    quiet = loss is not None and stats is None
+    constants = _of_two_rows(V, (logits, teacher), dlogits, opts, on, quiet=quiet)
+    rows = (logits, teacher, dlogits, target, index, loss, saved, stats)
+    arguments = (*rows, *opts, ignore_index, which, V)
+    return Call(two_rows_forward, (target.numel(),), arguments, {"KIND": kind, **constants})
+
+
+def two_rows_terms(
+    logits: Matrix,
+    teacher: Matrix,
+    target: torch.Tensor,
+    saved: torch.Tensor,
+    terms: torch.Tensor,
+    opts: tuple[Options, Options, Pair],
+    *,
+    V: int,
+    ignore_index: int,
+    on: Target | None = None,
+) -> Call:
+    """What some columns add to the jsd of every row, from the sums of all columns."""
+    arguments = (logits, teacher, target, saved, terms, *opts, ignore_index, V)
+    constants = _of_two_rows(V, (logits, teacher), None, opts, on)
+    return Call(two_rows_mixture, (target.numel(),), arguments, constants)
+
+
+def two_rows_gradient(
+    logits: Matrix,
+    teacher: Matrix,
+    dlogits: Matrix,
+    target: torch.Tensor,
+    index: torch.Tensor | None,
+    saved: torch.Tensor,
+    opts: tuple[Options, Options, Pair],
+    *,
+    kind: str,
+    V: int,
+    ignore_index: int,
+    which: int = 0,
+    on: Target | None = None,
+) -> Call:
+    """The gradient of every row of the teacher from what the forward saved."""
+    constants = _of_two_rows(V, (logits, teacher), dlogits, opts, on)
+    arguments = (logits, teacher, dlogits, target, index, saved, *opts, ignore_index, which, V)
+    return Call(two_rows_backward, (target.numel(),), arguments, {"KIND": kind, **constants})
+
+
 def multiply(
     dlogits: Matrix,
     target: torch.Tensor | None,
@@ -248,10 +321,11 @@ def _row(
     *,
     stats: bool = False,
     argmax: bool = False,
+    teacher: Matrix | None = None,
 ) -> Row:
     light = opt.softcap is None and opt.weight is None
     quiet = opt.label_smoothing is None and opt.entropy_weight is None and not stats
-    matrices = (logits,) if dlogits is None else (logits, dlogits)
+    matrices = tuple(m for m in (logits, teacher, dlogits) if m is not None)
     align = alignment(V, *matrices)
     contiguous = all(m.col_stride == 1 for m in matrices)
     halving = dlogits is not None and dlogits.ptr.dtype != logits.ptr.dtype
@@ -266,12 +340,30 @@ def _row(
         wide=begins and (align >= 8 or edges),
         edges=edges,
         contiguous=contiguous,
-        itemsize=logits.ptr.dtype.itemsize,
+        itemsize=max(m.ptr.dtype.itemsize for m in (logits, teacher or logits)),
         halving=halving,
         gradient=dlogits is not None,
         argmax=argmax,
         align=align,
     )
+
+
+def _of_two_rows(
+    V: int,
+    rows: tuple[Matrix, Matrix],
+    dlogits: Matrix | None,
+    opts: tuple[Options, Options, Pair],
+    on: Target | None,
+    *,
+    quiet: bool = True,
+) -> dict[str, Any]:
+    """What a kernel of two rows is compiled with."""
+    row = _row(V, opts[0], rows[0], dlogits, teacher=rows[1])
+    light = row.light and opts[1].softcap is None and opts[2] == Pair()
+    row = row._replace(light=light, quiet=quiet)
+    on = on or table.target_of(rows[0].ptr.device)
+    line = table.two_rows(row)
+    return {"EDGES": row.edges, **_lanes(line, row, on), **_constants(line, row, on)}
 
 
 def _constants(line: Line, row: Row, on: Target) -> dict[str, Any]:

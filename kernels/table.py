@@ -185,6 +185,20 @@ EVERYTHING = {
     4: ((None, Line("streaming", 4_096, 512)),),
 }
 STREAMING_NARROW = Line("streaming", 4_096, 512)  # accesses of one element. Not timed.
+# Two rows at once: 8 columns of each a thread and block. A jsd and options need more registers than a
+# thread of 64 has. Not timed.
+TWO_ROWS = {
+    2: (
+        (100_000, Line("streaming", 4_096, 512, 1, 1, 2)),
+        (None, Line("streaming", 8_192, 1_024)),
+    ),
+    4: (
+        (100_000, Line("streaming", 4_096, 512, 1, 1, 2)),
+        (None, Line("streaming", 8_192, 1_024)),
+    ),
+}
+TWO_ROWS_HEAVY = {size: ((None, Line("streaming", 4_096, 512)),) for size in TWO_ROWS}
+TWO_ROWS_NARROW = Line("streaming", 2_048, 512)
 EVERYTHING_NARROW = {2: ((None, STREAMING_NARROW),)}
 
 # One pass over a row that is read and written once. Not timed in these kernels; a plain copy of a
@@ -269,6 +283,11 @@ def streaming(row: Row, target: Target) -> Line:
     return _by_length(row, lines)
 
 
+def two_rows(row: Row) -> Line:
+    """The line of a kernel that streams a student's row and its teacher's."""
+    return _by_length(row, TWO_ROWS if row.plain else TWO_ROWS_HEAVY, TWO_ROWS_NARROW)
+
+
 def staying(row: Row, target: Target) -> Line:
     """The line of a row's loss by programs that take row after row.
 
@@ -287,13 +306,17 @@ def staying(row: Row, target: Target) -> Line:
     return streaming(row, target)._replace(stays=True)
 
 
-def _by_length(row: Row, lines: dict[int, tuple[tuple[int | None, Line], ...]]) -> Line:
+def _by_length(
+    row: Row,
+    lines: dict[int, tuple[tuple[int | None, Line], ...]],
+    narrow: Line = STREAMING_NARROW,
+) -> Line:
     """The line of a row among those of its kind."""
     small = _small(row, "streaming")
     if small is not None:
         return small
     if not row.wide or not row.contiguous:
-        return STREAMING_NARROW
+        return narrow
     by_length = lines[row.itemsize]
     return next(line for longest, line in by_length if longest is None or longest > row.V)
 

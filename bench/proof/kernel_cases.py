@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from sgp.kernels import launch, table
-from sgp.kernels.launch import Options, Statistics
+from sgp.kernels.launch import Options, Pair, Statistics
 from sgp.kernels.layout import Matrix, matrix
 from sgp.kernels.table import Row, Target
 
@@ -29,10 +29,12 @@ class Case(NamedTuple):
     """One kernel as one line of the table launches it."""
 
     kernel: str  # forward | statistics | loss | backward | factor
+    # of two rows: two rows (with the gradient) | two losses | two backward | two terms
     V: int
     dtype: str
     options: str  # plain | weighted | reported | logged | predicted | log-probs | all, or an option
     # logged: with statistics; predicted: with their argmax too, as is all
+    # of two rows: a divergence; with ", all" everything else
     layout: str = "rows"  # rows | slice | strided | in place (strided, so is the gradient) | head
     # slice: logits[:, :-1], two strides between rows
     # head: a bf16 gradient in the first half of float32 rows, as the linear head has it
@@ -75,6 +77,8 @@ OPTIONS = (
     "predicted",
     "all",
 )
+TWO_ROWS = ("forward_kl", "reverse_kl", "jsd")
+TWO_ROWS_ALL = tuple(f"{kind}, all" for kind in TWO_ROWS)
 
 
 def target_of(name: str) -> Target:
@@ -93,7 +97,7 @@ def cases(name: str, *, longest: bool = False) -> list[Case]:
     found = dict.fromkeys(
         (
             *(*one_block_cases(), *cluster_cases(name)),
-            *(*streaming_cases(), *head_cases(), *one_pass_cases()),
+            *(*streaming_cases(), *head_cases(), *one_pass_cases(), *two_rows_cases()),
         )
     )
     if TARGETS[name].backend == "hip":  # which has no lines for them
@@ -110,7 +114,7 @@ def _is_telling(case: Case) -> bool:
         return False
     if (case.options, case.dtype) == ("plain", "bf16"):
         return True
-    return case.options in ("logged", "predicted", "all", "part, all")
+    return case.options in ("logged", "predicted", "all", "part, all", "forward_kl", *TWO_ROWS_ALL)
 
 
 def _is_longest(case: Case) -> bool:
@@ -214,6 +218,53 @@ def one_pass_cases() -> Iterator[Case]:
         yield Case("forward", 50_257, dtype, "plain", layout, form="blockwise")
 
 
+def two_rows_cases() -> Iterator[Case]:
+    """A student's row and a teacher's: every line with each divergence, in the head and outside."""
+    for V, (dtype, layout) in itertools.product((32_000, 50_257, 151_936), DATA):
+        for options in (*TWO_ROWS, *TWO_ROWS_ALL):
+            yield Case("two rows", V, dtype, options, layout)
+    for line, options in itertools.product(table.ONE_BLOCK, TWO_ROWS_ALL):
+        yield Case("two rows", line.BV, "bf16", options)
+        yield Case("two rows", line.BV, "fp32", options, "head")
+    for dtype, options in itertools.product(WIDE, ("forward_kl, all", "jsd, all")):
+        yield Case("two losses", 151_936, dtype, options)
+        yield Case("two backward", 151_936, dtype, options)
+        yield Case("two rows", 50_257, dtype, options, "strided")
+    for dtype in WIDE:
+        yield Case("two terms", 151_936, dtype, "jsd, all")
+    for options in ("forward_kl", "jsd, all"):
+        yield Case("two backward", 16_128, "fp32", options, "head")
+
+
+def _two_rows(case: Case, on: Target, logits: Matrix, dlogits: Matrix) -> launch.Call:
+    """The launch of a case of two rows."""
+    row = torch.empty(N, device="meta")
+    target = torch.empty(N, dtype=torch.int64, device="meta")
+    kind, _, everything = case.options.partition(", ")
+    pair = Pair(beta=0.5 if kind == "jsd" else None)
+    opt, theirs, stats = Options(scale=torch.empty((), device="meta")), Options(), None
+    if everything:
+        opt = Options(
+            row_weight=row, scale=opt.scale, softcap=30.0, inverse_softcap=1 / 30.0, logit_scale=0.5
+        )
+        theirs = Options(softcap=30.0, inverse_softcap=1 / 30.0, logit_scale=0.5)
+        pair = pair._replace(inverse_temperature=0.7, cross_entropy=0.1)
+        stats = Statistics(row, row, row, torch.empty(N, dtype=torch.bool, device="meta"))
+    opts, saved = (opt, theirs, pair), torch.empty(N, 10, device="meta")
+    shared = {"V": case.V, "ignore_index": -100, "on": on}
+    if case.kernel == "two terms":
+        terms = torch.empty(N, 2, device="meta")
+        return launch.two_rows_terms(logits, logits, target, saved, terms, opts, **shared)
+    shared["kind"] = kind
+    if case.kernel == "two backward":
+        rows = (logits, logits, dlogits, target, None, saved)
+        return launch.two_rows_gradient(*rows, opts, **shared)
+    sink = dlogits if case.kernel == "two rows" else None
+    saved = None if case.kernel == "two rows" else saved
+    rows = (logits, logits, sink, target, None, row, saved, stats)
+    return launch.two_rows_loss(*rows, opts, **shared)
+
+
 def call_of(case: Case, on: Target) -> launch.Call:
     """The launch of a case on tensors without memory."""
 
@@ -227,6 +278,8 @@ def call_of(case: Case, on: Target) -> launch.Call:
     dlogits = _matrix(case, dtype, strided=case.layout == "in place")
     if case.layout == "head":
         dlogits = _first_halves(case)
+    if case.kernel.startswith("two "):
+        return _two_rows(case, on, logits, dlogits)
     target, row = empty(N, dtype=torch.int64), empty(N)
     everything = Options(empty(V), empty(), row, empty(), 0.1, 1e-4, 30.0, 1 / 30.0, 0.5, 0.7)
     light = Options(None, None, row, empty(), 0.1, 1e-4, logit_scale=0.5, inverse_temperature=0.7)

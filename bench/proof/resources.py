@@ -111,7 +111,13 @@ def _broken_accesses(case: Case, record: dict[str, Any]) -> list[str]:
     stores = second * record["pieces"] * gradient // 16
     if case.kernel == "forward" and not is_resident:
         loads += second * logit // 16
-    if case.kernel not in ("forward", "backward", "factor"):
+    if case.kernel == "two rows":  # loops that read both rows: sums and gradient, terms of a jsd
+        loads *= 6 if case.options.startswith("jsd") else 4
+    if case.kernel == "two losses":
+        loads *= 4 if case.options.startswith("jsd") else 2
+    if case.kernel in ("two backward", "two terms"):
+        loads *= 2
+    if case.kernel not in ("forward", "backward", "factor", "two rows", "two backward"):
         stores = 0
     for kind, expected in (("loads", loads), ("stores", stores)):
         if record[f"{kind}_16"] < expected:
@@ -121,6 +127,8 @@ def _broken_accesses(case: Case, record: dict[str, Any]) -> list[str]:
         broken.append(f"{record['loads_16']} loads of 16 bytes, once is {loads}")
     # The target's gradient of a resident row is a store of one element in every lane, masked off.
     due = SCALARS + (first if is_resident else 0)
+    if case.kernel == "two losses":  # what is saved, of kept and of ignored rows
+        due += 20
     if has_weights and case.V % 8:  # class weights do not begin at 16 bytes in such a row
         due += 2 * (first + second)
     if record["narrow"] > due:

@@ -38,19 +38,19 @@ def forward(
 
     It may be `logits` itself, or a view of bf16 or fp16 on the first half of each float32 row.
     """
-    with _device(logits):
-        source, sink = _source_and_sink(logits, dlogits)
+    with device_of(logits):
+        source, sink = source_and_sink(logits, dlogits)
         statistics = out.statistics
         stats = None if statistics is None else launch.Statistics(*statistics)
-        options = _options(weight, row_weight, scale, recipe)
+        options = options_of(weight, row_weight, scale, recipe)
         V, N, ignored = logits.shape[-1], target.numel(), recipe.ignore_index
         rows = (source, sink, target, out.loss, out.saved, stats)
         argmax = out.argmax
         launch.put(
             (
-                "forward", logits.device, recipe, V, _known(source), _known(sink),
-                out.saved is None, stats is None, argmax is None, _dtype(weight),
-                _dtype(row_weight), _dtype(scale), os.environ.get("SGP_ROW_FORM"),
+                "forward", logits.device, recipe, V, known(source), known(sink),
+                out.saved is None, stats is None, argmax is None, dtype_of(weight),
+                dtype_of(row_weight), dtype_of(scale), os.environ.get("SGP_ROW_FORM"),
             ),
             (source.ptr, None if sink is None else sink.ptr, target, weight, row_weight, scale),
             N,
@@ -59,7 +59,7 @@ def forward(
                 *rows, options, V=V, ignore_index=ignored, argmax=argmax
             ),
         )  # fmt: skip
-        _copy_back(sink, dlogits)
+        copy_back(sink, dlogits)
 
 
 def backward(
@@ -77,36 +77,36 @@ def backward(
 
     `columns` as in `by_torch.backward`.
     """
-    with _device(logits):
-        source, sink = _source_and_sink(logits, dlogits)
+    with device_of(logits):
+        source, sink = source_and_sink(logits, dlogits)
         assert sink is not None, "backward always writes a gradient"  # noqa: S101
-        options = _options(weight, row_weight, None, recipe, upstream, columns)
+        options = options_of(weight, row_weight, None, recipe, upstream, columns)
         V, N, ignored = logits.shape[-1], target.numel(), recipe.ignore_index
         rows = (source, sink, target, saved, options)
         launch.put(
             (
-                "backward", logits.device, recipe, V, _known(source), _known(sink),
-                _dtype(weight), _dtype(row_weight), _dtype(upstream.lse), _dtype(upstream.entropy),
-                None if columns is None else (*map(_kind, columns),),
+                "backward", logits.device, recipe, V, known(source), known(sink),
+                dtype_of(weight), dtype_of(row_weight), dtype_of(upstream.lse), dtype_of(upstream.entropy),
+                None if columns is None else (*map(of_kind, columns),),
             ),
             (source.ptr, sink.ptr, target, saved, weight, row_weight, *upstream),
             N,
             (*rows, ignored, V),
             lambda: launch.row_gradient(*rows, V=V, ignore_index=ignored),
         )  # fmt: skip
-        _copy_back(sink, dlogits)
+        copy_back(sink, dlogits)
 
 
 def multiply(dlogits: Tensor, target: Tensor | None, factor: Tensor, ignore_index: int) -> None:
     """Multiply the kept rows of dlogits by factor (0-d) in place; nothing happens for 1."""
-    with _device(dlogits):
+    with device_of(dlogits):
         matrix_of_rows = dlogits if target is not None else _long_rows(dlogits)
-        source = _matrix(matrix_of_rows)
+        source = matrix_of(matrix_of_rows)
         V = matrix_of_rows.shape[-1]
         N = dlogits.numel() // max(1, V)
         launch.put(
             (
-                "multiply", dlogits.device, ignore_index, V, _known(source), _dtype(target),
+                "multiply", dlogits.device, ignore_index, V, known(source), dtype_of(target),
                 factor.dtype,
             ),
             (source.ptr, target, factor),
@@ -114,7 +114,7 @@ def multiply(dlogits: Tensor, target: Tensor | None, factor: Tensor, ignore_inde
             (source, target, factor, ignore_index, V),
             lambda: launch.multiply(source, target, factor, N=N, V=V, ignore_index=ignore_index),
         )  # fmt: skip
-        _copy_back(source, matrix_of_rows)
+        copy_back(source, matrix_of_rows)
 
 
 def mean_scale(
@@ -125,13 +125,13 @@ def mean_scale(
     dtype: torch.dtype,
 ) -> Tensor:
     """1 / sum over kept rows of row_weight * weight[target], 0 for nothing; () in `dtype`."""
-    with _device(target):
+    with device_of(target):
         scale = target.new_empty((), dtype=dtype)
         V, N = 1 if weight is None else weight.numel(), target.numel()
         options = (weight, row_weight, scale)
         launch.put(
             (
-                "mean_scale", target.device, ignore_index, V, _dtype(weight), _dtype(row_weight),
+                "mean_scale", target.device, ignore_index, V, dtype_of(weight), dtype_of(row_weight),
                 dtype, N < 1 << 31,
             ),
             (target, weight, row_weight),
@@ -151,40 +151,40 @@ def _long_rows(x: Tensor) -> Tensor:
     return x.view(V // together, together * D)
 
 
-def _source_and_sink(logits: Tensor, dlogits: Tensor | None) -> tuple[Matrix, Matrix | None]:
+def source_and_sink(logits: Tensor, dlogits: Tensor | None) -> tuple[Matrix, Matrix | None]:
     """Where logits are read, and where their gradient goes."""
-    source = _matrix(logits)
+    source = matrix_of(logits)
     if dlogits is None:
         return source, None
-    return source, source if dlogits is logits else _matrix(dlogits)
+    return source, source if dlogits is logits else matrix_of(dlogits)
 
 
-def _matrix(x: Tensor) -> Matrix:
+def matrix_of(x: Tensor) -> Matrix:
     addressed = matrix(x)
     return matrix(x.contiguous()) if addressed is None else addressed
 
 
-def _copy_back(written: Matrix | None, x: Tensor | None) -> None:
+def copy_back(written: Matrix | None, x: Tensor | None) -> None:
     """Into x from the copy that was written in its place, if there is one."""
     if written is not None and x is not None and written.ptr is not x:
         x.copy_(written.ptr)
 
 
-def _kind(x: int) -> tuple[bool, bool, bool]:
+def of_kind(x: int) -> tuple[bool, bool, bool]:
     """What Triton looks at in an integer."""
     return x == 1, x % 16 == 0, x < 1 << 31
 
 
-def _dtype(x: Tensor | None) -> torch.dtype | None:
+def dtype_of(x: Tensor | None) -> torch.dtype | None:
     return None if x is None else x.dtype
 
 
-def _known(m: Matrix | None) -> tuple[object, ...] | None:
+def known(m: Matrix | None) -> tuple[object, ...] | None:
     """What is the same in every launch of a key."""
     return None if m is None else (m.ptr.dtype, *m[1:])
 
 
-def _options(
+def options_of(
     weight: Tensor | None,
     row_weight: Tensor | None,
     scale: Tensor | None,
@@ -211,8 +211,8 @@ def _options(
     )
 
 
-def _device(tensor: Tensor) -> AbstractContextManager[object]:
+def device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensor's."""
-    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.currentdevice_of():
         return HERE
     return torch.cuda.device(tensor.device)

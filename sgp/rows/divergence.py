@@ -1,0 +1,77 @@
+"""What a divergence of two distributions is made of, apart from their logits."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import NamedTuple
+
+from sgp.rows.recipe import Recipe, shown
+
+KINDS = ("forward_kl", "reverse_kl", "jsd")
+# Numbers a row that a backward or the other ranks need: maximum and sum without one maximal column
+# of the student's scores, of the teacher's, of the student's at temperature 1; what the teacher's
+# sum has more; the distance of both scores in the student's maximal column; what the gradient
+# subtracts (before it is known, a KL's running sum); the sum for the entropy.
+SAVED = 10
+
+
+class Divergence(NamedTuple):
+    """How a student is compared with a teacher; the rest is in the student's Recipe."""
+
+    kind: str = "forward_kl"
+    beta: float = 0.5
+    cross_entropy_weight: float = 0.0
+    teacher_softcap: float | None = None
+    teacher_logit_scale: float = 1.0
+
+    def check(self, name: str) -> Divergence:
+        """Itself, with floats for other real numbers.
+
+        Raises:
+            ValueError, TypeError: where a constant has no meaning.
+        """
+        if self.kind not in KINDS:
+            raise ValueError(f"{name}: divergence = {self.kind!r}; expected one of {KINDS}")
+        for label in ("beta", "cross_entropy_weight"):
+            value = getattr(self, label)
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise TypeError(f"{name}: {label} = {shown(value)}; expected a number")
+        if not 0.0 < self.beta < 1.0:
+            raise ValueError(
+                f"{name}: beta = {self.beta}; expected a number between 0 and 1, the teacher's "
+                "share of the mixture of a 'jsd'. At 0 and 1 that is 0 for any two models: use "
+                "divergence='forward_kl' or 'reverse_kl'"
+            )
+        if not 0.0 <= self.cross_entropy_weight < math.inf:
+            raise ValueError(
+                f"{name}: cross_entropy_weight = {self.cross_entropy_weight}; expected a finite "
+                "number of at least 0"
+            )
+        theirs = Recipe(softcap=self.teacher_softcap, logit_scale=self.teacher_logit_scale)
+        try:
+            theirs = theirs.check(name)
+        except (TypeError, ValueError) as error:
+            words = str(error).replace("softcap", "teacher_softcap")
+            raise type(error)(words.replace("logit_scale", "teacher_logit_scale")) from None
+        return Divergence(
+            self.kind,
+            float(self.beta),
+            float(self.cross_entropy_weight),
+            theirs.softcap,
+            theirs.logit_scale,
+        )
+
+    def of_teacher(self, recipe: Recipe) -> Recipe:
+        """The teacher's recipe beside the student's."""
+        return Recipe(
+            recipe.ignore_index,
+            softcap=self.teacher_softcap,
+            logit_scale=self.teacher_logit_scale,
+            temperature=recipe.temperature,
+        )
+
+    def of_student(self, recipe: Recipe) -> tuple[Recipe, bool]:
+        """Its recipe at temperature 1; whether the cross-entropy needs sums of its own for that."""
+        at_one = recipe._replace(temperature=1.0)
+        return at_one, self.cross_entropy_weight > 0 and recipe.temperature != 1.0
