@@ -18,7 +18,6 @@ all V tokens has no last entry.
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +28,7 @@ from torch.nn import functional as F
 from sgp.labels import tokens_ahead
 from sgp.reference.losses import TokenLogProbs, token_log_probs
 from sgp.reference.steps import head_logits, reduce_kept, scatter_kept, score, select
+from sgp.rows.divergence import Divergence
 from sgp.rows.problem import (
     FLOATS,
     INTEGERS,
@@ -45,7 +45,6 @@ from sgp.rows.reduction import check_reduction
 from sgp.rows.top_k import TopK
 from sgp.selection import Selection
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 Teacher = Tensor | Sequence[Tensor] | TopK
 
 
@@ -79,11 +78,13 @@ def distillation(
         tensor(0.1927)
     """
     name = "sgp.reference.distillation"
-    _check_divergence(name, divergence, beta, cross_entropy_weight)
     check_flags(name, return_stats=return_stats)
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
-    of_teacher = _teacher_recipe(name, teacher_softcap, teacher_logit_scale)
+    options = Divergence(
+        divergence, beta, cross_entropy_weight, teacher_softcap, teacher_logit_scale
+    ).check(name)
+    of_teacher = options.of_teacher(recipe)
     problem = make_problem(name, input, target, None, token_weight, recipe, shift=shift)
     if problem.has_probabilities():
         raise TypeError(f"{name}: target is {problem.target.dtype}; expected class indices")
@@ -104,18 +105,18 @@ def distillation(
     s = score(logits, recipe)
     log_p = F.log_softmax(s / float(temperature), -1)
     if isinstance(given, TopK):
-        losses = divergence_of(*_buckets(given, log_p), divergence, float(beta))
+        losses = divergence_of(*_buckets(given, log_p), options)
     else:
         chosen = s.new_empty(s.shape)
         for number, all_rows in enumerate(rows):
             mine = of_row == number
             chosen[mine] = all_rows[kept[mine], :V].to(s.dtype)
         log_q = F.log_softmax(score(chosen, of_teacher) / float(temperature), -1)
-        losses = divergence_of(log_p, log_q, divergence, float(beta))
-    if cross_entropy_weight or return_stats:
+        losses = divergence_of(log_p, log_q, options)
+    if options.cross_entropy_weight or return_stats:
         check_targets(name, problem.target, V, ignore)
-    if cross_entropy_weight:
-        losses = losses + float(cross_entropy_weight) * F.cross_entropy(s, y, reduction="none")
+    if options.cross_entropy_weight:
+        losses = losses + options.cross_entropy_weight * F.cross_entropy(s, y, reduction="none")
     r = torch.ones_like(losses)
     if problem.token_weight is not None:
         if reduction == "mean" and denominator is None:
@@ -159,7 +160,7 @@ def linear_distillation(
         torch.Size([])
     """
     name = "sgp.reference.linear_distillation"
-    _check_divergence(name, "forward_kl", 0.5, cross_entropy_weight)
+    Divergence("forward_kl", cross_entropy_weight=cross_entropy_weight).check(name)
     check_flags(name, return_stats=return_stats)
     ignore = Recipe(-100 if ignore_index is None else ignore_index).check(name).ignore_index
     labels = target
@@ -199,12 +200,12 @@ def linear_distillation(
     return value, TokenLogProbs(*(x.reshape(target.shape) for x in stats if x is not None))
 
 
-def divergence_of(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> Tensor:
+def divergence_of(log_p: Tensor, log_q: Tensor, options: Divergence) -> Tensor:
     """(M,) divergences of log-probabilities (M, V) of the student and of the teacher."""
-    p, q = log_p.exp(), log_q.exp()
-    if divergence == "forward_kl":
+    p, q, beta = log_p.exp(), log_q.exp(), options.beta
+    if options.kind == "forward_kl":
         return _relative_entropy(q, log_q, log_p)
-    if divergence == "reverse_kl":
+    if options.kind == "reverse_kl":
         return _relative_entropy(p, log_p, log_q)
     m = beta * q + (1 - beta) * p
     log_m = m.masked_fill(m == 0, 1).log()
@@ -232,31 +233,6 @@ def _buckets(teacher: TopK, log_p: Tensor) -> tuple[Tensor, Tensor]:
     tail = torch.where(some, (1 - mass).clamp(min=0), 0)
     of_teacher = torch.cat([log_q, tail.log()], 1) - (mass + tail).log()
     return torch.cat([of_student, torch.where(some, rest, -math.inf)], 1), of_teacher
-
-
-def _check_divergence(name: str, divergence: str, beta: float, cross_entropy_weight: float) -> None:
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"{name}: divergence = {divergence!r}; expected one of {DIVERGENCES}")
-    for label, value in (("beta", beta), ("cross_entropy_weight", cross_entropy_weight)):
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name}: {label} = {shown(value)}; expected a number")
-        if not -math.inf < value < math.inf:
-            raise ValueError(f"{name}: {label} = {value}; expected a finite number")
-        if isinstance(value, int) and abs(value) >= 2**1023:
-            raise ValueError(f"{name}: {label} is too large for a float")
-    if divergence == "jsd" and not 0 < beta < 1:
-        raise ValueError(
-            f"{name}: beta = {beta}; expected a number between 0 and 1, where the divergence is "
-            "not 0; divergence='forward_kl' and 'reverse_kl' are the two ends"
-        )
-
-
-def _teacher_recipe(name: str, softcap: float | None, logit_scale: float) -> Recipe:
-    try:
-        return Recipe(softcap=softcap, logit_scale=logit_scale).check(name)
-    except (TypeError, ValueError) as error:
-        text = str(error).replace(f"{name}: ", f"{name}: teacher_", 1)
-        raise type(error)(text) from None
 
 
 def _teachers(name: str, label: str, teacher: Teacher) -> TopK | dict[str, Tensor]:
