@@ -75,9 +75,7 @@ def both_sums(
         b_x, b_t, m_col = load_both(logits, teacher, p_x, p_t, i * BV, columns, BV, LAST)
         carry = accumulate(carry, b_x, b_t, m_col, opt, theirs, pair, KIND, ENTROPY, LANES, VECTOR)
     if EDGES:
-        b_x, b_t, _, m_col = load_edges(
-            logits, teacher, i_row, before, columns, V, VECTOR, LANES
-        )
+        b_x, b_t, _, m_col = load_edges(logits, teacher, i_row, before, columns, V, VECTOR, LANES)
         carry = accumulate(carry, b_x, b_t, m_col, opt, theirs, pair, KIND, ENTROPY, LANES, 1)
     return row_of_lanes(carry, KIND)
 
@@ -117,9 +115,7 @@ def mixture_sums(
         b_x, b_t, m_col = load_both(logits, teacher, p_x, p_t, i * BV, columns, BV, LAST)
         carry = add_mixture(carry, b_x, b_t, m_col, row, opt, theirs, pair, LANES, VECTOR)
     if EDGES:
-        b_x, b_t, _, m_col = load_edges(
-            logits, teacher, i_row, before, columns, V, VECTOR, LANES
-        )
+        b_x, b_t, _, m_col = load_edges(logits, teacher, i_row, before, columns, V, VECTOR, LANES)
         carry = add_mixture(carry, b_x, b_t, m_col, row, opt, theirs, pair, LANES, 1)
     return tl.reduce(carry, 0, summed)
 

@@ -28,6 +28,7 @@ from sgp.log_probs import linear_token_log_probs, token_log_probs
 from sgp.losses import CrossEntropyLoss, cross_entropy
 from sgp.own_loss import linear_loss
 from sgp.reference import TokenLogProbs
+from sgp.rows.top_k import TopK
 from sgp.selection import Selection
 
 __version__ = "0.2.0"
@@ -38,6 +39,7 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "Selection",
     "TokenLogProbs",
+    "TopK",
     "audit",
     "context_loss",
     "cross_entropy",

@@ -25,7 +25,7 @@ EXPORTED = {  # module: what a kernel offers of it
     "losses": ("CrossEntropyLoss", "cross_entropy"),
     "linear": ("LinearCrossEntropyLoss", "linear_cross_entropy"),
     "log_probs": ("linear_token_log_probs", "token_log_probs"),
-    "reference": ("TokenLogProbs",),
+    "reference.losses": ("TokenLogProbs",),
     "selection": ("Selection",),
 }
 SERVED = "parallel.__init__"  # registers what takes DTensors

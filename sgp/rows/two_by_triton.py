@@ -175,4 +175,3 @@ def _options(
         options_of(None, None, None, theirs),
         pair,
     )
-

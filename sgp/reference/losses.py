@@ -1,7 +1,6 @@
-"""The definition of every loss, in plain PyTorch: short, slow, and the oracle of all tests.
+"""The definitions of the losses of labels, and of a token's statistics.
 
-Everything is computed on the kept rows only, in float64 for float64 input and in float32 for the
-rest, and differentiated by autograd. For a kept row with scored logits s and target y::
+For a kept row with scored logits s and target y::
 
     log p_j = s_j - lse,  lse = log sum_i exp s_i
     ce      = (1 - eps) w_y (-log p_y) + eps / V sum_j w_j (-log p_j)
@@ -9,10 +8,6 @@ rest, and differentiated by autograd. For a kept row with scored logits s and ta
     mean    = sum(r ce) / sum(r w_y) + zeta sum(r lse^2) / sum(r)     over all rows, or a sequence's
 
 (for class probabilities, as in PyTorch, sum(r) divides both; a `denominator` always does).
-
-The functions take the arguments of their namesakes in `sgp` that define a number; what only says
-how to compute it (`inplace`, `chunk_rows`, `memory_budget`, `accumulate_into`, `options`) is not
-among them.
 """
 
 from __future__ import annotations
@@ -24,18 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sgp.labels import tokens_ahead
-from sgp.rows.problem import (
-    Problem,
-    check_flags,
-    check_input_and_target,
-    check_mean_weights,
-    check_targets,
-    check_tensor,
-    make_problem,
-)
-from sgp.rows.recipe import Recipe, accumulation_dtype
-from sgp.rows.reduction import check_reduction, check_whole_sequences
+from sgp.reference.steps import head_logits, reduce_kept, scatter_kept, score, select
+from sgp.rows.problem import check_flags, check_mean_weights, check_targets, make_problem
+from sgp.rows.recipe import Recipe
+from sgp.rows.reduction import check_reduction
 from sgp.rows.units import check_loss_function, make_units
 from sgp.selection import Selection
 
@@ -91,7 +78,7 @@ def cross_entropy(
     logits, y, w = problem.input.reshape(-1, V), problem.target, problem.weight
     if problem.has_probabilities():
         kept = torch.arange(len(logits), device=logits.device)
-        s = _score(logits, recipe)
+        s = score(logits, recipe)
         q = (1 - label_smoothing) * y.to(s.dtype) + label_smoothing / V
         log_p = F.log_softmax(s, -1)
         rows = -(q * log_p * (s.new_ones(V) if w is None else w)).sum(1)
@@ -100,7 +87,7 @@ def cross_entropy(
         check_targets(name, y, V, ignore)
         kept = (y != ignore).nonzero().squeeze(1)
         y = y[kept]
-        s = _score(logits[kept], recipe)
+        s = score(logits[kept], recipe)
         w = s.new_ones(V) if w is None else w.to(s.dtype)
         log_p = F.log_softmax(s, -1)
         nll = -log_p.gather(1, y[:, None]).squeeze(1)
@@ -116,9 +103,9 @@ def cross_entropy(
             check_mean_weights(name, scored.index_fill(0, kept, True), problem.token_weight)
         r = problem.token_weight[kept].to(rows.dtype)
     if reduction not in ("mean", "sequence_mean") or denominator is not None:
-        return _reduce(problem, kept, r * (rows + z_loss), r, reduction, denominator)
-    mean = _reduce(problem, kept, r * rows, r * divisor, reduction, None)
-    return mean + _reduce(problem, kept, r * z_loss, r, reduction, None)
+        return reduce_kept(problem, kept, r * (rows + z_loss), r, reduction, denominator)
+    mean = reduce_kept(problem, kept, r * rows, r * divisor, reduction, None)
+    return mean + reduce_kept(problem, kept, r * z_loss, r, reduction, None)
 
 
 def linear_cross_entropy(
@@ -141,8 +128,8 @@ def linear_cross_entropy(
         torch.Size([])
     """
     name = "sgp.reference.linear_cross_entropy"
-    selection = _select(name, input, target, ignore_index, shift, token_weight)
-    logits = _head(name, input, linear_weight, linear_bias, selection)
+    selection = select(name, input, target, ignore_index, shift, token_weight)
+    logits = head_logits(name, input, linear_weight, linear_bias, selection)
     result = cross_entropy(logits, selection, **loss)  # type: ignore[arg-type]
     return result.reshape(target.shape) if loss.get("reduction") == "none" else result
 
@@ -177,7 +164,7 @@ def token_log_probs(
     logits = problem.input.reshape(-1, V)
     kept = (problem.target != ignore).nonzero().squeeze(1)
     y = problem.target[kept]
-    s = _score(logits[kept], recipe) / float(temperature)
+    s = score(logits[kept], recipe) / float(temperature)
     log_p = F.log_softmax(s, -1)
     p = log_p.exp()
     values = [
@@ -188,7 +175,9 @@ def token_log_probs(
     ]
     if return_argmax:
         values.append(s.argmax(1))
-    return TokenLogProbs(*(_scatter(problem, kept, value).view(problem.shape) for value in values))
+    return TokenLogProbs(
+        *(scatter_kept(problem, kept, value).view(problem.shape) for value in values)
+    )
 
 
 def linear_token_log_probs(
@@ -213,8 +202,8 @@ def linear_token_log_probs(
         torch.Size([2, 5])
     """
     name = "sgp.reference.linear_token_log_probs"
-    selection = _select(name, input, target, ignore_index, shift, None)
-    logits = _head(name, input, linear_weight, linear_bias, selection)
+    selection = select(name, input, target, ignore_index, shift, None)
+    logits = head_logits(name, input, linear_weight, linear_bias, selection)
     values = token_log_probs(
         logits, selection, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
         return_argmax=return_argmax,
@@ -249,8 +238,8 @@ def linear_loss(
     name = "sgp.reference.linear_loss"
     check_flags(name, return_stats=return_stats)
     check_loss_function(name, loss_fn)
-    selection = _select(name, input, target, ignore_index, shift, None)
-    logits = _head(name, input, linear_weight, linear_bias, selection)
+    selection = select(name, input, target, ignore_index, shift, None)
+    logits = head_logits(name, input, linear_weight, linear_bias, selection)
     recipe = Recipe(softcap=softcap, logit_scale=logit_scale, temperature=temperature)
     problem = make_problem(name, logits, selection, None, None, recipe)
     units = make_units(name, by, groups, problem, selection, selection.num_kept)
@@ -285,130 +274,3 @@ def linear_loss(
     if metrics is not None:
         result.append({key: scattered(x) for key, x in metrics.items()})
     return result[0] if len(result) == 1 else tuple(result)
-
-
-def _score(logits: Tensor, recipe: Recipe) -> Tensor:
-    """Stored logits -> scored logits: scale, then softcap."""
-    s = logits.to(accumulation_dtype(logits.dtype)) * float(recipe.logit_scale)
-    if recipe.softcap is None:
-        return s
-    return float(recipe.softcap) * torch.tanh(s / float(recipe.softcap))
-
-
-def _select(
-    name: str,
-    hidden: Tensor,
-    target: Tensor | Selection,
-    ignore_index: int | None,
-    shift: bool | int,
-    token_weight: Tensor | None,
-) -> Selection:
-    """The Selection of labels (...), or (N,) where nothing is shifted, for hidden (..., D)."""
-    check_input_and_target(name, hidden, target)
-    Recipe(-100 if ignore_index is None else ignore_index).check(name)
-    lead = tuple(hidden.shape[:-1])
-    flat = (torch.Size(lead).numel(),)
-    ahead = tokens_ahead(name, shift, lead[-1] if lead else 0)
-    if token_weight is not None:
-        check_tensor(name, "token_weight", token_weight)
-        if not isinstance(target, Selection) and token_weight.shape != target.shape:
-            raise ValueError(
-                f"{name}: token_weight is {tuple(token_weight.shape)}; expected "
-                f"{tuple(target.shape)}, one a token"
-            )
-    if isinstance(target, Selection):
-        if ahead or token_weight is not None or ignore_index not in (None, -100):
-            raise ValueError(
-                f"{name}: shift = {shift}, ignore_index = {ignore_index} or token_weight together "
-                "with a Selection, which has decided them; pass them to its constructor"
-            )
-        if flat != (target.num_tokens,):
-            raise ValueError(
-                f"{name}: input is {tuple(hidden.shape)} and the Selection has shape "
-                f"{target.shape}; expected leading dimensions that flatten to {target.num_tokens}"
-            )
-        return target
-    if tuple(target.shape) not in ((lead,) if shift else (lead, flat)):
-        raise ValueError(
-            f"{name}: input is {tuple(hidden.shape)} and target {tuple(target.shape)}; expected "
-            f"{lead}" + ("" if shift else f" or {flat}")
-        )
-    shape = tuple(target.shape) or (1,)
-    return Selection.from_labels(
-        target.reshape(shape),
-        ignore_index=ignore_index,
-        shift=shift,
-        token_weight=None if token_weight is None else token_weight.reshape(shape),
-    )
-
-
-def _head(
-    name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, selection: Selection
-) -> Tensor:
-    """(N, V) logits, zero and without gradient on rows that are not kept."""
-    check_tensor(name, "linear_weight", weight)
-    if bias is not None:
-        check_tensor(name, "linear_bias", bias)
-    if not hidden.is_floating_point():
-        raise TypeError(f"{name}: input is {hidden.dtype}; expected floating point")
-    if weight.dim() != 2 or not hidden.dim():
-        raise ValueError(
-            f"{name}: linear_weight is {tuple(weight.shape)} and input {tuple(hidden.shape)}; "
-            "expected (V, D) and (..., D)"
-        )
-    V = weight.shape[0]
-    if weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"{name}: linear_weight is {tuple(weight.shape)} and input {tuple(hidden.shape)}; "
-            "expected (V, D) and (..., D)"
-        )
-    if bias is not None and tuple(bias.shape) != (V,):
-        raise ValueError(f"{name}: linear_bias is {tuple(bias.shape)}; expected ({V},)")
-    rows = selection.rows
-    dtype = accumulation_dtype(hidden.dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
-        kept = F.linear(
-            hidden.reshape(-1, hidden.shape[-1])[rows].to(dtype),
-            weight.to(dtype),
-            None if bias is None else bias.to(dtype),
-        )
-    logits = kept.new_zeros(selection.num_tokens, V)
-    return logits.index_copy(0, rows, kept)
-
-
-def _scatter(problem: Problem, kept: Tensor, values: Tensor) -> Tensor:
-    """(M,) values of the kept rows -> (N,), zero elsewhere."""
-    N = torch.Size(problem.shape).numel()
-    return values.new_zeros(N).index_copy(0, kept, values)
-
-
-def _reduce(
-    problem: Problem,
-    kept: Tensor,
-    rows: Tensor,
-    divisor: Tensor,
-    reduction: str,
-    denominator: float | Tensor | None,
-) -> Tensor:
-    if reduction == "none":
-        return _scatter(problem, kept, rows).view(problem.shape)
-    if reduction == "sum":
-        return rows.sum()
-    if reduction == "mean":
-        total = divisor.sum()
-        if denominator is not None:
-            total = torch.as_tensor(
-                denominator if isinstance(denominator, Tensor) else float(denominator)
-            ).to(rows)
-        return torch.where(total == 0, 0, rows.sum() / torch.where(total == 0, 1, total))
-    if problem.boundaries is None:
-        sequence = kept // max(1, problem.shape[-1] if problem.shape else 1)
-    else:
-        sequence = torch.searchsorted(problem.boundaries, kept, right=True) - 1
-    zeros = rows.new_zeros(problem.num_sequences)
-    sums = zeros.index_add(0, sequence, rows)
-    if reduction == "sequence_sum":
-        return sums
-    check_whole_sequences(problem)
-    totals = zeros.index_add(0, sequence, divisor)
-    return torch.where(totals == 0, 0, sums / torch.where(totals == 0, 1, totals))
