@@ -914,7 +914,7 @@ def extra_peak(hidden, head, target, *, needs=(True, True), **options):
 
 def planned(kept, hidden, head, *, chunk_rows=chunks.UNSET, needs=(True, True)):
     """Bytes of the plan of a mean."""
-    shape = chunks.Shape(
+    shape = Shape(
         kept, len(hidden), *head.shape, hidden.itemsize, head.itemsize, head.itemsize, *needs,
         is_half=head.dtype == torch.float16, wide=head.dtype == torch.float16, is_cpu=True,
     )  # fmt: skip

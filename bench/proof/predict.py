@@ -133,7 +133,7 @@ def _plan(case: Case) -> chunks.Plan:
     late = case.form not in EARLY
     return chunks.plan(
         "sgp",
-        chunks.Shape(
+        Shape(
             M=case.M, N=case.N, V=case.model.V, D=case.model.D, input_bytes=case.itemsize,
             weight_bytes=case.itemsize, operand_bytes=case.itemsize, input_grad=True,
             weight_grad=True, late=late, is_half=half, wide=half and not late,

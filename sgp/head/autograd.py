@@ -20,6 +20,7 @@ from sgp.head import operators
 from sgp.head.calls import Gradients, HeadCall, LinearHead, Needs
 from sgp.head.chunks import MOST, SCALED_ELEMENTS, UNSET
 from sgp.head.problem import Pieces, compute_dtype
+from sgp.head.teachers import NO_TEACHERS, Teachers
 from sgp.rows.autograd import (
     Transformed,
     contiguous,
@@ -51,6 +52,7 @@ class HeadOptions(NamedTuple):
     may_hold: bool = False  # whether logits may wait for the backward
     into: Tensor | None = None  # what the weight's gradient is added to
     parameter: Tensor | None = None  # whose gradient that is; the head's weight may be part of it
+    teachers: Teachers = NO_TEACHERS
 
     def forward(
         self,
@@ -62,11 +64,10 @@ class HeadOptions(NamedTuple):
     ) -> tuple[tuple[Any, ...], Tensor | None]:
         """The operator's outputs, or those of what it calls, with other row operations or held."""
         may_hold = self.may_hold and call.late
+        rest = (head, self.teachers, weight, row_weight, scale, call)
         if self.operations is None and not may_hold:
-            return operators.head_forward(head, weight, row_weight, scale, call), None
-        return operators.forward(
-            self._rows(), head, weight, row_weight, scale, call, may_hold=may_hold
-        )
+            return operators.head_forward(*rest), None
+        return operators.forward(self._rows(), *rest, may_hold=may_hold)
 
     def backward(
         self,
@@ -78,7 +79,7 @@ class HeadOptions(NamedTuple):
         upstream: Upstream,
     ) -> Gradients:
         """The same of the backward, of all gradients; `held` is used up."""
-        rest = (head, saved, weight, row_weight, upstream, self.call)
+        rest = (head, self.teachers, saved, weight, row_weight, upstream, self.call)
         if self.operations is None and self.into is None and held is None:
             return Gradients(*operators.head_backward(*rest))
         found = operators.backward(self._rows(), *rest, held=held, into=self.into)
@@ -107,7 +108,7 @@ class HeadOptions(NamedTuple):
         """A pass without gradients, and what a backward needs where asked."""
         wanted = self.call.wanted
         if saved:
-            wanted = Wanted(saved=True, stats=wanted.stats, argmax=wanted.argmax)
+            wanted = wanted._replace(grad=False, saved=True)
         return self.call._replace(needs=Needs(), wanted=wanted)
 
     def early(self) -> HeadCall:
@@ -132,6 +133,8 @@ class HeadOptions(NamedTuple):
 
     def named(self, single: str) -> str:
         """The function that was called, for messages; `single` on one device."""
+        if self.call.divergence.is_on():
+            return self.call.name
         return single if self.operations is None else self.operations.name
 
     def is_scaled(self) -> bool:
