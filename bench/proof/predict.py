@@ -36,6 +36,7 @@ from bench import files, tables
 from bench.against import cases
 from bench.against.cases import Case
 from sgp.head import chunks
+from sgp.head.shape import Shape
 
 COPY = 0.90  # of the data sheet's bandwidth
 MATMUL = 0.75  # of the data sheet's dense rate

@@ -64,10 +64,14 @@ class HeadOptions(NamedTuple):
     ) -> tuple[tuple[Any, ...], Tensor | None]:
         """The operator's outputs, or those of what it calls, with other row operations or held."""
         may_hold = self.may_hold and call.late
-        rest = (head, self.teachers, weight, row_weight, scale, call)
         if self.operations is None and not may_hold:
-            return operators.head_forward(*rest), None
-        return operators.forward(self._rows(), *rest, may_hold=may_hold)
+            if call.divergence.is_on():
+                rest = (self.teachers, row_weight, scale, call)
+                return operators.distilled_forward(head, *rest), None
+            return operators.head_forward(head, weight, row_weight, scale, call), None
+        return operators.forward(
+            self._rows(), head, self.teachers, weight, row_weight, scale, call, may_hold=may_hold
+        )
 
     def backward(
         self,
@@ -79,10 +83,17 @@ class HeadOptions(NamedTuple):
         upstream: Upstream,
     ) -> Gradients:
         """The same of the backward, of all gradients; `held` is used up."""
-        rest = (head, self.teachers, saved, weight, row_weight, upstream, self.call)
+        call = self.call
         if self.operations is None and self.into is None and held is None:
-            return Gradients(*operators.head_backward(*rest))
-        found = operators.backward(self._rows(), *rest, held=held, into=self.into)
+            if call.divergence.is_on():
+                rest = (self.teachers, saved, row_weight, call)
+                return Gradients(*operators.distilled_backward(head, *rest))
+            rows = (saved, weight, row_weight, upstream)
+            return Gradients(*operators.head_backward(head, *rows, call))
+        found = operators.backward(
+            self._rows(), head, self.teachers, saved, weight, row_weight, upstream, call, held=held,
+            into=self.into,
+        )  # fmt: skip
         if self.into is None:
             return found
         return found._replace(weight=self._told_to_megatron(head.weight, self.into))

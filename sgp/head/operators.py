@@ -19,7 +19,7 @@ from sgp.head.calls import Gradients, Head, HeadCall, LinearHead, new_gradients
 from sgp.head.problem import is_autocast
 from sgp.head.teachers import NO_TEACHERS, TeacherRows, Teachers
 from sgp.labels import padded_rows
-from sgp.rows.by_torch import Upstream, new_outputs
+from sgp.rows.by_torch import NOTHING, Upstream, new_outputs
 from sgp.rows.operations import ONE_DEVICE, RowOperations
 from sgp.rows.problem import check_targets
 from sgp.rows.units import Units
@@ -140,7 +140,6 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
 @operator(tags=TAGS)
 def head_forward(
     head: LinearHead,
-    teachers: Teachers,
     weight: Tensor | None,
     row_weight: Tensor | None,
     scale: Tensor | None,
@@ -150,15 +149,27 @@ def head_forward(
 
     Args:
         head: what is multiplied with what.
-        teachers: what its logits are compared with, where the call has a divergence.
         weight, row_weight, scale: as in row_forward.
         call: everything else; gradients that it does not need are None, and empty from the
             operator, as are outputs that it does not want.
     """
-    return forward(ONE_DEVICE, head, teachers, weight, row_weight, scale, call)[0]
+    return forward(ONE_DEVICE, head, NO_TEACHERS, weight, row_weight, scale, call)[0]
+
+
+@operator(tags=TAGS)
+def distilled_forward(
+    head: LinearHead,
+    teachers: Teachers,
+    row_weight: Tensor | None,
+    scale: Tensor | None,
+    call: HeadCall,
+) -> RowsAndGradients:
+    """`head_forward` of a call with a divergence, and what its logits are compared with."""
+    return forward(ONE_DEVICE, head, teachers, None, row_weight, scale, call)[0]
 
 
 @head_forward.register_fake
+@distilled_forward.register_fake
 def _(head: LinearHead, *others: Any) -> RowsAndGradients:
     call: HeadCall = others[-1]
     out = new_outputs(head.input, head.target.numel(), call.wanted)
@@ -168,7 +179,6 @@ def _(head: LinearHead, *others: Any) -> RowsAndGradients:
 @operator(tags=TAGS)
 def head_backward(
     head: LinearHead,
-    teachers: Teachers,
     saved: Tensor,
     weight: Tensor | None,
     row_weight: Tensor | None,
@@ -179,9 +189,22 @@ def head_backward(
 
     Arguments as in head_forward and row_backward.
     """
-    return backward(ONE_DEVICE, head, teachers, saved, weight, row_weight, upstream, call)
+    return backward(ONE_DEVICE, head, NO_TEACHERS, saved, weight, row_weight, upstream, call)
+
+
+@operator(tags=TAGS)
+def distilled_backward(
+    head: LinearHead,
+    teachers: Teachers,
+    saved: Tensor,
+    row_weight: Tensor | None,
+    call: HeadCall,
+) -> Gradients:
+    """`head_backward` of a call with a divergence."""
+    return backward(ONE_DEVICE, head, teachers, saved, None, row_weight, NOTHING, call)
 
 
 @head_backward.register_fake
+@distilled_backward.register_fake
 def _(head: LinearHead, *others: Any) -> Gradients:
     return new_gradients(head, others[-1])
