@@ -17,7 +17,7 @@ from rich.table import Table
 from sgp.head import chunks
 from sgp.head.chunks import Plan
 from sgp.head.gpus import GPUS, NOMINAL, Gpu
-from sgp.head.shape import Shape
+from sgp.head.shape import OfTeachers, Shape
 
 NAME = "sgp plan"
 GIB = 1 << 30
@@ -63,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         return shape_of(
             a.tokens, kept, a.vocab, a.width, a.dtype,
             frozen=a.frozen_head, per_token=a.per_token, budgeted=budgeted, own=a.own_loss,
+            teacher=a.teacher_width,
         )  # fmt: skip
 
     usual, budgeted = shape(budgeted=False), shape(budgeted=True)
@@ -101,6 +102,7 @@ def shape_of(
     per_token: bool = False,
     budgeted: bool = False,
     own: int = 0,
+    teacher: int = 0,
 ) -> Shape:
     """What the planner is asked about a call on a GPU.
 
@@ -117,9 +119,12 @@ def shape_of(
         budgeted: whether the call has a memory_budget. A float16 head's gradients are made in
             backward then, because they would wait for the loss scaler's factor in float32.
         own: of a loss of the caller's own, the tokens with loss that it needs at once.
+        teacher: the width of a teacher's head of the same dtype, with which the student's is
+            compared.
     """
     of, is_half = DTYPES[dtype], dtype == "fp16"
     late = per_token or (is_half and budgeted and not frozen and not own)
+    copied = vocab * teacher * of.operands if of.operands != of.weight else 0
     return Shape(
         M=chunks.padded(kept, tokens),
         N=tokens,
@@ -135,6 +140,7 @@ def shape_of(
         wide=is_half and not late,
         own=own > 0,
         least=chunks.padded(min(own, kept), kept),
+        teachers=OfTeachers(1, teacher, of.operands, copied) if teacher else OfTeachers(),
     )
 
 
@@ -200,6 +206,8 @@ def _what(a: argparse.Namespace, kept: int, shape: Shape) -> str:
     words += ["frozen head"] * a.frozen_head + ["gradients with a factor a token"] * a.per_token
     if a.own_loss:
         words.append(f"a loss of one's own, {a.own_loss} tokens at once")
+    if a.teacher_width:
+        words.append(f"a teacher of D = {a.teacher_width}")
     return ", ".join(words)
 
 
