@@ -229,12 +229,23 @@ def top_rows(
         rows.backward(s, of_cross_entropy, y, saved_1, None, of_y, Recipe(), Upstream(of_rest_1))
         upstream = Upstream(r * g[:, -1])
         plain = Recipe(temperature=recipe.temperature)
-        rows.backward(s, place, y, saved, None, torch.zeros_like(r), plain, upstream)
-        place.add_(of_cross_entropy)
+        rows.backward(s, s, y, saved, None, torch.zeros_like(r), plain, upstream)
+        place = of_cross_entropy.add_(s)  # or a narrower gradient would be rounded twice
     if capped:
-        dlogits.copy_(multiply_by_slope_(place, logits, at_one))
+        _multiply_by_slope_(place, logits, at_one)
+    if place is not dlogits:
+        dlogits.copy_(place)
     if listed.valid is not None:  # every slot of an index writes the same
         of_listed = torch.where(listed.valid, of_listed, of_listed[:, :1])
         has_none = ~listed.valid.any(1, keepdim=True)
         of_listed = torch.where(has_none, dlogits.gather(1, index).to(of_listed.dtype), of_listed)
-    dlogits.scatter_(1, index, of_listed.to(dlogits.dtype))
+    every = torch.arange(len(index), device=index.device)[:, None]
+    dlogits[every, index] = of_listed.to(dlogits.dtype)  # a CPU's scatter_ makes a wide copy
+
+
+def _multiply_by_slope_(g: Tensor, x: Tensor, recipe: Recipe) -> None:
+    """G times the slope of a softcap at x, as `multiply_by_slope_`; in the place of both."""
+    assert recipe.softcap is not None, "there is one"  # noqa: S101
+    e = x.abs_().mul_(-2 * abs(recipe.logit_scale) / recipe.softcap).exp_()
+    g.mul_(e).mul_(4 * recipe.logit_scale)
+    g.div_(e.add_(1).square_())
