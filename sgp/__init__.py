@@ -23,7 +23,9 @@ from sgp import huggingface, parallel, reference
 from sgp.auditing import AuditReport, audit
 from sgp.context import context_loss
 from sgp.data.collator import Collator
+from sgp.distillation import DistillationLoss, distillation
 from sgp.linear import LinearCrossEntropyLoss, linear_cross_entropy
+from sgp.linear_distillation import LinearDistillationLoss, linear_distillation
 from sgp.log_probs import linear_token_log_probs, token_log_probs
 from sgp.losses import CrossEntropyLoss, cross_entropy
 from sgp.own_loss import linear_loss
@@ -36,15 +38,19 @@ __all__ = [
     "AuditReport",
     "Collator",
     "CrossEntropyLoss",
+    "DistillationLoss",
     "LinearCrossEntropyLoss",
+    "LinearDistillationLoss",
     "Selection",
     "TokenLogProbs",
     "TopK",
     "audit",
     "context_loss",
     "cross_entropy",
+    "distillation",
     "huggingface",
     "linear_cross_entropy",
+    "linear_distillation",
     "linear_loss",
     "linear_token_log_probs",
     "parallel",

@@ -23,8 +23,11 @@ import sgp
 from sgp.head import chunks
 from sgp.head import operators as head_operators
 from sgp.head.calls import HeadCall, LinearHead, Needs
+from sgp.head.shape import Shape
+from sgp.head.teachers import Teachers
 from sgp.rows import by_torch, problem
 from sgp.rows.by_torch import Upstream, Wanted
+from sgp.rows.divergence import SAVED, Divergence
 from sgp.rows.recipe import Recipe
 from sgp.rows.watched import Operator, flat
 from sgp.tolerance import bound
@@ -914,7 +917,7 @@ def extra_peak(hidden, head, target, *, needs=(True, True), **options):
 
 def planned(kept, hidden, head, *, chunk_rows=chunks.UNSET, needs=(True, True)):
     """Bytes of the plan of a mean."""
-    shape = chunks.Shape(
+    shape = Shape(
         kept, len(hidden), *head.shape, hidden.itemsize, head.itemsize, head.itemsize, *needs,
         is_half=head.dtype == torch.float16, wide=head.dtype == torch.float16, is_cpu=True,
     )  # fmt: skip
@@ -1208,7 +1211,19 @@ def operator_samples():
     outputs = Wanted(saved=True, stats=True, argmax=True)
     wide = off._replace(compute_dtype=torch.float16, needs=Needs(*ALL), wide=True)
     autocast = off._replace(compute_dtype=torch.bfloat16, needs=Needs(*ALL))
+    of_teacher = Divergence("jsd", 0.3, 0.2, 5.0, 0.7)
+    teachers = Teachers([torch.randn(N, 3)], [torch.randn(V, 3)], [torch.randn(V)])
+    distilled = on._replace(recipe=Recipe(IGNORE, temperature=2.0), divergence=of_teacher)
+    with_teacher = distilled._replace(wanted=Wanted(saved=True, stats=True, width=SAVED))
+    listed = Teachers(
+        indices=torch.tensor([[1, 4]]).repeat(4, 1), log_probs=torch.full((4, 2), -2.0)
+    )
+    distil, distil_back = head_operators.distilled_forward, head_operators.distilled_backward
+    of_two = distil(biased, teachers, row, None, with_teacher)[1]
     return {
+        "distilled_forward": (distil, (biased, teachers, row, None, with_teacher)),
+        "distilled_forward, few tokens": (distil, (biased, listed, row, None, distilled)),
+        "distilled_backward": (distil_back, (biased, teachers, of_two, row, with_teacher)),
         "kept_rows": (kept_rows, (y, IGNORE)),
         "kept_rows, none": (kept_rows, (torch.full((3,), 2), 2)),
         "head_forward, all": (forward, (biased, *everything, on._replace(wanted=outputs))),

@@ -15,7 +15,7 @@ FLOORS = (
     ("labels", "selection"),
     ("rows",),
     ("head", "reference"),
-    ("losses", "log_probs", "linear", "own_loss"),
+    ("losses", "log_probs", "linear", "own_loss", "distillation", "linear_distillation"),
     ("parallel",),
     ("context", "data"),
     ("auditing", "huggingface", "trl"),

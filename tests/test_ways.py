@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 import sgp
 from bench.studies import memory
 from sgp.head import chunks, products
-from sgp.head.chunks import Plan, Shape
+from sgp.head.chunks import Plan
+from sgp.head.shape import Shape
 from sgp.train.memory import cpu_peak
 from tests import test_linear, test_log_probs
 from tests.test_linear import ALL, HEAD, IGNORE, INPUT, D, N, V, cast, flops, leaves_of, ours_of

@@ -36,6 +36,7 @@ from bench import files, tables
 from bench.against import cases
 from bench.against.cases import Case
 from sgp.head import chunks
+from sgp.head.shape import Shape
 
 COPY = 0.90  # of the data sheet's bandwidth
 MATMUL = 0.75  # of the data sheet's dense rate
@@ -133,7 +134,7 @@ def _plan(case: Case) -> chunks.Plan:
     late = case.form not in EARLY
     return chunks.plan(
         "sgp",
-        chunks.Shape(
+        Shape(
             M=case.M, N=case.N, V=case.model.V, D=case.model.D, input_bytes=case.itemsize,
             weight_bytes=case.itemsize, operand_bytes=case.itemsize, input_grad=True,
             weight_grad=True, late=late, is_half=half, wide=half and not late,

@@ -30,7 +30,8 @@ import sgp
 from bench import files, tables
 from bench.against import machine
 from sgp.head import chunks, products
-from sgp.head.chunks import Plan, Shape
+from sgp.head.chunks import Plan
+from sgp.head.shape import Shape
 from sgp.rows import by_torch
 from sgp.train.memory import cpu_peak
 

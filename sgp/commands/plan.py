@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sgp.head import chunks
-from sgp.head.chunks import Plan, Shape
+from sgp.head.chunks import Plan
 from sgp.head.gpus import GPUS, NOMINAL, Gpu
+from sgp.head.shape import Shape
 
 NAME = "sgp plan"
 GIB = 1 << 30

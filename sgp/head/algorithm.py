@@ -57,7 +57,7 @@ def forward(
         held = head.input.new_empty(plan.padded, head.weight.shape[0], dtype=head.sums_dtype)
     elif any(call.needs) and not of_slices:
         if call.is_half:
-            slope = half_scale(head.input, call.recipe, head.class_weight)
+            slope = half_scale(head.input, call.recipe, head.class_weight, call.divergence)
             factors = Factors.of_forward(head.rows, row_weight, scale, slope)
         sums = Sums(head, plan, factors)
 
@@ -98,7 +98,9 @@ def backward(
         plan = plan._replace(way="rows", group=plan.rows)
     if head.call.is_half:
         of_lse = upstream.lse is not None
-        slope = half_scale(head.input, head.call.recipe, head.class_weight, of_lse=of_lse)
+        slope = half_scale(
+            head.input, head.call.recipe, head.class_weight, head.call.divergence, of_lse=of_lse
+        )
         factors, row_weight, upstream = Factors.of_backward(head.rows, row_weight, upstream, slope)
     if plan.way == "slices":
         return _by_slices(head, plan, saved, row_weight, upstream, factors)
@@ -106,7 +108,7 @@ def backward(
 
     def one(chunk: _Chunk, g: Tensor | None) -> None:
         assert g is not None, "with sums it has a place"  # noqa: S101
-        head.operations.backward(
+        head.at(chunk.part).backward(
             chunk.logits,
             g,
             *_of_rows(head, chunk.part, saved, row_weight, upstream),
@@ -306,19 +308,19 @@ def _by_slices(
         total = hidden.new_zeros(plan.padded, hidden.shape[1], dtype=head.sums_dtype)[:M]
     all_rows = slice(0, M)
     weighted = sums.weighted(all_rows, hidden)
-    first = sums.start_weight()
+    first, operations = sums.start_weight(), head.at(all_rows)
     for part in chunks.parts(V, plan.columns):
         weight = cast(head.weight[part], head.call.compute_dtype)
         logits = buffer[: M * len(weight)].view(M, len(weight))
         bias = None if head.bias is None else head.bias[part]
         products.logits(hidden, weight, bias, logits)
         g = _place_of_gradient(head, logits)
-        head.operations.backward(logits, g, *of_rows, Columns(part.start, V))
+        operations.backward(logits, g, *of_rows, Columns(part.start, V))
         if total is not None:
             products.add_input_gradient(g, weight, total)
         sums.add_columns(part, all_rows, g, weighted, first=first)
         del g, logits, weight  # before the next ones are made
-    del buffer, hidden, weighted, of_rows
+    del buffer, hidden, weighted, of_rows, operations
     if total is not None:
         sums.put_input(all_rows, total)
     return sums.finish()
@@ -360,7 +362,7 @@ def _forward_chunk(
     of_rows = (weights, None if g is None else scale)
     if factors is not None:
         of_rows = (factors.folded[chunk.part], factors.scale)
-    head.operations.forward(
+    head.at(chunk.part).forward(
         chunk.logits,
         g,
         head.target.index_select(0, rows),

@@ -20,6 +20,7 @@ from sgp.head import operators
 from sgp.head.calls import Gradients, HeadCall, LinearHead, Needs
 from sgp.head.chunks import MOST, SCALED_ELEMENTS, UNSET
 from sgp.head.problem import Pieces, compute_dtype
+from sgp.head.teachers import NO_TEACHERS, Teachers
 from sgp.rows.autograd import (
     Transformed,
     contiguous,
@@ -51,6 +52,7 @@ class HeadOptions(NamedTuple):
     may_hold: bool = False  # whether logits may wait for the backward
     into: Tensor | None = None  # what the weight's gradient is added to
     parameter: Tensor | None = None  # whose gradient that is; the head's weight may be part of it
+    teachers: Teachers = NO_TEACHERS
 
     def forward(
         self,
@@ -63,9 +65,12 @@ class HeadOptions(NamedTuple):
         """The operator's outputs, or those of what it calls, with other row operations or held."""
         may_hold = self.may_hold and call.late
         if self.operations is None and not may_hold:
+            if call.divergence.is_on():
+                rest = (self.teachers, row_weight, scale, call)
+                return operators.distilled_forward(head, *rest), None
             return operators.head_forward(head, weight, row_weight, scale, call), None
         return operators.forward(
-            self._rows(), head, weight, row_weight, scale, call, may_hold=may_hold
+            self._rows(), head, self.teachers, weight, row_weight, scale, call, may_hold=may_hold
         )
 
     def backward(
@@ -78,10 +83,17 @@ class HeadOptions(NamedTuple):
         upstream: Upstream,
     ) -> Gradients:
         """The same of the backward, of all gradients; `held` is used up."""
-        rest = (head, saved, weight, row_weight, upstream, self.call)
+        call = self.call
         if self.operations is None and self.into is None and held is None:
-            return Gradients(*operators.head_backward(*rest))
-        found = operators.backward(self._rows(), *rest, held=held, into=self.into)
+            if call.divergence.is_on():
+                rest = (self.teachers, saved, row_weight, call)
+                return Gradients(*operators.distilled_backward(head, *rest))
+            rows = (saved, weight, row_weight, upstream)
+            return Gradients(*operators.head_backward(head, *rows, call))
+        found = operators.backward(
+            self._rows(), head, self.teachers, saved, weight, row_weight, upstream, call, held=held,
+            into=self.into,
+        )  # fmt: skip
         if self.into is None:
             return found
         return found._replace(weight=self._told_to_megatron(head.weight, self.into))
@@ -107,7 +119,7 @@ class HeadOptions(NamedTuple):
         """A pass without gradients, and what a backward needs where asked."""
         wanted = self.call.wanted
         if saved:
-            wanted = Wanted(saved=True, stats=wanted.stats, argmax=wanted.argmax)
+            wanted = wanted._replace(grad=False, saved=True)
         return self.call._replace(needs=Needs(), wanted=wanted)
 
     def early(self) -> HeadCall:
@@ -132,6 +144,8 @@ class HeadOptions(NamedTuple):
 
     def named(self, single: str) -> str:
         """The function that was called, for messages; `single` on one device."""
+        if self.call.divergence.is_on():
+            return self.call.name
         return single if self.operations is None else self.operations.name
 
     def is_scaled(self) -> bool:

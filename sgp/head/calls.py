@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from sgp.head import chunks
-from sgp.head.chunks import Plan, Shape
+from sgp.head.chunks import Plan
+from sgp.head.shape import OfTeachers, Shape
+from sgp.head.teachers import NO_TEACHERS, Teachers
 from sgp.rows.by_torch import Wanted, row_index
+from sgp.rows.divergence import Divergence
 from sgp.rows.operations import RowOperations
 from sgp.rows.recipe import Recipe, accumulation_dtype, cast
 
@@ -37,6 +40,13 @@ class HeadCall(NamedTuple):
     scaled: bool = False  # the input's alone, which waits for an upstream gradient a row
     into: bool = False  # the weight's gradient is added to a tensor of the caller's
     name: str = "sgp"  # of the function that was called, for messages
+    divergence: Divergence = Divergence()  # from a teacher
+    teacher_dtype: torch.dtype | None = None  # of its operands under autocast
+    teacher_ends: list[int] = []  # noqa: RUF012  of kept rows that are in order of their teachers
+
+    def name_of(self, operations: RowOperations) -> str:
+        """The function, for messages about its targets."""
+        return self.name if self.divergence.is_on() else operations.name
 
     @property
     def is_half(self) -> bool:
@@ -72,11 +82,16 @@ class Head(NamedTuple):
     operations: RowOperations  # on rows of logits; target and class_weight are of all that it joins
     call: HeadCall
     into: Tensor | None = None  # (V, D) of the caller's, to which the weight's gradient is added
+    teachers: Teachers = NO_TEACHERS
+
+    def at(self, part: slice) -> RowOperations:
+        """The row operations for some kept rows."""
+        return self.operations.at(part, self.rows[part])
 
     @property
     def is_whole(self) -> bool:
-        """Whether every row is kept."""
-        return self.rows.numel() == self.target.numel()
+        """Whether every row is kept, in order."""
+        return self.rows.numel() == self.target.numel() and not self.call.teacher_ends
 
     @property
     def sums_dtype(self) -> torch.dtype:
@@ -94,7 +109,7 @@ class Head(NamedTuple):
         V, D = self.weight.shape
         shape = Shape(
             M=self.rows.numel(),
-            N=self.target.numel(),
+            N=self.target.numel() + bool(call.teacher_ends),  # in another order, so never as is
             V=self.operations.largest_part(V),
             D=D,
             input_bytes=self.input.element_size(),
@@ -108,6 +123,7 @@ class Head(NamedTuple):
             wide=call.wide,
             into=call.into,
             own=own,
+            teachers=_of_teachers(self.teachers, call),
             least=chunks.padded(min(least, self.rows.numel()), self.rows.numel()),
             is_cpu=not self.input.is_cuda,
             # Ranks plan alike, so as for one whose hidden states are strided and copied.
@@ -140,6 +156,21 @@ class Head(NamedTuple):
         if x is None:
             return None
         return x[part] if self.is_whole else x.index_select(0, self.rows[part])
+
+
+def _of_teachers(teachers: Teachers, call: HeadCall) -> OfTeachers:
+    """What a plan has to know of them."""
+    if teachers.indices is not None:
+        own_sums = call.recipe.temperature != 1.0 and call.divergence.cross_entropy_weight > 0
+        copies = (call.recipe.softcap is not None) + own_sums
+        return OfTeachers(copies=copies, listed=teachers.indices.shape[1], is_listed=True)
+    if not teachers.inputs:
+        return OfTeachers()
+    weight, operand = teachers.weights[0], call.teacher_dtype or teachers.weights[0].dtype
+    copied = 0
+    if operand != weight.dtype:
+        copied = sum(x.numel() for x in teachers.weights) * operand.itemsize
+    return OfTeachers(1, teachers.width(), operand.itemsize, copied)
 
 
 class Gradients(NamedTuple):

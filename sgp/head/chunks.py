@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 from sgp.head.gpus import NOMINAL, Gpu
 from sgp.head.products import FACTOR_ELEMENTS
+from sgp.head.shape import Shape
 
 CPU_BYTES = 256 << 20  # of a chunk's float32 logits
 GPU_BYTES = 4 << 30  # at most, whatever the vocabulary
@@ -47,44 +48,6 @@ AS_FAST = 1.03  # ways within 3 % of the fastest are as fast, and the smallest o
 FULL_ROWS, FULL_COLUMNS = 80, 100
 
 UNSET = 0  # of chunk_rows and memory_budget
-
-
-class Shape(NamedTuple):
-    """What a plan is made from."""
-
-    M: int  # kept rows
-    N: int  # rows
-    V: int  # classes; of a vocabulary split over ranks, those of the largest part
-    D: int  # width
-    input_bytes: int  # of an element of the hidden states, and of their gradient
-    weight_bytes: int
-    operand_bytes: int  # of the matmuls' operands; others than the weight's under autocast
-    input_grad: bool
-    weight_grad: bool
-    late: bool = False  # gradients in backward, with an upstream gradient a row
-    scaled: bool = False  # the input's alone, made in forward, times one a row in backward
-    is_half: bool = False  # float16 operands: factors of rows wait outside, in float32
-    wide: bool = False  # gradients in float32 although the weight is narrower
-    into: bool = False  # the weight's gradient is added to a float32 tensor of the caller's
-    own: bool = False  # a loss of the caller's stands between a chunk's statistics and its gradient
-    least: int = 0  # rows that it needs in one chunk
-    is_cpu: bool = False
-    is_contiguous: bool = True  # the hidden states
-
-    def sum_bytes(self) -> int:
-        """Of an element of the logits and of every sum."""
-        return max(4, self.operand_bytes)
-
-    def is_narrow(self) -> bool:
-        """Whether matmuls have 16-bit operands, and so the logits' gradient 16 bits."""
-        return self.operand_bytes < 4
-
-    def keeps_any(self) -> bool:
-        """Whether the logits' gradient may be kept for rows of several chunks.
-
-        The factors of float16 rows are known chunk by chunk where the caller's loss gives them.
-        """
-        return self.weight_grad and self.is_narrow() and not (self.own and self.is_half)
 
 
 class Plan(NamedTuple):
@@ -213,8 +176,8 @@ def plan(name: str, shape: Shape, *, chunk_rows: int = UNSET, memory_budget: int
 def _plan(shape: Shape, chunk_rows: int, memory_budget: int) -> Plan:
     """The plan; the smallest where nothing fits."""
     if chunk_rows or (shape.is_cpu and not memory_budget):
-        rows = chunk_rows or max(1, CPU_BYTES // (shape.sum_bytes() * shape.V))
-        if not chunk_rows and shape.least <= GPU_BYTES // (shape.sum_bytes() * shape.V):
+        rows = chunk_rows or max(1, CPU_BYTES // shape.row_bytes())
+        if not chunk_rows and shape.least <= GPU_BYTES // shape.row_bytes():
             rows = max(rows, shape.least)
         return by_rows(shape, rows, rows)
     budget = memory_budget or default_budget(shape)
@@ -236,12 +199,12 @@ def default_budget(shape: Shape) -> int:
 
 def default_rows(shape: Shape) -> int:
     """DEFAULT_ROWS, fewer where their logits would take more than GPU_BYTES."""
-    return max(1, min(DEFAULT_ROWS, GPU_BYTES // (shape.sum_bytes() * shape.V)))
+    return max(1, min(DEFAULT_ROWS, GPU_BYTES // shape.row_bytes()))
 
 
 def busy_rows(shape: Shape) -> int:
     """BUSY_ROWS, more where the vocabulary is short, fewer for one of millions."""
-    of_bytes = CPU_BYTES // (shape.sum_bytes() * shape.V) // TILE * TILE
+    of_bytes = CPU_BYTES // shape.row_bytes() // TILE * TILE
     return max(1, min(max(BUSY_ROWS, of_bytes), default_rows(shape)))
 
 
@@ -255,10 +218,10 @@ def ways(shape: Shape, budget: int, *, held: bool) -> Iterator[Plan]:
     for group in _groups(shape, sizes) if shape.keeps_any() else ():
         yield from (by_rows(shape, size, group) for size in sizes if size < group)
     yield from (by_rows(shape, size, size) for size in sizes)
-    if shape.late and held:
+    if shape.late and held and not shape.teachers.is_on():
         yield hold(shape, 4 * busy)
     early = (held or shape.least > busy) and not shape.is_half
-    if not shape.weight_grad or not (shape.late or early):
+    if not shape.weight_grad or not (shape.late or early) or shape.teachers.is_listed:
         return
     for rows in sorted({max(1, busy // 2), *(size for size in sizes if size <= 2 * busy)}):
         yield from (by_slices(shape, rows, columns) for columns in _columns(shape, rows, budget))
@@ -300,7 +263,7 @@ def by_rows(shape: Shape, rows: int, group: int) -> Plan:
     kept = group * -(-s.V // 8) * 8 * s.operand_bytes if s.weight_grad and chunk < group else 0
     rows_of_group = _gathered(s, group)
     # While a chunk is made: not yet the weight's gradient, if one matmul makes it.
-    at_once = max(_of_input(s, chunk), _converted(s, chunk))
+    at_once = max(_of_input(s, chunk), _converted(s, chunk), _of_teachers(s, chunk, s.V))
     making = logits + kept + rows_of_group + at_once + _waiting(s)
     if narrow or groups == 1:
         making += (summed if groups > 1 else 0) - _of_weight(s)
@@ -318,8 +281,8 @@ def by_rows(shape: Shape, rows: int, group: int) -> Plan:
     of_sum = 2 * s.sum_bytes() * s.V * s.D * (groups - 1) if s.weight_grad else 0
     return Plan(
         "rows", chunk, group, 0, M,
-        bytes=most + _numbers(s) + _copied_weight(s),
-        flops=2 * M * s.V * s.D * matmuls,
+        bytes=most + _numbers(s) + _copied_weight(s) + s.teachers.copied,
+        flops=2 * M * s.V * (s.D * matmuls + s.teachers.width * (1 + again)),
         traffic=_row_traffic(s) * (1 + again) + of_sum,
         busy=matmuls / slower,
     )  # fmt: skip
@@ -330,10 +293,12 @@ def by_slices(shape: Shape, rows: int, columns: int) -> Plan:
     s, M = shape, max(1, shape.M)
     chunk, columns = even(M, rows), even(s.V, columns)
     logits = s.sum_bytes() * chunk * s.V
-    counting = logits + _gathered(s, chunk) + _copied_weight(s) + _converted(s, chunk)
+    counting = logits + _gathered(s, chunk) + _copied_weight(s)
+    counting += max(_converted(s, chunk), _of_teachers(s, chunk, s.V))
     counting -= _of_results(s)  # which are not there yet
     summed = s.sum_bytes() * M * s.D if s.input_grad else 0
-    slicing = s.sum_bytes() * M * columns + _gathered(s, M) + summed + _converted(s, M)
+    slicing = s.sum_bytes() * M * columns + _gathered(s, M) + summed
+    slicing += max(_converted(s, M), _of_teachers(s, M, columns))
     slicing -= s.N * s.D * s.input_bytes if s.input_grad else 0
     if s.operand_bytes != s.weight_bytes:
         slicing += columns * s.D * s.operand_bytes
@@ -346,8 +311,8 @@ def by_slices(shape: Shape, rows: int, columns: int) -> Plan:
     of_sum = 2 * summed * (-(-s.V // columns) - 1)
     return Plan(
         "slices", chunk, chunk, columns, M,
-        bytes=max(counting, slicing, finishing) + _numbers(s),
-        flops=2 * M * s.V * s.D * matmuls,
+        bytes=max(counting, slicing, finishing) + _numbers(s) + s.teachers.copied,
+        flops=2 * M * s.V * (s.D * matmuls + 2 * s.teachers.width),
         traffic=2 * _row_traffic(s) + of_sum,
         busy=matmuls / slower,
     )  # fmt: skip
@@ -429,6 +394,15 @@ def _scaling(s: Shape) -> int:
     return waiting + s.sum_bytes() * min(s.N * s.D, SCALED_ELEMENTS)
 
 
+def _of_teachers(s: Shape, rows: int, columns: int) -> int:
+    """What comparing some rows and columns with a teacher takes: its logits and hidden states."""
+    t = s.teachers
+    wide = s.sum_bytes() if s.is_cpu and t.operand_bytes < s.sum_bytes() else 0
+    hidden = rows * t.width * (t.operand_bytes + wide)
+    lists = rows * t.listed * (8 + 10 * s.sum_bytes())
+    return s.sum_bytes() * rows * columns * t.copies + hidden + lists
+
+
 def _copied_weight(s: Shape) -> int:
     """The weight in the matmuls' dtype, under autocast."""
     return 0 if s.operand_bytes == s.weight_bytes else s.V * s.D * s.operand_bytes
@@ -436,13 +410,15 @@ def _copied_weight(s: Shape) -> int:
 
 def _numbers(s: Shape) -> int:
     """Losses, and what a backward needs of each row; or what the caller's loss makes of it."""
-    return (12 if s.own else 1 + 3 * s.late) * s.sum_bytes() * s.N
+    saved = 10 if s.teachers.is_on() else 3
+    return (12 if s.own else 1 + saved * s.late) * s.sum_bytes() * s.N
 
 
 def _row_traffic(s: Shape) -> int:
     """Logits written and read, their gradient written and read by each matmul."""
     grads = s.input_grad + s.weight_grad
-    return s.M * s.V * ((2 + s.own) * s.sum_bytes() + s.operand_bytes * (1 + grads if grads else 0))
+    wide = 2 + s.own + 3 * s.teachers.copies  # a teacher's are written, and read twice
+    return s.M * s.V * (wide * s.sum_bytes() + s.operand_bytes * (1 + grads if grads else 0))
 
 
 def _busy(size: int, full: int = FULL_ROWS) -> float:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from sgp.rows.by_torch import Upstream
+from sgp.rows.divergence import Divergence
 from sgp.rows.recipe import Recipe
 
 HALF_RANGE = 4096.0  # sixteen times below float16's largest number
+NO_DIVERGENCE = Divergence()
 LEAST_ROOT = 2.0**-12  # HALF_RANGE times this is 1
 
 
@@ -93,13 +95,23 @@ class Factors(NamedTuple):
 
 
 def half_scale(
-    like: Tensor, recipe: Recipe, class_weight: Tensor | None, *, of_lse: bool = False
+    like: Tensor,
+    recipe: Recipe,
+    class_weight: Tensor | None,
+    divergence: Divergence = NO_DIVERGENCE,
+    *,
+    of_lse: bool = False,
 ) -> Tensor:
     """What brings the largest gradient of a row of factor 1 near HALF_RANGE, () on like's device.
 
     `of_lse`: also that of a log-sum-exp's upstream gradient.
     """
     r = recipe
+    if divergence.is_on():
+        slope = abs(r.logit_scale) * (
+            divergence.largest_gradient() / r.temperature + divergence.cross_entropy_weight
+        )
+        return like.new_full((), HALF_RANGE / (slope or 1.0), dtype=torch.float32)
     slope = abs(r.logit_scale) / r.temperature  # at most: d(score) / d(logit)
     z_loss = 200 * abs(r.lse_square_scale)  # for a log-sum-exp of a hundred; no class weight here
     if class_weight is None:

@@ -17,8 +17,9 @@ from sgp.head import algorithm
 from sgp.head.algorithm import OwnLoss, Statistics
 from sgp.head.calls import Gradients, Head, HeadCall, LinearHead, new_gradients
 from sgp.head.problem import is_autocast
+from sgp.head.teachers import NO_TEACHERS, TeacherRows, Teachers
 from sgp.labels import padded_rows
-from sgp.rows.by_torch import Upstream, new_outputs
+from sgp.rows.by_torch import NOTHING, Upstream, new_outputs
 from sgp.rows.operations import ONE_DEVICE, RowOperations
 from sgp.rows.problem import check_targets
 from sgp.rows.units import Units
@@ -52,6 +53,7 @@ def _(target: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 def forward(
     operations: RowOperations,
     head: LinearHead,
+    teachers: Teachers,
     weight: Tensor | None,
     row_weight: Tensor | None,
     scale: Tensor | None,
@@ -65,17 +67,18 @@ def forward(
     one's own, its target and `weight` are of the whole vocabulary.
     """
     V = operations.vocabulary(head.weight.shape[0])
-    check_targets(operations.name, head.target, V, call.recipe.ignore_index)
+    if not call.divergence.is_on() or call.divergence.needs_label(stats=call.wanted.stats):
+        check_targets(call.name_of(operations), head.target, V, call.recipe.ignore_index)
     with _without_autocast(head.input):
-        out, gradients, held = algorithm.forward(
-            _kept(head, weight, operations, call), row_weight, scale, may_hold=may_hold
-        )
+        kept = _kept(head, teachers, weight, operations, call)
+        out, gradients, held = algorithm.forward(kept, row_weight, scale, may_hold=may_hold)
     return (*out[:-1], *gradients), held
 
 
 def backward(
     operations: RowOperations,
     head: LinearHead,
+    teachers: Teachers,
     saved: Tensor,
     weight: Tensor | None,
     row_weight: Tensor | None,
@@ -89,7 +92,7 @@ def backward(
 
     `held` is what `forward` held and is used up; the weight's gradient is added to `into`.
     """
-    kept = _kept(head, weight, operations, call)._replace(into=into)
+    kept = _kept(head, teachers, weight, operations, call)._replace(into=into)
     with _without_autocast(head.input):
         return algorithm.backward(kept, saved, row_weight, upstream, held)
 
@@ -104,17 +107,27 @@ def with_loss(
     V = operations.vocabulary(head.weight.shape[0])
     check_targets(operations.name, head.target, V, call.recipe.ignore_index)
     with _without_autocast(head.input):
-        out, gradients = algorithm.with_loss(_kept(head, None, operations, call), units, loss)
+        out, gradients = algorithm.with_loss(
+            _kept(head, NO_TEACHERS, None, operations, call), units, loss
+        )
     assert out.statistics is not None, "they are made"  # noqa: S101
     return out.statistics, gradients
 
 
 def _kept(
-    head: LinearHead, weight: Tensor | None, operations: RowOperations, call: HeadCall
+    head: LinearHead,
+    teachers: Teachers,
+    weight: Tensor | None,
+    operations: RowOperations,
+    call: HeadCall,
 ) -> Head:
     """The head without the padding of its rows, whose number is read here."""
     rows = head.rows[: int(head.num_kept)]
-    return Head(*head[:4], rows, weight, operations, call)
+    if teachers.are_there():
+        operations = TeacherRows(
+            operations, teachers, call.divergence, call.teacher_ends, call.teacher_dtype
+        )
+    return Head(*head[:4], rows, weight, operations, call, teachers=teachers)
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
@@ -140,10 +153,23 @@ def head_forward(
         call: everything else; gradients that it does not need are None, and empty from the
             operator, as are outputs that it does not want.
     """
-    return forward(ONE_DEVICE, head, weight, row_weight, scale, call)[0]
+    return forward(ONE_DEVICE, head, NO_TEACHERS, weight, row_weight, scale, call)[0]
+
+
+@operator(tags=TAGS)
+def distilled_forward(
+    head: LinearHead,
+    teachers: Teachers,
+    row_weight: Tensor | None,
+    scale: Tensor | None,
+    call: HeadCall,
+) -> RowsAndGradients:
+    """`head_forward` of a call with a divergence, and what its logits are compared with."""
+    return forward(ONE_DEVICE, head, teachers, None, row_weight, scale, call)[0]
 
 
 @head_forward.register_fake
+@distilled_forward.register_fake
 def _(head: LinearHead, *others: Any) -> RowsAndGradients:
     call: HeadCall = others[-1]
     out = new_outputs(head.input, head.target.numel(), call.wanted)
@@ -163,9 +189,22 @@ def head_backward(
 
     Arguments as in head_forward and row_backward.
     """
-    return backward(ONE_DEVICE, head, saved, weight, row_weight, upstream, call)
+    return backward(ONE_DEVICE, head, NO_TEACHERS, saved, weight, row_weight, upstream, call)
+
+
+@operator(tags=TAGS)
+def distilled_backward(
+    head: LinearHead,
+    teachers: Teachers,
+    saved: Tensor,
+    row_weight: Tensor | None,
+    call: HeadCall,
+) -> Gradients:
+    """`head_backward` of a call with a divergence."""
+    return backward(ONE_DEVICE, head, teachers, saved, None, row_weight, NOTHING, call)
 
 
 @head_backward.register_fake
+@distilled_backward.register_fake
 def _(head: LinearHead, *others: Any) -> Gradients:
     return new_gradients(head, others[-1])

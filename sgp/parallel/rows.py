@@ -71,6 +71,10 @@ class ShardRows:
         """What all ranks plan by."""
         return max(self.shard.sizes)
 
+    def at(self, *_: Any) -> ShardRows:
+        """Itself: all rows are alike."""
+        return self
+
     def start_sum(self, x: Tensor) -> Any:
         """Begin to sum x over the ranks."""
         return self.shard.start_sum(x)

@@ -30,22 +30,24 @@ from sgp.reference.losses import TokenLogProbs, token_log_probs
 from sgp.reference.steps import head_logits, reduce_kept, scatter_kept, score, select
 from sgp.rows.divergence import Divergence
 from sgp.rows.problem import (
-    FLOATS,
     INTEGERS,
-    Problem,
     check_flags,
     check_mean_weights,
     check_targets,
-    check_tensor,
     make_problem,
-    moved_ahead,
 )
-from sgp.rows.recipe import Recipe, accumulation_dtype, shown
+from sgp.rows.recipe import Recipe, accumulation_dtype
 from sgp.rows.reduction import check_reduction
+from sgp.rows.teachers import (
+    Teacher,
+    index_of_teachers,
+    named_teachers,
+    refuse_with_top_k,
+    teacher_heads,
+    teacher_logits,
+)
 from sgp.rows.top_k import TopK
 from sgp.selection import Selection
-
-Teacher = Tensor | Sequence[Tensor] | TopK
 
 
 def distillation(
@@ -89,18 +91,20 @@ def distillation(
     if problem.has_probabilities():
         raise TypeError(f"{name}: target is {problem.target.dtype}; expected class indices")
     denominator = check_reduction(name, reduction, denominator)
-    given = _teachers(name, "teacher", teacher)
+    given = named_teachers(name, "teacher", teacher)
     logits = problem.input.reshape(-1, problem.input.shape[-1])
     kept = (problem.target != ignore).nonzero().squeeze(1)
     if isinstance(given, TopK):
-        _refuse_with_top_k(name, of_teacher, teacher_index)
+        refuse_with_top_k(name, of_teacher, teacher_index)
         given.check_rows(name, "teacher", len(kept))
         V = logits.shape[-1]
         given.check_vocabulary(name, V)
     else:
-        rows = [_teacher_rows(name, *item, input, target) for item in given.items()]
+        given_rows = (teacher_logits(name, *item, input, target) for item in given.items())
+        rows = [x.flatten(0, -2) for x in given_rows]
         V = min(x.shape[-1] for x in (logits, *rows))
-        of_row = _teacher_of(name, teacher, teacher_index, target, problem, shift, kept)
+        index = index_of_teachers(name, teacher, teacher_index, target, problem, shift)
+        of_row = torch.zeros_like(kept) if index is None else index[kept]
     logits, y = logits[kept][:, :V], problem.target[kept]
     s = score(logits, recipe)
     log_p = F.log_softmax(s / float(temperature), -1)
@@ -180,8 +184,8 @@ def linear_distillation(
                 )
         teachers = teacher_input
     else:
-        _teachers(name, "teacher_input", teacher_input)
-        heads = _teacher_heads(name, input, teacher_input, teacher_weight, teacher_bias)
+        named_teachers(name, "teacher_input", teacher_input)
+        heads = teacher_heads(name, input, teacher_input, teacher_weight, teacher_bias)
         dtype = accumulation_dtype(input.dtype)
         made = [head_logits(name, *x, selection, dtype, names) for names, x in heads]
         teachers = made if isinstance(teacher_input, (list, tuple)) else made[0]
@@ -233,156 +237,3 @@ def _buckets(teacher: TopK, log_p: Tensor) -> tuple[Tensor, Tensor]:
     tail = torch.where(some, (1 - mass).clamp(min=0), 0)
     of_teacher = torch.cat([log_q, tail.log()], 1) - (mass + tail).log()
     return torch.cat([of_student, torch.where(some, rest, -math.inf)], 1), of_teacher
-
-
-def _teachers(name: str, label: str, teacher: Teacher) -> TopK | dict[str, Tensor]:
-    """The teachers by the words that an error calls them; or the few tokens of one."""
-    if isinstance(teacher, TopK):
-        return teacher
-    if isinstance(teacher, (list, tuple)):
-        if not teacher:
-            raise ValueError(f"{name}: {label} is an empty list; expected a teacher or more")
-        return {f"{label}[{number}]": x for number, x in enumerate(teacher)}
-    if not isinstance(teacher, Tensor):
-        raise TypeError(
-            f"{name}: {label} is a {type(teacher).__name__}; expected a torch.Tensor, a list of "
-            "them or an sgp.TopK"
-        )
-    return {label: teacher}
-
-
-def _refuse_with_top_k(name: str, of_teacher: Recipe, teacher_index: Tensor | None) -> None:
-    given = {
-        "teacher_softcap": of_teacher.softcap,
-        "teacher_logit_scale": None if of_teacher.logit_scale == 1.0 else of_teacher.logit_scale,
-        "teacher_index": teacher_index,
-    }
-    for label, value in given.items():
-        if value is not None:
-            raise ValueError(
-                f"{name}: {label} = {shown(value)} together with an sgp.TopK, whose "
-                "log-probabilities are final; leave it out"
-            )
-
-
-def _teacher_rows(
-    name: str,
-    label: str,
-    teacher: Tensor,
-    input: Tensor,  # noqa: A002
-    target: Tensor | Selection,
-) -> Tensor:
-    """(N, V_t) logits of a teacher in the layout of the student's."""
-    _check_teacher(name, label, teacher, input)
-    dim = -1 if isinstance(target, Selection) or input.dim() == 1 else 1
-    if teacher.dim() != input.dim() or (
-        teacher.movedim(dim, -1).shape[:-1] != input.movedim(dim, -1).shape[:-1]
-    ):
-        raise ValueError(
-            f"{name}: {label} is {tuple(teacher.shape)} and input {tuple(input.shape)}; expected "
-            "the same shape, but for the length of the vocabulary"
-        )
-    if not teacher.shape[dim]:
-        raise ValueError(f"{name}: {label} {tuple(teacher.shape)} has a vocabulary of 0")
-    rows = teacher.detach().movedim(dim, -1)
-    return rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])
-
-
-def _check_teacher(name: str, label: str, value: Tensor, input: Tensor) -> None:  # noqa: A002
-    check_tensor(name, label, value)
-    if value.dtype not in FLOATS:
-        raise TypeError(
-            f"{name}: {label} is {value.dtype}; expected float32, float64, bfloat16 or float16"
-        )
-    if value.device != input.device:
-        raise ValueError(f"{name}: input is on {input.device} and {label} on {value.device}")
-
-
-def _teacher_heads(
-    name: str,
-    input: Tensor,  # noqa: A002
-    hidden: Any,
-    weight: Any,
-    bias: Any,
-) -> list[tuple[tuple[str, str, str], tuple[Tensor, Tensor, Tensor | None]]]:
-    """For each teacher what an error calls its parts, and these."""
-    several = isinstance(hidden, (list, tuple))
-    if not several:
-        hidden, weight, bias = [hidden], [weight], [bias]
-    elif bias is None:
-        bias = [None] * len(hidden)
-    for label, values in (("teacher_weight", weight), ("teacher_bias", bias)):
-        if not isinstance(values, (list, tuple)) or len(values) != len(hidden):
-            kind = (
-                f"a list of {len(values)}" if isinstance(values, (list, tuple)) else shown(values)
-            )
-            raise ValueError(
-                f"{name}: {label} is {kind}; expected a list of {len(hidden)}, as teacher_input is"
-            )
-    found = []
-    for number, parts in enumerate(zip(hidden, weight, bias, strict=True)):
-        at = f"[{number}]" if several else ""
-        names = (f"teacher_input{at}", f"teacher_weight{at}", f"teacher_bias{at}")
-        for label, value in zip(names, parts, strict=True):
-            if value is not None or label != names[2]:
-                _check_teacher(name, label, value, input)
-        h, w, b = parts
-        if not h.dim() or h.shape[:-1] != input.shape[:-1]:
-            raise ValueError(
-                f"{name}: {names[0]} is {tuple(h.shape)} and input {tuple(input.shape)}; expected "
-                "the same leading dimensions"
-            )
-        found.append((names, (h.detach(), w.detach(), None if b is None else b.detach())))
-    return found
-
-
-def _teacher_of(
-    name: str,
-    teacher: Teacher,
-    teacher_index: Tensor | None,
-    target: Tensor | Selection,
-    problem: Problem,
-    shift: bool | int,
-    kept: Tensor,
-) -> Tensor:
-    """(M,): the number of the teacher of each kept row."""
-    if not isinstance(teacher, (list, tuple)):
-        if teacher_index is not None:
-            raise ValueError(
-                f"{name}: teacher_index = {shown(teacher_index)} with one teacher; pass a list of "
-                "teachers"
-            )
-        return torch.zeros_like(kept)
-    if teacher_index is None:
-        raise ValueError(
-            f"{name}: teacher is a list of {len(teacher)} and teacher_index None; expected int64, "
-            "which teacher belongs to each token"
-        )
-    check_tensor(name, "teacher_index", teacher_index)
-    if teacher_index.dtype not in INTEGERS:
-        raise TypeError(f"{name}: teacher_index is {teacher_index.dtype}; expected int64")
-    N = math.prod(problem.shape)
-    if tuple(teacher_index.shape) not in (tuple(problem.shape), (N,)):
-        raise ValueError(
-            f"{name}: teacher_index is {tuple(teacher_index.shape)}; expected "
-            f"{tuple(problem.shape)} or ({N},), one a token"
-        )
-    if teacher_index.device != problem.input.device:
-        raise ValueError(
-            f"{name}: input is on {problem.input.device} and teacher_index on "
-            f"{teacher_index.device}"
-        )
-    index = teacher_index.reshape(-1).to(torch.int64)
-    if isinstance(target, Tensor) and problem.shape:
-        ahead = tokens_ahead(name, shift, problem.shape[-1])
-        _, moved = moved_ahead(index, index, problem.shape, -100, ahead)
-        index = index if moved is None else moved
-    found = index[kept]
-    bad = (found < 0) | (found >= len(teacher))
-    if bad.any():
-        at = int(bad.nonzero()[0])
-        raise IndexError(
-            f"{name}: teacher_index of row {int(kept[at])} is {int(found[at])}; expected a number "
-            f"in [0, {len(teacher)}), of a teacher"
-        )
-    return found

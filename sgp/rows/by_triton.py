@@ -86,8 +86,8 @@ def backward(
         launch.put(
             (
                 "backward", logits.device, recipe, V, known(source), known(sink),
-                dtype_of(weight), dtype_of(row_weight), dtype_of(upstream.lse), dtype_of(upstream.entropy),
-                None if columns is None else (*map(of_kind, columns),),
+                dtype_of(weight), dtype_of(row_weight), dtype_of(upstream.lse),
+                dtype_of(upstream.entropy), None if columns is None else (*map(of_kind, columns),),
             ),
             (source.ptr, sink.ptr, target, saved, weight, row_weight, *upstream),
             N,
@@ -131,8 +131,8 @@ def mean_scale(
         options = (weight, row_weight, scale)
         launch.put(
             (
-                "mean_scale", target.device, ignore_index, V, dtype_of(weight), dtype_of(row_weight),
-                dtype, N < 1 << 31,
+                "mean_scale", target.device, ignore_index, V, dtype_of(weight),
+                dtype_of(row_weight), dtype, N < 1 << 31,
             ),
             (target, weight, row_weight),
             1,
@@ -160,6 +160,7 @@ def source_and_sink(logits: Tensor, dlogits: Tensor | None) -> tuple[Matrix, Mat
 
 
 def matrix_of(x: Tensor) -> Matrix:
+    """The addressing of x, or of a copy where its leading dimensions need three strides."""
     addressed = matrix(x)
     return matrix(x.contiguous()) if addressed is None else addressed
 
@@ -176,6 +177,7 @@ def of_kind(x: int) -> tuple[bool, bool, bool]:
 
 
 def dtype_of(x: Tensor | None) -> torch.dtype | None:
+    """Its dtype, for the key of a launch."""
     return None if x is None else x.dtype
 
 
@@ -192,6 +194,7 @@ def options_of(
     upstream: Upstream = NOTHING,
     columns: Columns | None = None,
 ) -> launch.Options:
+    """What a kernel takes of a recipe and the tensors beside the logits."""
     return launch.Options(
         weight,
         None if weight is None else weight.mean(),
@@ -213,6 +216,6 @@ def options_of(
 
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensor's."""
-    if not tensor.is_cuda or tensor.device.index == torch.cuda.currentdevice_of():
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return HERE
     return torch.cuda.device(tensor.device)

@@ -66,6 +66,10 @@ class Divergence(NamedTuple):
         """Whether there is a teacher."""
         return self.kind != ""
 
+    def needs_label(self, *, stats: bool) -> bool:
+        """Whether it matters which class a target is."""
+        return stats or self.cross_entropy_weight > 0
+
     def of_teacher(self, recipe: Recipe) -> Recipe:
         """The teacher's recipe beside the student's."""
         return Recipe(
@@ -74,6 +78,16 @@ class Divergence(NamedTuple):
             logit_scale=self.teacher_logit_scale,
             temperature=recipe.temperature,
         )
+
+    def largest_gradient(self) -> float:
+        """About the largest that a student's score gets at temperature 1.
+
+        That of a KL with the student before the bar grows with the logarithm of a teacher's small
+        probability: for one of exp(-100). Of a mixture it is that of its least share.
+        """
+        if self.kind == "reverse_kl":
+            return 100.0
+        return 1.0 if self.kind == "forward_kl" else 1.0 - math.log(min(self.beta, 1 - self.beta))
 
     def of_student(self, recipe: Recipe) -> tuple[Recipe, bool]:
         """Its recipe at temperature 1; whether the cross-entropy needs sums of its own for that."""

@@ -65,6 +65,9 @@ class RowOperations(Protocol):
     ) -> None:
         """Fill `dlogits` from what the forward saved (see `by_torch`)."""
 
+    def at(self, part: slice, rows: Tensor) -> RowOperations:
+        """Those of some kept rows, which are `rows` (m,) of all; they are of use to a teacher."""
+
     def start_sum(self, x: Tensor) -> Any:
         """Begin to add x up over who holds the other columns, in place; None: nothing to do."""
 
@@ -91,6 +94,10 @@ class OneDevice:
     def backward(self, logits: Tensor, *arguments: Any) -> None:
         """As `by_torch.backward`."""
         implementation(logits).backward(logits, *arguments)
+
+    def at(self, *_: Any) -> RowOperations:
+        """Itself: all rows are alike."""
+        return self
 
     def start_sum(self, _: Tensor) -> None:
         """Nobody else has a part."""

@@ -27,14 +27,14 @@ SMALL = 0.4  # of a logarithm a: below, exp(a) - 1 is expm1(a)
 class Whose(NamedTuple):
     """Which rows a teacher's logits are for, where there are several teachers."""
 
-    index: Tensor | None = None  # (N,) int64; None: all
+    teacher: Tensor | None = None  # (N,) int64: each row's; None: all are of this one
     number: int = 0
 
     def kept(self, target: Tensor, ignore_index: int) -> Tensor:
         """(m,) the rows with a loss."""
         kept = target != ignore_index
-        if self.index is not None:
-            kept = kept & (self.index == self.number)
+        if self.teacher is not None:
+            kept = kept & (self.teacher == self.number)
         return kept.nonzero().squeeze(1)
 
 
@@ -108,13 +108,7 @@ def forward(
     need_stats = out.statistics is not None
     for rows in _parts(target, whose, recipe, V):
         pair = _Pair.of(logits, teacher, rows, recipe, divergence)
-        sums = pair.sums(need_entropy=need_stats)
-        numbers = Numbers.of(sums)
-        if divergence.kind == "jsd":
-            value, w = pair.mixture_terms(numbers)
-        else:
-            value, w = divergence_of(sums.w, numbers, divergence.kind)
-        value, sums = value.clamp(min=0), sums._replace(w=w)  # below 0 it is a rounding
+        numbers, sums, value = pair.compared(need_entropy=need_stats)
         r = value.new_ones(()) if row_weight is None else row_weight[rows, None]
         y, valid = target[rows, None], None
         if divergence.cross_entropy_weight or need_stats:
@@ -222,8 +216,8 @@ class _Pair(NamedTuple):
         return _Pair(x, s_one, s, t, recipe, divergence, at_one)
 
     def sums(self, *, need_entropy: bool) -> Sums:
-        top, so, z, e = _without_largest(self.s)
-        top_t, so_t, z_t, e_t = _without_largest(self.t)
+        top, so, z, e = without_largest(self.s)
+        top_t, so_t, z_t, e_t = without_largest(self.t)
         lead = w = t_o = torch.zeros_like(top)
         a = _difference(z_t, z)
         x = _apart(e, e_t, a).sum(1, keepdim=True)
@@ -238,8 +232,18 @@ class _Pair(NamedTuple):
             t_o = _sum_of(e, z)
         top_1, so_1 = top, so
         if self.at_one:
-            top_1, so_1, _, _ = _without_largest(self.s_one)
+            top_1, so_1, _, _ = without_largest(self.s_one)
         return Sums(top, so, top_t, so_t, top_1, so_1, x, lead, w, t_o)
+
+    def compared(self, *, need_entropy: bool) -> tuple[Numbers, Sums, Tensor]:
+        """(numbers, sums with what the gradient subtracts, divergences (m, 1))."""
+        sums = self.sums(need_entropy=need_entropy)
+        numbers = Numbers.of(sums)
+        if self.divergence.kind == "jsd":
+            value, w = self.mixture_terms(numbers)
+        else:
+            value, w = divergence_of(sums.w, numbers, self.divergence.kind)
+        return numbers, sums._replace(w=w), value.clamp(min=0)  # below 0 it is a rounding
 
     def mixture_terms(self, numbers: Numbers) -> tuple[Tensor, Tensor]:
         """(m, 1) each: of the jsd, and the sum of p (log(m / p) - that of the lead)."""
@@ -279,7 +283,28 @@ class _Pair(NamedTuple):
         return multiply_by_slope_(g.mul_(r), self.x, plain)
 
 
-def _without_largest(s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class Scored(NamedTuple):
+    """Rows of scores of both models, and how far they are from each other."""
+
+    pair: _Pair
+    numbers: Numbers
+    value: Tensor  # (m, 1) divergences
+    w: Tensor  # (m, 1): what the gradient subtracts
+
+    @staticmethod
+    def of(s: Tensor, t: Tensor, divergence: Divergence) -> Scored:
+        """Of scores (m, V) each, with nothing but the divergence."""
+        pair = _Pair(s, s, s, t, Recipe(), divergence._replace(cross_entropy_weight=0.0), False)
+        numbers, sums, value = pair.compared(need_entropy=False)
+        return Scored(pair, numbers, value, sums.w)
+
+    def gradient(self) -> Tensor:
+        """(m, V) of the sum of the divergences, for the student's scores."""
+        some = torch.zeros_like(self.w, dtype=torch.int64)
+        return self.pair.gradient(self.numbers, self.w, some, self.w.new_ones(()))
+
+
+def without_largest(s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(max, sum of exp(z) without one maximal column, z = s - max, exp(z))."""
     top = s.amax(1, keepdim=True)
     z = s - top.masked_fill(top == -torch.inf, 0)

@@ -1,4 +1,4 @@
-"""The divergence of two rows by the Triton kernels; functions and arguments as in `two_by_torch`."""
+"""The divergence of two rows by the Triton kernels; functions as in `two_by_torch`."""
 
 from __future__ import annotations
 
@@ -72,15 +72,15 @@ def _forward(
         theirs = matrix_of(teacher)
         opts = _options(row_weight, scale, recipe, divergence)
         V, N, ignored = logits.shape[-1], target.numel(), recipe.ignore_index
-        rows = (source, theirs, sink, target, whose.index, loss, saved, stats)
+        rows = (source, theirs, sink, target, whose.teacher, loss, saved, stats)
         launch.put(
             (
                 "two rows", logits.device, recipe, divergence, V, known(source), known(theirs),
-                known(sink), whose.index is None, of_kind(whose.number), loss is None,
+                known(sink), whose.teacher is None, of_kind(whose.number), loss is None,
                 saved is None, stats is None, dtype_of(row_weight), dtype_of(scale),
             ),
             (
-                source.ptr, theirs.ptr, None if sink is None else sink.ptr, target, whose.index,
+                source.ptr, theirs.ptr, None if sink is None else sink.ptr, target, whose.teacher,
                 row_weight, scale,
             ),
             N,
@@ -139,14 +139,14 @@ def backward(
         theirs = matrix_of(teacher)
         opts = _options(row_weight, None, recipe, divergence, columns)
         V, N, ignored = logits.shape[-1], target.numel(), recipe.ignore_index
-        rows = (source, theirs, sink, target, whose.index, saved)
+        rows = (source, theirs, sink, target, whose.teacher, saved)
         launch.put(
             (
                 "gradient of two rows", logits.device, recipe, divergence, V, known(source),
-                known(theirs), known(sink), whose.index is None, of_kind(whose.number),
+                known(theirs), known(sink), whose.teacher is None, of_kind(whose.number),
                 dtype_of(row_weight), None if columns is None else (*map(of_kind, columns),),
             ),
-            (source.ptr, theirs.ptr, sink.ptr, target, whose.index, saved, row_weight),
+            (source.ptr, theirs.ptr, sink.ptr, target, whose.teacher, saved, row_weight),
             N,
             (*rows, *opts, ignored, whose.number, V),
             lambda: launch.two_rows_gradient(
