@@ -19,6 +19,7 @@ from sgp.kernels.arithmetic import INTERPRETED, Options, Statistics
 from sgp.kernels.divisor import mean_scale as mean_scale_kernel
 from sgp.kernels.factor import multiply_rows
 from sgp.kernels.layout import Matrix, alignment
+from sgp.kernels.probabilities import probabilities
 from sgp.kernels.row_backward import row_backward
 from sgp.kernels.row_blockwise import row_blockwise
 from sgp.kernels.row_resident import row_resident
@@ -31,6 +32,7 @@ __all__ = [
     "Statistics",
     "mean_scale",
     "multiply",
+    "probability_rows",
     "put",
     "row_forward",
     "row_gradient",
@@ -201,6 +203,33 @@ def row_gradient(
     return Call(row_backward, (target.numel(),), arguments, constants)
 
 
+def probability_rows(
+    logits: Matrix,
+    target: Matrix,
+    dlogits: Matrix | None,
+    dtarget: Matrix | None,
+    loss: torch.Tensor | None,
+    saved: torch.Tensor | None,
+    opt: Options,
+    *,
+    N: int,
+    V: int,
+    on: Target | None = None,
+) -> Call:
+    """Loss and gradients of N rows whose target is a distribution; without `loss`, from `saved`."""
+    row = _row(V, opt, logits, dlogits, others=(target, dtarget))
+    on = on or table.target_of(logits.ptr.device)
+    line = table.probabilities(row)
+    constants = {
+        "BV_2": line.BV_2 or line.BV,
+        "EDGES": row.edges,
+        **_lanes(line, row, on),
+        **_constants(line, row, on),
+    }
+    arguments = (logits, target, dlogits, dtarget, loss, saved, opt, V)
+    return Call(probabilities, (N,), arguments, constants)
+
+
 def multiply(
     dlogits: Matrix,
     target: torch.Tensor | None,
@@ -248,10 +277,11 @@ def _row(
     *,
     stats: bool = False,
     argmax: bool = False,
+    others: tuple[Matrix | None, ...] = (),
 ) -> Row:
     light = opt.softcap is None and opt.weight is None
     quiet = opt.label_smoothing is None and opt.entropy_weight is None and not stats
-    matrices = (logits,) if dlogits is None else (logits, dlogits)
+    matrices = tuple(m for m in (logits, dlogits, *others) if m is not None)
     align = alignment(V, *matrices)
     contiguous = all(m.col_stride == 1 for m in matrices)
     halving = dlogits is not None and dlogits.ptr.dtype != logits.ptr.dtype
@@ -266,7 +296,7 @@ def _row(
         wide=begins and (align >= 8 or edges),
         edges=edges,
         contiguous=contiguous,
-        itemsize=logits.ptr.dtype.itemsize,
+        itemsize=min(m.ptr.dtype.itemsize for m in (logits, *others) if m is not None),
         halving=halving,
         gradient=dlogits is not None,
         argmax=argmax,

@@ -185,6 +185,11 @@ EVERYTHING = {
     4: ((None, Line("streaming", 4_096, 512)),),
 }
 STREAMING_NARROW = Line("streaming", 4_096, 512)  # accesses of one element. Not timed.
+# Logits and probabilities, by the bytes of the narrower. Not timed.
+PROBABILITIES = {
+    2: ((None, Line("streaming", 8_192, 512)),),
+    4: ((None, Line("streaming", 4_096, 512)),),
+}
 EVERYTHING_NARROW = {2: ((None, STREAMING_NARROW),)}
 
 # One pass over a row that is read and written once. Not timed in these kernels; a plain copy of a
@@ -296,6 +301,11 @@ def _by_length(row: Row, lines: dict[int, tuple[tuple[int | None, Line], ...]]) 
         return STREAMING_NARROW
     by_length = lines[row.itemsize]
     return next(line for longest, line in by_length if longest is None or longest > row.V)
+
+
+def probabilities(row: Row) -> Line:
+    """The line of a kernel that streams logits and probabilities."""
+    return _by_length(row, PROBABILITIES)
 
 
 def one_pass(row: Row, target: Target) -> Line:
