@@ -97,6 +97,50 @@ def backward(
         _copy_back(sink, dlogits)
 
 
+def probabilities(
+    logits: Tensor,
+    target: Tensor,
+    dlogits: Tensor | None,
+    dtarget: Tensor | None,
+    loss: Tensor | None,
+    saved: Tensor | None,
+    weight: Tensor | None,
+    row_weight: Tensor | None,
+    scale: Tensor | None,
+    recipe: Recipe,
+) -> None:
+    """Fill what is given of losses and gradients of rows whose target is a distribution.
+
+    Args:
+        logits: (..., V), any strides; leading dimensions flatten to N.
+        target: (..., V) of the same shape, any strides.
+        dlogits, dtarget: their gradients, contiguous, each in its own dtype.
+        loss: (N,); None: `saved` is read instead of written.
+        saved: (N, 3), what the gradients are made from.
+        weight: (V,) class weights.
+        row_weight: (N,); in backward the upstream gradients.
+        scale: () multiplies the gradients only.
+        recipe: the constants of the loss.
+    """
+    with _device(logits):
+        source, spread = _matrix(logits), _matrix(target)
+        sinks = [None if x is None else _matrix(x) for x in (dlogits, dtarget)]
+        options = _options(None, row_weight, scale, recipe)._replace(weight=weight)
+        V = logits.shape[-1]
+        N = logits.numel() // V
+        rows = (source, spread, *sinks, loss, saved, options)
+        launch.put(
+            (
+                "probabilities", logits.device, recipe, V, *map(_known, (source, spread, *sinks)),
+                loss is None, saved is None, _dtype(weight), _dtype(row_weight), _dtype(scale),
+            ),
+            (source.ptr, spread.ptr, dlogits, dtarget, saved, weight, row_weight, scale),
+            N,
+            (*rows, V),
+            lambda: launch.probability_rows(*rows, N=N, V=V),
+        )  # fmt: skip
+
+
 def multiply(dlogits: Tensor, target: Tensor | None, factor: Tensor, ignore_index: int) -> None:
     """Multiply the kept rows of dlogits by factor (0-d) in place; nothing happens for 1."""
     with _device(dlogits):
