@@ -5,8 +5,8 @@ class weights ``w``, with ``q_j = w_j ((1 - eps) y_j + eps / V)`` and ``A = sum_
 
     top   = max_j s_j,  e_j = exp(s_j - top),  s_o = sum_j e_j - 1,  log d = log1p(s_o)
     loss  = r (sum_j q_j (top - s_j) + A log d + zeta lse^2),        lse = top + log d
-    dx_j  = r (A e_j / d - q_j + 2 zeta lse e_j / d)                 s_j < top
-    dx_j  = r ((A - q_j) - A s_o / d + 2 zeta lse / d)               s_j = top
+    dx_j  = r (A e_j / d - q_j + 2 zeta lse e_j / d)
+    dx_j  = r ((A - q_j) - A s_o / d + 2 zeta lse / d)               s_j = top, s_o < d / 2
     dy_j  = r (1 - eps) w_j (log d + top - s_j)
 
 One of the largest columns is left out of ``s_o``, as the target is in arithmetic.py: near
@@ -130,7 +130,7 @@ def row_sums(
 
 @triton.jit
 def factors(top, s_o, a, i_row, opt):
-    """(factor of e_j, what is added to A - q_j of the largest, log d, r)."""
+    """(factor of e_j, what is added to A - q_j where s_j - top is the third, it, log d, r)."""
     r = 1.0
     if opt.row_weight is not None:
         r = tl.load(opt.row_weight + i_row)
@@ -139,20 +139,22 @@ def factors(top, s_o, a, i_row, opt):
     inv_d = 1.0 / (1.0 + s_o)
     log_d = log1p(s_o)
     of_e = a * inv_d
-    of_top = -a * (s_o * inv_d)
+    so_d = s_o * inv_d
+    certain = tl.where(so_d < 0.5, 0.0, 1.0)  # 1: nowhere, as no score passes the largest
+    of_top = -a * so_d
     if opt.lse_square_scale is not None:
         from_lse = 2.0 * opt.lse_square_scale * (top + log_d) * inv_d
         of_e += from_lse
         of_top += from_lse
-    return of_e, of_top, log_d, r
+    return of_e, of_top, certain, log_d, r
 
 
 @triton.jit
-def gradients(b_x, b_y, b_w, m_col, top, a, of_e, of_top, log_d, r, opt, V):
+def gradients(b_x, b_y, b_w, m_col, top, a, of_e, of_top, certain, log_d, r, opt, V):
     """The gradients of logits and of probabilities, float32."""
     b_z = score(b_x, m_col, opt) - top
     b_q = weighted(b_y, b_w, m_col, opt, V)
-    b_dx = tl.where(b_z == 0.0, (a - b_q) + of_top, of_e * exp(b_z) - b_q) * r
+    b_dx = tl.where(b_z == certain, (a - b_q) + of_top, of_e * exp(b_z) - b_q) * r
     if opt.softcap is not None:
         b_dx = b_dx * transform_slope(b_x, opt)
     if opt.logit_scale is not None:
@@ -193,7 +195,7 @@ def write_gradients(
     BV: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, EDGES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
-    of_e, of_top, log_d, r = factors(top, s_o, a, i_row, opt)
+    of_e, of_top, certain, log_d, r = factors(top, s_o, a, i_row, opt)
     p_x, before, columns = body(logits, i_row, V, ALIGN, VECTOR, EDGES)
     p_y = body_of(target, i_row, V, ALIGN, VECTOR, EDGES)
     p_dx = body_of(dlogits, i_row, V, ALIGN, VECTOR, EDGES)
@@ -207,7 +209,9 @@ def write_gradients(
         b_x = load_columns(p_x_block, logits, o_lane, m_col, float("-inf"), False)
         b_y = load_columns(p_y_block, target, o_lane, m_col, 0.0, False)
         b_w = load_class_weight(before + start + o_lane, m_col, opt)
-        b_dx, b_dy = gradients(b_x, b_y, b_w, m_col, top, a, of_e, of_top, log_d, r, opt, V)
+        b_dx, b_dy = gradients(
+            b_x, b_y, b_w, m_col, top, a, of_e, of_top, certain, log_d, r, opt, V
+        )
         if dlogits is not None:
             store_columns(p_dx + column_offset(dlogits, start), dlogits, o_lane, m_col, b_dx)
         if dtarget is not None:
@@ -217,7 +221,9 @@ def write_gradients(
         b_x = tl.load(row_pointer(logits, i_row, 1) + o_col, mask=m_col, other=float("-inf"))
         b_y = tl.load(row_pointer(target, i_row, 1) + o_col, mask=m_col, other=0.0)
         b_w = load_class_weight(o_col, m_col, opt)
-        b_dx, b_dy = gradients(b_x, b_y, b_w, m_col, top, a, of_e, of_top, log_d, r, opt, V)
+        b_dx, b_dy = gradients(
+            b_x, b_y, b_w, m_col, top, a, of_e, of_top, certain, log_d, r, opt, V
+        )
         if dlogits is not None:
             store_columns(row_pointer(dlogits, i_row, 1), dlogits, o_col, m_col, b_dx)
         if dtarget is not None:
