@@ -318,7 +318,8 @@ def test_class_probabilities(shape, reduction, option, backend, device):
     plain = loss_and_grad(F.cross_entropy, logits, target, reduction=reduction, **options)
     ours = loss_and_grad(sgp.cross_entropy, logits, target, reduction=reduction, **options)
     assert_no_worse(ours[0], plain[0], truth[0])
-    assert_no_worse(ours[1], plain[1], truth[1])
+    # By token: of one class, p - q may be next to nothing for all tokens.
+    assert_no_worse(*(grads[1].movedim(dim, -1) for grads in (ours, plain, truth)))
 
 
 @pytest.mark.core

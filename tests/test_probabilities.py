@@ -5,7 +5,6 @@ PyTorch's own sample inputs are in test_cross_entropy.py, the operators' checks 
 
 # ruff: noqa: ARG001  (fixtures are asked for by name, for what they do)
 
-import itertools
 from functools import partial
 
 import pytest
@@ -89,7 +88,7 @@ OPTIONS = ["plain", "weight", "label_smoothing", "token_weight", "softcap", "log
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none", "sequence_sum", "sequence_mean"])
+@pytest.mark.parametrize("reduction", ["mean", "none", "sequence_mean"])
 @pytest.mark.parametrize("option", [*OPTIONS, "all"])
 def test_option_and_reduction(option, reduction, backend):
     N, V = 6, 21
@@ -98,7 +97,7 @@ def test_option_and_reduction(option, reduction, backend):
     options = options_of(option, N, V)
     if "token_weight" in options:
         options["token_weight"] = options["token_weight"].view(2, 3)
-    shape = {"none": (2, 3), "sequence_sum": (2,), "sequence_mean": (2,)}.get(reduction, ())
+    shape = {"none": (2, 3), "sequence_mean": (2,)}.get(reduction, ())
     check(logits, target, torch.randn(shape), reduction=reduction, **options)
 
 
@@ -112,7 +111,9 @@ VOCABULARIES = {
 }
 
 
-@pytest.mark.parametrize("dtypes", [*itertools.product((FP32, BF16, FP16), repeat=2)], ids=str)
+@pytest.mark.parametrize(
+    "dtypes", [(FP32, FP32), (BF16, BF16), (BF16, FP32), (FP32, FP16), (FP16, BF16)], ids=str
+)
 @pytest.mark.parametrize("V", VOCABULARIES)
 def test_vocabulary_and_dtypes(V, dtypes, kernel):
     logits = (3 * torch.randn(2, V)).to(dtypes[0])
@@ -223,7 +224,7 @@ VIEWS = {
 }
 
 
-@pytest.mark.parametrize("V", [9, 8_200])
+@pytest.mark.parametrize("V", [9, 4_200])
 @pytest.mark.parametrize("view", VIEWS)
 def test_any_strides_are_read_where_they_are(view, V, kernel):
     logits, target = VIEWS[view](V), VIEWS[view](V)
@@ -342,8 +343,7 @@ def test_gradients_of_examples(argument, given, backend):
 
 @pytest.mark.core
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("reduction", "dynamic"), [("mean", False), ("none", True)])
 def test_compiled_is_eager(reduction, dynamic, given, backend):
     torch._dynamo.reset()
 
