@@ -1,29 +1,39 @@
 """Loss and gradients of rows whose target is a distribution, streamed in blocks, read twice.
 
 A row of logits with scores ``s`` (arithmetic.py), probabilities ``y`` that need not add up to 1 and
-class weights ``w``, with ``q_j = w_j ((1 - eps) y_j + eps / V)`` and ``A = sum_j q_j``::
+class weights ``w``, with ``q_j = w_j ((1 - eps) y_j + eps / V)`` and a largest column ``m``::
 
-    top   = max_j s_j,  e_j = exp(s_j - top),  s_o = sum_j e_j - 1,  log d = log1p(s_o)
-    loss  = r (sum_j q_j (top - s_j) + A log d + zeta lse^2),        lse = top + log d
+    top   = s_m,  e_j = exp(s_j - top),  s_o = sum_{j != m} e_j,  log d = log1p(s_o)
+    q_o   = sum_{j != m} q_j,  A = q_o + q_m,  lse = top + log d
+    loss  = r (sum_j q_j (top - s_j) + A log d + zeta lse^2)
     dx_j  = r (A e_j / d - q_j + 2 zeta lse e_j / d)
-    dx_j  = r ((A - q_j) - A s_o / d + 2 zeta lse / d)               s_j = top, s_o < d / 2
+    dx_m  = r (q_o - A s_o / d + 2 zeta lse / d)       where s_o < d / 2, m has most of the mass
     dy_j  = r (1 - eps) w_j (log d + top - s_j)
 
-One of the largest columns is left out of ``s_o``, as the target is in arithmetic.py: near
-probability 1 neither ``log d`` nor ``p - q`` may be the difference of numbers near 1. Every term of
-the loss is positive where the probabilities are. ``0 log 0`` is 0: a class with q = 0 and a score
-of minus infinity adds nothing to the loss, and has no gradient of its probability.
+The largest column is left out of two sums, as the target is in arithmetic.py: near probability 1
+neither ``log d`` nor ``p - q`` may be the difference of numbers near 1. The price: two comparisons
+with the maximum an element. Every term of the loss is positive where the probabilities are.
+``0 log 0`` is 0: a class with q = 0 and a score of minus infinity adds nothing to the loss, and has
+no gradient of its probability.
 
 The form is row_streaming's: sums are kept running by each thread for the columns that it loads, so
 that the first loop has no barrier and no shuffle, and the lanes meet once. The price: logits and
 probabilities are each asked for twice, the second time where the first loop has left them in L2.
-The backward has the second loop alone, from ``(top, s_o, A)`` of each row.
+The backward has the second loop alone, from ``(top, s_o, q_o, A)`` of each row.
 """
 
 import triton
 import triton.language as tl
 
-from sgp.kernels.arithmetic import exp, finite_or_zero, log1p, score, transform_slope
+from sgp.kernels.arithmetic import (
+    exp,
+    exponent_of,
+    finite_or_zero,
+    fma,
+    log1p,
+    score,
+    transform_slope,
+)
 from sgp.kernels.layout import aligned, body, column_offset, edge_columns, row_pointer
 from sgp.kernels.row_pieces import load_class_weight
 
@@ -58,9 +68,12 @@ def weighted(b_y, b_w, m_col, opt, V):
 def accumulate(
     carry, b_x, b_y, b_w, m_col, opt, V, LANES: tl.constexpr, VECTOR: tl.constexpr
 ):  # fmt: skip
-    """One block more into each lane's (top, s_o, A, B), where B = sum q (top - s)."""
+    """One block more into each lane's (top, s_o, q_o, q_m, B), where B = sum q (top - s).
+
+    Of equal largest columns, all are in q_m: nobody asks for it then.
+    """
     SHAPE: tl.constexpr = [b_x.shape[0] // (LANES * VECTOR), LANES, VECTOR]
-    top, s_o, a, b = carry
+    top, s_o, q_o, q_m, b = carry
     b_s = tl.reshape(score(b_x, m_col, opt), SHAPE)
     b_q = tl.reshape(weighted(b_y, b_w, m_col, opt, V), SHAPE)
     top_new = tl.maximum(top, tl.max(tl.max(b_s, 2), 0))
@@ -73,24 +86,27 @@ def accumulate(
     s_o = shrink * s_o + tl.maximum(count - 1.0 + shrink, 0.0)
     s_o += tl.sum(tl.sum(b_e, 2), 0)
     b_b = b_q * tl.where(b_q == 0.0, 0.0, -b_z)
-    b += a * (origin - finite_or_zero(top)) + tl.sum(tl.sum(b_b, 2), 0)
-    a += tl.sum(tl.sum(b_q, 2), 0)
-    return top_new, s_o, a, b
+    b += (q_o + q_m) * (origin - finite_or_zero(top)) + tl.sum(tl.sum(b_b, 2), 0)
+    q_o += tl.where(top_new > top, q_m, 0.0) + tl.sum(tl.sum(tl.where(is_top, 0.0, b_q), 2), 0)
+    q_m = tl.where(top_new > top, 0.0, q_m) + tl.sum(tl.sum(tl.where(is_top, b_q, 0.0), 2), 0)
+    return top_new, s_o, q_o, q_m, b
 
 
 @triton.jit
 def row_of_lanes(carry):
-    """(top, s_o, A, B) of the row; s_o is NaN where every score is minus infinity."""
-    top, s_o, a, b = carry
+    """(top, s_o, q_o, A, B) of the row; s_o is NaN where every score is minus infinity."""
+    top, s_o, q_o, q_m, b = carry
     top_row = tl.max(top, 0)
     origin = finite_or_zero(top_row)
     shrink = exp(top - origin)
     is_top = top == origin
     s_o = tl.sum(s_o * shrink + tl.where(is_top, 0.0, shrink), 0)
     s_o += tl.sum(is_top.to(tl.float32), 0) - 1.0
-    b = tl.sum(b + a * (origin - finite_or_zero(top)), 0)
+    b = tl.sum(b + (q_o + q_m) * (origin - finite_or_zero(top)), 0)
+    q_o = tl.sum(q_o + tl.where(is_top, 0.0, q_m), 0)
+    a = q_o + tl.sum(tl.where(is_top, q_m, 0.0), 0)
     s_o = tl.where(top_row == float("-inf"), float("nan"), s_o)
-    return top_row, s_o, tl.sum(a, 0), b
+    return top_row, s_o, q_o, a, b
 
 
 @triton.jit
@@ -99,13 +115,14 @@ def row_sums(
     BV: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, EDGES: tl.constexpr,
     ALIGN: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
-    """(top, s_o, A, B) of a row."""
+    """(top, s_o, q_o, A, B) of a row."""
     p_x, before, columns = body(logits, i_row, V, ALIGN, VECTOR, EDGES)
     p_y, _, _ = body(target, i_row, V, ALIGN, VECTOR, EDGES)
     o_lane = tl.arange(0, BV)
     top = tl.full([LANES], float("-inf"), tl.float32)
     carry = (
         top,
+        tl.zeros([LANES], tl.float32),
         tl.zeros([LANES], tl.float32),
         tl.zeros([LANES], tl.float32),
         tl.zeros([LANES], tl.float32),
@@ -129,8 +146,8 @@ def row_sums(
 
 
 @triton.jit
-def factors(top, s_o, a, i_row, opt):
-    """(factor of e_j, what is added to A - q_j where s_j - top is the third, it, log d, r)."""
+def factors(top, s_o, q_o, a, i_row, opt):
+    """(top, log d, r, factor of 2^(l s - c), l, c, dx_m / r, s_m where that is to be used)."""
     r = 1.0
     if opt.row_weight is not None:
         r = tl.load(opt.row_weight + i_row)
@@ -140,31 +157,33 @@ def factors(top, s_o, a, i_row, opt):
     log_d = log1p(s_o)
     of_e = a * inv_d
     so_d = s_o * inv_d
-    certain = tl.where(so_d < 0.5, 0.0, 1.0)  # 1: nowhere, as no score passes the largest
-    of_top = -a * so_d
+    certain = tl.where(so_d < 0.5, top, float("nan"))  # which equals no score
+    dx_m = q_o - a * so_d
     if opt.lse_square_scale is not None:
         from_lse = 2.0 * opt.lse_square_scale * (top + log_d) * inv_d
         of_e += from_lse
-        of_top += from_lse
-    return of_e, of_top, certain, log_d, r
+        dx_m += from_lse
+    l, c, rest = exponent_of(top)  # noqa: E741
+    return top, log_d, r, of_e * tl.exp2(-rest), l, c, dx_m, certain
 
 
 @triton.jit
-def gradients(b_x, b_y, b_w, m_col, top, a, of_e, of_top, certain, log_d, r, opt, V):
-    """The gradients of logits and of probabilities, float32."""
-    b_z = score(b_x, m_col, opt) - top
+def gradients(b_x, b_y, b_w, m_col, row, opt, V):
+    """The gradients of logits and of probabilities, float32; `row` is what `factors` returns."""
+    top, log_d, r, of_e, l, c, dx_m, certain = row  # noqa: E741
+    b_s = score(b_x, m_col, opt)
     b_q = weighted(b_y, b_w, m_col, opt, V)
-    b_dx = tl.where(b_z == certain, (a - b_q) + of_top, of_e * exp(b_z) - b_q) * r
+    b_dx = tl.where(b_s == certain, dx_m, of_e * tl.exp2(fma(b_s, l, -c)) - b_q) * r
     if opt.softcap is not None:
         b_dx = b_dx * transform_slope(b_x, opt)
     if opt.logit_scale is not None:
         b_dx = b_dx * opt.logit_scale
-    b_dy = log_d - b_z
+    b_dy = log_d + (top - b_s)
     if opt.weight is not None:
         b_dy = b_dy * b_w
     if opt.label_smoothing is not None:
         b_dy = b_dy * (1.0 - opt.label_smoothing)
-    b_dy = tl.where((b_q == 0.0) & (b_z == float("-inf")), 0.0, b_dy * r)
+    b_dy = tl.where((b_q == 0.0) & (b_s == float("-inf")), 0.0, b_dy * r)
     return b_dx, b_dy
 
 
@@ -191,11 +210,11 @@ def body_of(m, i_row, V, ALIGN: tl.constexpr, VECTOR: tl.constexpr, EDGES: tl.co
 
 @triton.jit
 def write_gradients(
-    logits, target, dlogits, dtarget, i_row, top, s_o, a, opt, V,
+    logits, target, dlogits, dtarget, i_row, top, s_o, q_o, a, opt, V,
     BV: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, EDGES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
-    of_e, of_top, certain, log_d, r = factors(top, s_o, a, i_row, opt)
+    row = factors(top, s_o, q_o, a, i_row, opt)
     p_x, before, columns = body(logits, i_row, V, ALIGN, VECTOR, EDGES)
     p_y = body_of(target, i_row, V, ALIGN, VECTOR, EDGES)
     p_dx = body_of(dlogits, i_row, V, ALIGN, VECTOR, EDGES)
@@ -209,9 +228,7 @@ def write_gradients(
         b_x = load_columns(p_x_block, logits, o_lane, m_col, float("-inf"), False)
         b_y = load_columns(p_y_block, target, o_lane, m_col, 0.0, False)
         b_w = load_class_weight(before + start + o_lane, m_col, opt)
-        b_dx, b_dy = gradients(
-            b_x, b_y, b_w, m_col, top, a, of_e, of_top, certain, log_d, r, opt, V
-        )
+        b_dx, b_dy = gradients(b_x, b_y, b_w, m_col, row, opt, V)
         if dlogits is not None:
             store_columns(p_dx + column_offset(dlogits, start), dlogits, o_lane, m_col, b_dx)
         if dtarget is not None:
@@ -221,9 +238,7 @@ def write_gradients(
         b_x = tl.load(row_pointer(logits, i_row, 1) + o_col, mask=m_col, other=float("-inf"))
         b_y = tl.load(row_pointer(target, i_row, 1) + o_col, mask=m_col, other=0.0)
         b_w = load_class_weight(o_col, m_col, opt)
-        b_dx, b_dy = gradients(
-            b_x, b_y, b_w, m_col, top, a, of_e, of_top, certain, log_d, r, opt, V
-        )
+        b_dx, b_dy = gradients(b_x, b_y, b_w, m_col, row, opt, V)
         if dlogits is not None:
             store_columns(row_pointer(dlogits, i_row, 1), dlogits, o_col, m_col, b_dx)
         if dtarget is not None:
@@ -237,7 +252,7 @@ def probabilities(
     dlogits,  # Matrix (N, V) of the logits' dtype, written; None: not wanted
     dtarget,  # Matrix (N, V) of the target's dtype, written; None: not wanted
     loss,  # (N,) fp32, written; None: it was, and `saved` is read
-    saved,  # (N, 3) fp32: top, s_o, A; written with the loss; None: not wanted
+    saved,  # (N, 4) fp32: top, s_o, q_o, A; written with the loss; None: not wanted
     opt,  # Options, in backward the upstream gradient folded into row_weight
     V,
     BV: tl.constexpr,  # columns of a block of the first loop
@@ -250,7 +265,7 @@ def probabilities(
     i_row = tl.program_id(0).to(tl.int64)
     V = aligned(V, ALIGN)
     if loss is not None:
-        top, s_o, a, b = row_sums(
+        top, s_o, q_o, a, b = row_sums(
             logits, target, i_row, opt, V, BV, LANES, VECTOR, EDGES, ALIGN, dlogits is not None
         )
         log_d = log1p(s_o)
@@ -261,15 +276,17 @@ def probabilities(
             row_loss *= tl.load(opt.row_weight + i_row)
         tl.store(loss + i_row, row_loss)
         if saved is not None:
-            tl.store(saved + 3 * i_row, top)
-            tl.store(saved + 3 * i_row + 1, s_o)
-            tl.store(saved + 3 * i_row + 2, a)
+            tl.store(saved + 4 * i_row, top)
+            tl.store(saved + 4 * i_row + 1, s_o)
+            tl.store(saved + 4 * i_row + 2, q_o)
+            tl.store(saved + 4 * i_row + 3, a)
     else:
-        top = tl.load(saved + 3 * i_row)
-        s_o = tl.load(saved + 3 * i_row + 1)
-        a = tl.load(saved + 3 * i_row + 2)
+        top = tl.load(saved + 4 * i_row)
+        s_o = tl.load(saved + 4 * i_row + 1)
+        q_o = tl.load(saved + 4 * i_row + 2)
+        a = tl.load(saved + 4 * i_row + 3)
     if (dlogits is not None) | (dtarget is not None):
         write_gradients(
-            logits, target, dlogits, dtarget, i_row, top, s_o, a, opt, V,
+            logits, target, dlogits, dtarget, i_row, top, s_o, q_o, a, opt, V,
             BV_2, LANES, VECTOR, EDGES, ALIGN,
         )  # fmt: skip

@@ -435,6 +435,7 @@ def operator_samples():
     statistics = Wanted(saved=True, stats=True)
     _, saved, _, entropy, *_ = operators.row_forward(x, y, None, None, None, off, statistics)
     q = torch.randn(N, V).softmax(1).bfloat16()
+    sums = torch.rand(N, 4)
     spread, spread_back = probabilities.probability_forward, probabilities.probability_backward
     return {
         "row_forward, plain": (
@@ -492,8 +493,8 @@ def operator_samples():
         ),
         "probability_forward": (spread, (x, q, weight, row_weight, scale, on, True, True)),
         "probability_forward, loss only": (spread, (x, q, None, None, None, off, False, False)),
-        "probability_backward": (spread_back, (x, q, saved, weight, row_weight, on, True, True)),
-        "probability_backward, of one": (spread_back, (x, q, saved, None, None, off, False, True)),
+        "probability_backward": (spread_back, (x, q, sums, weight, row_weight, on, True, True)),
+        "probability_backward, of one": (spread_back, (x, q, sums, None, None, off, False, True)),
     }
 
 

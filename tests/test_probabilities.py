@@ -170,6 +170,23 @@ def test_nothing_is_lost_where_a_class_is_certain(gap, V, kernel):
     torch.testing.assert_close(grad, by_index[1], rtol=1e-5, atol=1e-44)
 
 
+@pytest.mark.parametrize("V", [2, 300, 9_001])
+@pytest.mark.parametrize("gap", [12.0, 25.0])
+def test_nothing_is_lost_where_both_are_certain(gap, V, kernel):
+    """The gradient of the class's logit is the difference of what both leave to the others."""
+    at = torch.tensor([0, V // 2, V - 1])
+    logits, scores = torch.randn(2, 3, V)
+    logits[range(3), at] = scores[range(3), at] = gap
+    target = scores.softmax(1)
+    others = torch.ones(3, V, dtype=torch.bool)
+    others[range(3), at] = False
+    p, q = ((x.double() * others).sum(1) for x in (logits.double().softmax(1), target))
+    _, grad, _ = results(sgp.cross_entropy, logits, target, reduction="none")
+    total = q + target[range(3), at].double()
+    error = (grad[range(3), at].double() - (q - total * p)).abs()
+    assert (error <= 1e-6 * (p + q)).all(), error / (p + q)
+
+
 @pytest.mark.parametrize("V", [3, 9_001])
 def test_a_class_without_probability_may_have_minus_infinity(V, backend):
     """0 log 0 is 0, as if the class were not there; PyTorch has NaN."""
@@ -251,7 +268,7 @@ def test_every_output_is_written_in_full():
     N, V = 3, 9_001
     x, y = torch.randn(N, V), torch.randn(N, V).softmax(1)
     nan = torch.full((N, V), torch.nan)
-    dx, dy, loss, saved = nan.clone(), nan.clone(), nan[:, 0].clone(), nan[:, :3].clone()
+    dx, dy, loss, saved = nan.clone(), nan.clone(), nan[:, 0].clone(), nan[:, :4].clone()
     options = (None, None, None, Recipe())
     with watch_accesses():
         by_triton.probabilities(x, y, dx, None, loss, saved, *options)

@@ -116,7 +116,7 @@ def probabilities(
         target: (..., V) of the same shape, any strides.
         dlogits, dtarget: their gradients, contiguous, each in its own dtype.
         loss: (N,); None: `saved` is read instead of written.
-        saved: (N, 3), what the gradients are made from.
+        saved: (N, 4), what the gradients are made from.
         weight: (V,) class weights.
         row_weight: (N,); in backward the upstream gradients.
         scale: () multiplies the gradients only.

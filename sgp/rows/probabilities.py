@@ -33,7 +33,7 @@ class ProbabilityOutputs(NamedTuple):
     """What the forward returns; None, and empty from the operator, for what was not asked for."""
 
     loss: Tensor  # (N,)
-    saved: Tensor | None  # (N, 3)
+    saved: Tensor | None  # (N, 4)
     dlogits: Tensor | None  # of the shape of the logits
 
 
@@ -135,7 +135,7 @@ def _new_outputs(logits: Tensor, saved: bool, grad: bool) -> ProbabilityOutputs:
     dtype = accumulation_dtype(logits.dtype)
     return ProbabilityOutputs(
         logits.new_empty(N, dtype=dtype),
-        logits.new_empty(N, 3, dtype=dtype) if saved else None,
+        logits.new_empty(N, 4, dtype=dtype) if saved else None,
         logits.new_empty(logits.shape) if grad else None,
     )
 
@@ -155,7 +155,7 @@ def probability_backward(
 
     Args:
         logits, target, weight, recipe: as in probability_forward.
-        saved: (N, 3) of probability_forward.
+        saved: (N, 4) of probability_forward.
         row_weight: (N,) upstream gradients of the losses.
         of_logits, of_target: which gradients.
     """
@@ -216,7 +216,7 @@ class ProbabilityScalar(torch.autograd.Function):
 
 
 class ProbabilityRows(Transformed):
-    """(losses (N,), saved (N, 3)); logits and probabilities have gradients."""
+    """(losses (N,), saved (N, 4)); logits and probabilities have gradients."""
 
     @staticmethod
     def forward(
