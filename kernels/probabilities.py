@@ -153,14 +153,14 @@ def factors(top, s_o, q_o, a, i_row, opt):
         r = tl.load(opt.row_weight + i_row)
     if opt.scale is not None:
         r = r * tl.load(opt.scale)
-    inv_d = 1.0 / (1.0 + s_o)
+    d = 1.0 + s_o
     log_d = log1p(s_o)
-    of_e = a * inv_d
-    so_d = s_o * inv_d
+    of_e = a / d  # not a (1 / d), which is rounded twice
+    so_d = s_o / d
     certain = tl.where(so_d < 0.5, top, float("nan"))  # which equals no score
     dx_m = q_o - a * so_d
     if opt.lse_square_scale is not None:
-        from_lse = 2.0 * opt.lse_square_scale * (top + log_d) * inv_d
+        from_lse = 2.0 * opt.lse_square_scale * (top + log_d) / d
         of_e += from_lse
         dx_m += from_lse
     l, c, rest = exponent_of(top)  # noqa: E741

@@ -190,6 +190,8 @@ PROBABILITIES = {
     2: ((None, Line("streaming", 8_192, 512)),),
     4: ((None, Line("streaming", 4_096, 512)),),
 }
+# Strided float32 with every option spilled with 8 columns a thread. Not timed.
+PROBABILITIES_NARROW = Line("streaming", 2_048, 512)
 EVERYTHING_NARROW = {2: ((None, STREAMING_NARROW),)}
 
 # One pass over a row that is read and written once. Not timed in these kernels; a plain copy of a
@@ -292,20 +294,24 @@ def staying(row: Row, target: Target) -> Line:
     return streaming(row, target)._replace(stays=True)
 
 
-def _by_length(row: Row, lines: dict[int, tuple[tuple[int | None, Line], ...]]) -> Line:
+def _by_length(
+    row: Row,
+    lines: dict[int, tuple[tuple[int | None, Line], ...]],
+    narrow: Line = STREAMING_NARROW,
+) -> Line:
     """The line of a row among those of its kind."""
     small = _small(row, "streaming")
     if small is not None:
         return small
     if not row.wide or not row.contiguous:
-        return STREAMING_NARROW
+        return narrow
     by_length = lines[row.itemsize]
     return next(line for longest, line in by_length if longest is None or longest > row.V)
 
 
 def probabilities(row: Row) -> Line:
     """The line of a kernel that streams logits and probabilities."""
-    return _by_length(row, PROBABILITIES)
+    return _by_length(row, PROBABILITIES, PROBABILITIES_NARROW)
 
 
 def one_pass(row: Row, target: Target) -> Line:

@@ -33,7 +33,15 @@ from rich.console import Console
 
 from bench import files, tables
 from bench.proof.binary import NamedTarget, read_amd, read_nvidia
-from bench.proof.kernel_cases import DTYPES, TARGETS, Case, call_of, cases, target_of
+from bench.proof.kernel_cases import (
+    DTYPES,
+    PROBABILITIES,
+    TARGETS,
+    Case,
+    call_of,
+    cases,
+    target_of,
+)
 from sgp.kernels import launch, table
 
 ROOT = files.ROOT
@@ -113,6 +121,11 @@ def _broken_accesses(case: Case, record: dict[str, Any]) -> list[str]:
         loads += second * logit // 16
     if case.kernel not in ("forward", "backward", "factor"):
         stores = 0
+    if case.kernel in PROBABILITIES:
+        both = logit + case.probability_dtype.itemsize
+        _, loss, backward = (case.kernel == name for name in PROBABILITIES)
+        loads = (0 if backward else first) * both // 16 + (0 if loss else second) * both // 16
+        stores = 0 if loss else second * (both if backward else gradient) // 16
     for kind, expected in (("loads", loads), ("stores", stores)):
         if record[f"{kind}_16"] < expected:
             broken.append(f"{record[f'{kind}_16']} {kind} of 16 bytes, expected {expected}")
@@ -131,12 +144,13 @@ def _broken_accesses(case: Case, record: dict[str, Any]) -> list[str]:
 def _broken_loops(case: Case, record: dict[str, Any]) -> list[str]:
     """Of a streamed row: what the threads of a program exchange, and how much they compute."""
     broken = []
-    if record["form"] not in ("streaming", "staying") or case.kernel in ("backward", "factor"):
+    no_sums = case.kernel in ("backward", "factor", PROBABILITIES[-1])
+    if record["form"] not in ("streaming", "staying") or no_sums:
         return broken
     if record["meetings"]:
         broken.append(f"{record['meetings']} barriers and shuffles in the first loop")
     is_counted = (record["target"], case.dtype, case.options) == ("sm_90", "bf16", "plain")
-    if is_counted and table.ONE_BLOCK[-1].columns < case.V:
+    if is_counted and case.kernel not in PROBABILITIES and table.ONE_BLOCK[-1].columns < case.V:
         for name, columns in zip(LOOPS, _columns(record), strict=True):
             each = record[f"{name}_loop"] / columns
             if each > LOOPS[name]:
