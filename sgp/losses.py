@@ -96,7 +96,8 @@ def cross_entropy(
             PyTorch, any strides. With a Selection: (N, V) or (..., V) whose leading dimensions
             flatten to the Selection's N tokens.
         target: class indices (), (N,) or (N, d1, ...), integers; or class probabilities of the
-            shape of `input` (by PyTorch's operators, and differentiated as there); or a Selection.
+            shape of `input`, of any float dtype and strides, with a gradient where they require
+            one (on all rows; a class of probability 0 and logit -inf adds nothing); or a Selection.
         weight: (V,) weight of each class. Multiplies the cross-entropy, not the z-loss.
         ignore_index: targets of this value carry no loss; None means -100.
         reduction: "mean" (sum of losses / sum of `token_weight * weight[target]` over kept
@@ -135,7 +136,8 @@ def cross_entropy(
             the message; "mean" over negative token weights on a CPU.
         IndexError: a target outside [0, V), on a CPU or with SGP_CHECK=1. A GPU does not wait to
             check: such a row's loss and gradient are NaN.
-        RuntimeError: a second backward through "mean" or "sum", or a second derivative.
+        RuntimeError: a second backward through "mean" or "sum", or a second derivative (class
+            probabilities in float64 or on a CPU have both).
 
     A DTensor sharded on the vocabulary goes to `sgp.parallel.cross_entropy`; one sharded on the
     batch or the sequence stays where it is, and "mean" divides by the count of all ranks. The
