@@ -9,11 +9,14 @@ can touch is (1 + f) N V: read the kept logits, write every gradient. The budget
 is streamed. The forms are the launch table's own choice (resident up to 4096 columns, streaming
 beyond) and programs that stay, forced.
 
+Then the same of class probabilities, in units of N V of each dtype: logits and probabilities are
+asked for twice and the gradient is written, 5 N V, of which 3 N V are touched.
+
 Of two rows, the student's and a teacher's, units are N V of the student's elements. The least is
 (1 + 2 f) N V, and 2 f N V of a loss without a gradient. A KL's budget is to ask for each kept logit
 of both twice at most, once without a gradient; a jsd's three times, and twice.
 
-A third table has what the Triton kernels of other libraries ask for, where they are installed
+A last table has what the Triton kernels of other libraries ask for, where they are installed
 (`pip install -e ".[rivals]"`; rival_traffic.py).
 """
 
@@ -46,6 +49,7 @@ VOCABULARIES = (
     *(1_000, 8_192, 8_193, 32_000, 32_896, 50_257),
     *(128_256, 131_072, 151_936, 248_320, 262_144),
 )
+PROBABILITIES = (1_000, 8_193, 50_257, 151_936)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FORMS = ("auto", "staying")
 TWO_ROWS = (1_000, 8_193, 32_000, 50_257, 151_936)  # vocabularies of a student and a teacher
@@ -151,6 +155,34 @@ def compare(divergence: str, V: int, dtype: str, kept_rows: int, *, gradient: bo
     )
 
 
+class ProbabilityCount(NamedTuple):
+    """Elements of logits, probabilities and gradient in units of N V, all of one dtype."""
+
+    V: int
+    dtype: str
+    asked: float
+    touched: float
+
+    @property
+    def within_budget(self) -> bool:
+        """Whether both budgets hold."""
+        return self.asked <= SLACK * 5 and self.touched <= SLACK * 3
+
+
+def count_probabilities(V: int, dtype: str) -> ProbabilityCount:
+    """The traffic of `sgp.cross_entropy(...).backward()` on N rows of class probabilities."""
+    logits = torch.randn(N, V).to(DTYPES[dtype]).requires_grad_()
+    target = torch.randn(N, V).softmax(1).to(DTYPES[dtype])
+    with watch_accesses(distinct=True) as seen:
+        sgp.cross_entropy(logits, target).backward()
+    assert logits.grad is not None, "logits require grad"  # noqa: S101
+    tensors = (logits, target, logits.grad)
+    unit = N * V * DTYPES[dtype].itemsize
+    asked = sum(seen.of(x).loaded + seen.of(x).stored for x in tensors)
+    touched = sum(sum(seen.distinct(x)) for x in tensors)
+    return ProbabilityCount(V, dtype, asked / unit, touched / unit)
+
+
 def main() -> int:
     """Count every case, print the table, write the results file."""
     parser = argparse.ArgumentParser(
@@ -176,6 +208,8 @@ def main() -> int:
     console = Console()
     console.print(table)
     os.environ["SGP_ROW_FORM"] = "auto"
+    spread = [count_probabilities(*c) for c in itertools.product(PROBABILITIES, DTYPES)]
+    console.print(_of_probabilities(spread))
     pairs = [
         compare(*c, gradient=gradient)
         for c in itertools.product(READS, TWO_ROWS, DTYPES, (0, 1, 4))
@@ -186,14 +220,15 @@ def main() -> int:
     console.print(_beside_others(others))
     arguments.output.write_text(
         f'{{"N": {N}, "records": [\n{_lines(counts)}\n], '
+        f'"probabilities": [\n{_lines(spread)}\n], '
         f'"two_rows": [\n{_lines(pairs)}\n], "rivals": [\n{_lines(others)}\n]}}\n'
     )
     ours = [c for c in others if c.name == "sgp"]
     fine = all(c.asked is not None and c.asked <= SLACK * c.budget for c in ours)
-    return 0 if fine and all(c.within_budget for c in (*counts, *pairs)) else 1
+    return 0 if fine and all(c.within_budget for c in (*counts, *spread, *pairs)) else 1
 
 
-def _lines(counts: Sequence[Count | Compared | RivalCount]) -> str:
+def _lines(counts: Sequence[Count | ProbabilityCount | Compared | RivalCount]) -> str:
     """One a line, as JSON; of ours whether it is within its budget."""
     return ",\n".join(
         json.dumps(c._asdict() | ({} if isinstance(c, RivalCount) else {"ok": c.within_budget}))
@@ -214,6 +249,18 @@ def _of_two_rows(counts: list[Compared]) -> Table:
         gradient = "yes" if c.gradient else "no"
         size = (str(c.V), c.dtype, f"{c.kept:.2f}")
         table.add_row(c.divergence, gradient, *size, *numbers, other, verdict)
+    return table
+
+
+def _of_probabilities(counts: list[ProbabilityCount]) -> Table:
+    table = tables.make(
+        "Class probabilities, loss and backward, N V elements",
+        [],
+        ["V", "dtype", "asked for", "touched", ""],
+    )
+    for c in counts:
+        verdict = "[green]ok" if c.within_budget else "[red]OVER"
+        table.add_row(str(c.V), c.dtype, f"{c.asked:.4f}", f"{c.touched:.4f}", verdict)
     return table
 
 
