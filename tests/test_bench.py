@@ -524,7 +524,7 @@ def test_ctrl_c_in_a_command_is_one_line(monkeypatch, capsys):
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_all_fits_ten_minutes(on_gpu, monkeypatch):
-    """A GPU gets its own command, whose limits are seven minutes together."""
+    """A GPU gets its own command, whose limits are eight minutes together."""
     begun = []
 
     def record(command, **_):
