@@ -16,7 +16,6 @@ Liger's kernel takes log-probabilities: what PyTorch's operators ask for before 
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
