@@ -32,10 +32,10 @@ from torch import Tensor
 import sgp
 from bench import files, tables
 from bench.against import machine
-from sgp.head import chunks, products, teachers
+from sgp.head import chunks, products
 from sgp.head.chunks import Plan
 from sgp.head.shape import OfTeachers, Shape
-from sgp.rows import by_torch
+from sgp.rows import by_torch, two_rows
 from sgp.rows.by_torch import RowOutputs
 from sgp.train.memory import cpu_peak
 
@@ -300,7 +300,7 @@ def forced(way: Plan, case: Case, device: torch.device) -> Iterator[None]:
         stack.enter_context(mock.patch.object(chunks, "plan", return_value=way))
         if device.type == "cpu" and TEACHERS[case.teacher].widths:
             # No mock in its place: that would hold the logits which it is called with.
-            stack.enter_context(mock.patch.object(teachers, "implementation", _unseen))
+            stack.enter_context(mock.patch.object(two_rows, "implementation", _unseen))
         yield
 
 

@@ -22,6 +22,7 @@ from sgp.head.shape import OfTeachers, Shape
 NAME = "sgp plan"
 GIB = 1 << 30
 PLAIN = "plain PyTorch: float32 logits of every row"
+PLAIN_OF_BOTH = "plain PyTorch: float32 logits of every row, both models'"
 LADDER = 14  # halves of the default budget that are looked at
 # Of float32 operands, outside the matrix units, as PyTorch multiplies them by default; operations a
 # second, of the data sheets that chunks.py has bf16's from.
@@ -182,7 +183,8 @@ def plain(shape: Shape) -> Plan:
     """`F.cross_entropy(F.linear(...).float(), ...)`, by the tensors that autograd has of it.
 
     At most it holds float32 log-probabilities, their gradient and that of the logits, and none of
-    the results yet: 12 bytes a logit.
+    the results yet: 12 bytes a logit. With a teacher, by `F.kl_div`, both log-probabilities, and
+    three tensors of their size while it multiplies them: 20.
     """
     s = shape._replace(M=shape.N, late=False, is_half=False, wide=False, into=False, own=False)
     logits, o = s.N * s.V, s.operand_bytes
@@ -192,6 +194,9 @@ def plain(shape: Shape) -> Plan:
     moved = o + 8 + 4 + 12 + casts + o * (s.input_grad + s.weight_grad)
     whole = chunks.by_rows(s, s.N, s.N)
     most = max(8 * logits, 12 * logits - results)
+    if s.teachers.is_on():  # its logits are written, converted, read, and their logarithms twice
+        most = max(most + 4 * logits, 20 * logits - results)
+        moved += o + 4 + (o + 4 if s.is_narrow() else 0) + 4 + 6 * 4
     return whole._replace(bytes=most + copy, traffic=moved * logits)
 
 
@@ -220,7 +225,8 @@ def _table(shown: list[Plan], chosen: Plan | None, shape: Shape, gpu: Gpu) -> Ta
     for text, way in rows:
         table.add_row(text, *_cells(way, shape, gpu), style="bold" if way == chosen else None)
     table.add_section()
-    table.add_row(PLAIN, *_cells(plain(shape), shape, gpu))
+    both = PLAIN_OF_BOTH if shape.teachers.is_on() else PLAIN
+    table.add_row(both, *_cells(plain(shape), shape, gpu))
     return table
 
 
