@@ -95,8 +95,9 @@ def difference(b_z, b_other):
 def started(LANES: tl.constexpr):
     """What each lane knows before its first column.
 
-    Maximum and so of s, of t, of s at temperature 1; x; lead; w, the running sum of a KL; and t_o,
-    the sum of e z of s.
+    Maximum and so of s, of t, of s at temperature 1; x; the teacher's score of a maximal column of
+    s, which is `lead` once the teacher's maximum is known; w, the running sum of a KL; and t_o, the
+    sum of e z of s.
     """
     top = tl.full([LANES], float("-inf"), tl.float32)
     zero = tl.zeros([LANES], tl.float32)
@@ -130,12 +131,6 @@ def moved(total, shrink, step, so):
 
 
 @triton.jit
-def moved_lead(lead, shrink, step):
-    """The z_t - z of a maximal column, from new maxima on."""
-    return tl.where(shrink > 0.0, lead + step, 0.0)
-
-
-@triton.jit
 def moved_apart(x, shrink, shrink_t, step, step_t, so):
     """The sum of e_t - e, from new maxima on."""
     more = apart(shrink, shrink_t, step_t - step) * (so + 1.0)
@@ -165,12 +160,16 @@ def accumulate(
         w = moved(w, shrink_t, step_t - step, so_t)
         w += tl.sum(tl.sum(tl.where(b_e_t == 0.0, 0.0, b_e_t * b_a), 2), 0)
     else:
-        before = moved_lead(lead, shrink, step_t - step)
-        b_lead = tl.max(tl.max(tl.where(b_z == 0.0, b_a, float("-inf")), 2), 0)
-        lead = tl.where(top_new > top, finite_or_zero(b_lead), before)
+        # A score until all lanes have met: a difference would be rounded whenever the maxima move,
+        # and that of the maximal column itself must be exact.
+        before = (lead - finite_or_zero(top_t_new)) - step
+        b_score = tl.where(b_z == 0.0, tl.reshape(b_s_t, SHAPE), float("-inf"))
+        b_lead = tl.max(tl.max(b_score, 2), 0)
+        lead = tl.where(top_new > top, finite_or_zero(b_lead), lead)
     if KIND == "reverse_kl":
-        w = moved(w, shrink, before - lead, so)
-        b_w = tl.where(b_e == 0.0, 0.0, b_e * (b_a - lead[None, :, None]))
+        now = lead - finite_or_zero(top_t_new)
+        w = moved(w, shrink, before - now, so)
+        b_w = tl.where(b_e == 0.0, 0.0, b_e * (b_a - now[None, :, None]))
         w += tl.sum(tl.sum(b_w, 2), 0)
     if ENTROPY:
         t_o = moved(t_o, shrink, step, so) + tl.sum(tl.sum(finite(b_z) * b_e, 2), 0)
@@ -212,10 +211,10 @@ def row_of_lanes(carry, KIND: tl.constexpr):
     if KIND == "forward_kl":
         w = moved(w, shrink_t, step_t - step, so_t_lane)
     else:
-        lead = moved_lead(lead, shrink, step_t - step)
-        lead_row = finite_or_zero(tl.max(tl.where(n > 0.0, lead, float("-inf")), 0))
+        origin_t = finite_or_zero(top_t)
+        lead_row = finite_or_zero(tl.max(tl.where(n > 0.0, lead, float("-inf")), 0)) - origin_t
     if KIND == "reverse_kl":
-        w = moved(w, shrink, lead - lead_row, so_lane)
+        w = moved(w, shrink, ((lead - origin_t) - step) - lead_row, so_lane)
     t_o = moved(t_o, shrink, step, so_lane)
     so, n, so_t, n_t, so_1, n_1, x, w, t_o = tl.reduce(
         (so, n, so_t, n_t, so_1, n_1, x, w, t_o), 0, added
