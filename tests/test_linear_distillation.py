@@ -122,9 +122,10 @@ def check(
 
 @pytest.mark.core
 @OF_KINDS
-@pytest.mark.parametrize("chunk_rows", [1, 3, None])
-@pytest.mark.parametrize("reduction", EARLY_OR_LATE)
-def test_pieces(reduction, chunk_rows, kind, backend, tensors, teacher, target):
+@pytest.mark.parametrize(
+    ("chunk_rows", "reduction"), [(1, "mean"), (3, "mean"), (3, "none"), (None, "none")]
+)
+def test_pieces(chunk_rows, reduction, kind, backend, tensors, teacher, target):
     upstream = torch.randn(N) if reduction == "none" else None
     check(
         tensors, teacher, target, upstream, backend=backend, chunk_rows=chunk_rows,
@@ -238,9 +239,8 @@ def test_autocast(dtype, kind, tensors, teacher, target):
 
 
 @OF_KINDS
-@pytest.mark.parametrize("longer", [2, -3])
-@pytest.mark.parametrize("reduction", EARLY_OR_LATE)
-def test_vocabularies_of_different_length(reduction, longer, kind, backend, tensors, target):
+@pytest.mark.parametrize(("longer", "reduction"), [(2, "none"), (-3, "mean")])
+def test_vocabularies_of_different_length(longer, reduction, kind, backend, tensors, target):
     """Rows of the head that the shorter vocabulary lacks: never read, and of gradient exactly 0."""
     common = min(V, V + longer)
     target = torch.where(target >= common, 0, target)
@@ -262,8 +262,7 @@ def test_vocabularies_of_different_length(reduction, longer, kind, backend, tens
 @pytest.mark.core
 @OF_KINDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("chunk_rows", [2, None])
-@pytest.mark.parametrize("reduction", EARLY_OR_LATE)
+@pytest.mark.parametrize(("reduction", "chunk_rows"), [("mean", 2), ("none", None)])
 def test_equal_models_have_loss_and_gradients_zero(
     reduction, chunk_rows, dtype, kind, backend, tensors, target
 ):
@@ -279,10 +278,9 @@ def test_equal_models_have_loss_and_gradients_zero(
 
 
 @OF_KINDS
-@pytest.mark.parametrize("side", ["student", "teacher", "both"])
-@pytest.mark.parametrize("poison", [NAN, INF], ids=str)
+@pytest.mark.parametrize(("side", "poison"), [("student", INF), ("teacher", NAN), ("both", NAN)])
 @pytest.mark.parametrize("reduction", EARLY_OR_LATE)
-def test_ignored_rows_are_not_read(reduction, poison, side, kind, tensors, teacher, target):
+def test_ignored_rows_are_not_read(reduction, side, poison, kind, tensors, teacher, target):
     given = {"reduction": reduction, "chunk_rows": 2, **of_kind(kind, **EVERYTHING)}
     expected = ours_of(tensors, teacher, target, **given)
     ignored = target == IGNORE
@@ -357,9 +355,8 @@ def test_nothing_to_learn(reduction, tokens, backend):
 
 
 @OF_KINDS
-@pytest.mark.parametrize("chunk_rows", [2, None])
-@pytest.mark.parametrize("reduction", EARLY_OR_LATE)
-def test_statistics(reduction, chunk_rows, kind, backend, tensors, teacher, target):
+@pytest.mark.parametrize(("chunk_rows", "reduction"), [(2, "mean"), (None, "none"), (2, "none")])
+def test_statistics(chunk_rows, reduction, kind, backend, tensors, teacher, target):
     given = {"temperature": 1.4, "softcap": 5.0, "logit_scale": 0.7}
     loss, stats = sgp.linear_distillation(
         *tensors[:2], target, *teacher[:2], linear_bias=tensors[2], teacher_bias=teacher[2],
@@ -463,8 +460,7 @@ def teachers():
 
 
 @OF_KINDS
-@pytest.mark.parametrize("chunk_rows", [1, 2, None])
-@pytest.mark.parametrize("reduction", EARLY_OR_LATE)
+@pytest.mark.parametrize(("reduction", "chunk_rows"), [("mean", 1), ("mean", None), ("none", 2)])
 def test_each_row_has_its_teacher(reduction, chunk_rows, kind, backend, tensors, teachers, target):
     target = torch.where(target == V - 1, 5, target)
     index = torch.tensor([0, 1, 2, 2, 0, 1, 0])
