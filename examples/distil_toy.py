@@ -3,7 +3,7 @@
     pip install -e ".[train]"
     python examples/distil_toy.py --picture distil.png
 
-There are 64 places, and from each lead four roads, drawn at random. A walk starts somewhere and
+There are 100 places, and from each lead four roads, drawn at random. A walk starts somewhere and
 takes one of the four roads, each as likely as the others, so that four answers are right at every
 token. The teacher, a Llama of width 64, learns all roads from walks. The students have a width of
 8, which is too small for that. They see the same walks from the same weights, and differ in their
@@ -33,7 +33,7 @@ from torch import Tensor
 import sgp
 from sgp.train.model import tiny_llama
 
-FIRST, PLACES, ROADS = 2, 64, 4  # place p is token p + 2; 0 and 1 pad and end, and are never right
+FIRST, PLACES, ROADS = 2, 100, 4  # place p is token p + 2; 0 and 1 pad and end, and are never right
 LENGTH = 12  # steps of a walk after its first place
 TEACHER, STUDENT = 64, 8  # widths
 WALKS, HELD_OUT = 64, 256  # in a step of training, and for each measurement
@@ -47,7 +47,7 @@ LOSSES = {  # name -> what linear_distillation is asked for
     "reverse KL": {"divergence": "reverse_kl"},
 }
 COLORS = {
-    "teacher": "#7f7f7f", LABELS: "#949494", "forward KL": "#0173b2", "JSD": "#029e73",
+    "teacher": "#404040", LABELS: "#949494", "forward KL": "#0173b2", "JSD": "#029e73",
     "reverse KL": "#d55e00",
 }  # fmt: skip
 
@@ -196,7 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--picture", type=Path, help="PNG; a JSON of the numbers stands beside it")
     options = parser.parse_args()
     if options.picture and importlib.util.find_spec("matplotlib") is None:
