@@ -362,7 +362,7 @@ def _of_two_rows(
     light = row.light and opts[1].softcap is None and opts[2] == Pair()
     row = row._replace(light=light, quiet=quiet)
     on = on or table.target_of(rows[0].ptr.device)
-    line = table.two_rows(row)
+    line = table.two_rows(row, on)
     return {"EDGES": row.edges, **_lanes(line, row, on), **_constants(line, row, on)}
 
 

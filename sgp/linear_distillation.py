@@ -37,6 +37,7 @@ from sgp.rows.teachers import (
 )
 from sgp.rows.top_k import TopK
 from sgp.rows.top_rows import listed_of
+from sgp.rows.watched import not_compiled
 from sgp.selection import Selection
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def linear_distillation(
         refuse_with_top_k(NAME, options.of_teacher(recipe), teacher_index)
         teachers = Teachers()
     else:
-        teachers = _teachers(input, teacher_input, teacher_weight, teacher_bias)
+        teachers = teachers_of(NAME, input, teacher_input, teacher_weight, teacher_bias)
         V = min(len(weight) for weight in teachers.weights)
         if len(linear_weight) > V:
             linear_weight = linear_weight[:V]
@@ -178,33 +179,38 @@ def _refuse_heads(weight: object, bias: object) -> None:
             )
 
 
-def _teachers(
+def teachers_of(
+    name: str,
     input: Tensor,  # noqa: A002
     hidden: Teacher,
     weight: Tensor | Sequence[Tensor] | None,
     bias: Tensor | Sequence[Tensor | None] | None,
+    *,
+    part: bool = False,
 ) -> Teachers:
     """What the arguments hold of them, which fits together.
+
+    `part`: the weight holds some rows of a vocabulary, maybe none.
 
     Raises:
         ValueError, TypeError: with what was passed.
     """
     found = Teachers([], [], [])
     cast = is_autocast(input)
-    for names, (h, w, b) in teacher_heads(NAME, input, hidden, weight, bias):
-        if w.dim() != 2 or w.shape[-1] != h.shape[-1] or not w.numel():
+    for names, (h, w, b) in teacher_heads(name, input, hidden, weight, bias):
+        if w.dim() != 2 or w.shape[-1] != h.shape[-1] or not (part or w.numel()):
             raise ValueError(
-                f"{NAME}: {names[0]} is {tuple(h.shape)} and {names[1]} {tuple(w.shape)}; expected "
+                f"{name}: {names[0]} is {tuple(h.shape)} and {names[1]} {tuple(w.shape)}; expected "
                 "(..., D_t) and (V_t, D_t)"
             )
         if b is not None and b.shape != w.shape[:1]:
             raise ValueError(
-                f"{NAME}: {names[2]} is {tuple(b.shape)}; expected {tuple(w.shape[:1])}, as "
+                f"{name}: {names[2]} is {tuple(b.shape)}; expected {tuple(w.shape[:1])}, as "
                 f"{names[1]} is {tuple(w.shape)}"
             )
         if h.dtype != w.dtype and not cast:
             raise TypeError(
-                f"{NAME}: {names[0]} is {h.dtype} and {names[1]} {w.dtype}; convert one, or use "
+                f"{name}: {names[0]} is {h.dtype} and {names[1]} {w.dtype}; convert one, or use "
                 "torch.autocast"
             )
         found.inputs.append(h)
@@ -216,6 +222,7 @@ def _teachers(
     return found if any_bias else found._replace(biases=[])
 
 
+@not_compiled
 def _by_teacher(head: LinearHead, index: Tensor, number: int) -> tuple[LinearHead, list[int]]:
     """The head with its kept rows in the order of their teachers, and where each one's end.
 

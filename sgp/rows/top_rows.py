@@ -150,91 +150,151 @@ def top_rows(
     """
     if not len(target):
         return
-    rows = implementation(logits)
     if out is not None and out.statistics is not None:
+        rows = implementation(logits)
         rows.forward(logits, None, target, None, None, None, recipe, out)
-    V, at_one = logits.shape[1], recipe._replace(temperature=1.0)
-    weight = divergence.cross_entropy_weight
-    bad = ((listed.indices < 0) | (listed.indices >= V)).any(1)  # where nobody could look: NaN
-    if weight:
-        bad |= (target < 0) | (target >= V)
-    index, y = listed.indices.clamp(0, V - 1), target.clamp(0, V - 1)
-    x_i = logits.gather(1, index)
-    s_i = score_(x_i.clone(), at_one)
-    if listed.valid is not None:
-        s_i.masked_fill_(~listed.valid, -torch.inf)
-    s = score_(logits, at_one)  # in their place, unless the softcap's slope needs them
-    some = s_i.new_full((), -torch.inf).expand_as(s_i)
-    if listed.valid is not None:
-        some = torch.where(listed.valid.any(1, keepdim=True), some, s.gather(1, index))
-    s.scatter_(1, index, some)
-
-    def of_rest(temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        """(log-sum-exp, -log of the target's share, what a backward needs) of the others."""
-        found = new_outputs(s, len(y), Wanted(saved=True))
-        rows.forward(s, None, y, None, None, None, Recipe(temperature=temperature), found)
-        assert found.saved is not None, "asked for"  # noqa: S101
-        top, inv_d, so_d = found.saved.unbind(1)
-        empty = top == -torch.inf
-        rest = torch.where(empty, top, top + log_of_sum(inv_d, so_d))
-        return rest, found.loss, found.saved.masked_fill(empty[:, None], 0)
-
-    rest, nll, saved = of_rest(recipe.temperature)
-    buckets = torch.cat([s_i / recipe.temperature, rest[:, None]], 1)
-    log_q = listed.log_probs.to(s.dtype)
-    others = (1 - log_q.exp().sum(1)).clamp_(min=0).masked_fill_(rest == -torch.inf, 0)
-    theirs = torch.cat([log_q, others.log()[:, None]], 1)
-    scored = Scored.of(buckets, theirs, divergence)
-    value = scored.value.squeeze(1)
-    rest_1, nll_1, saved_1 = rest, nll, saved
-    of_target = value.new_zeros(buckets.shape)
-    is_other = torch.zeros_like(bad)
-    if weight:
-        if recipe.temperature != 1.0:
-            rest_1, nll_1, saved_1 = of_rest(1.0)
-        is_y = index == y[:, None]
-        if listed.valid is not None:
-            is_y &= listed.valid
-        is_other = ~is_y.any(1)
-        at = torch.cat([is_y, is_other[:, None]], 1)
-        of_one = torch.cat([s_i, rest_1[:, None]], 1)
-        top, so, z, e = without_largest(of_one)
-        s_y = torch.where(at, of_one, 0).sum(1, keepdim=True)
-        value = value + weight * ((top - s_y) + so.log1p()).squeeze(1)
-        value = value + weight * torch.where(is_other, nll_1, 0)
-        p = e / (1 + so)
-        less = torch.where(z == 0, -so / (1 + so), p - 1)
-        of_target = weight * torch.where(at, less, p)
+    chunk = _Chunk.of(logits, listed, target, recipe, divergence.cross_entropy_weight)
+    others = chunk.others(recipe.temperature)
+    scored = chunk.scored(others, divergence)
+    value, of_target = scored.value.squeeze(1), None
+    if chunk.weight:
+        others_1 = others if recipe.temperature == 1.0 else chunk.others(1.0)
+        of_target = _of_target(chunk, others_1)
+        value = value + of_target.value
     r = value.new_ones(value.shape) if row_weight is None else row_weight
-    r = r.masked_fill(bad, torch.nan)
+    r = r.masked_fill(chunk.bad, torch.nan)
     if out is not None:
         out.loss.copy_(r * value)
-    if dlogits is None:
-        return
-    r = r if scale is None else r * scale
-    g = scored.gradient()
-    of_listed = (g[:, :-1] / recipe.temperature + of_target[:, :-1]) * r[:, None]
-    of_listed = multiply_by_slope_(of_listed, x_i, at_one)
-    capped = recipe.softcap is not None
-    r = r if capped else r * recipe.logit_scale
-    place = s if capped else dlogits
-    of_rest_1 = r * of_target[:, -1]
-    of_y = torch.where(is_other, weight * r, 0)
-    if not weight or recipe.temperature == 1.0:
-        upstream = Upstream(r * g[:, -1] + of_rest_1)
-        plain = Recipe(temperature=recipe.temperature)
-        rows.backward(s, place, y, saved, None, of_y, plain, upstream)
-    else:
-        of_cross_entropy = torch.empty_like(s)
-        rows.backward(s, of_cross_entropy, y, saved_1, None, of_y, Recipe(), Upstream(of_rest_1))
-        upstream = Upstream(r * g[:, -1])
-        plain = Recipe(temperature=recipe.temperature)
-        rows.backward(s, place, y, saved, None, torch.zeros_like(r), plain, upstream)
-        place.add_(of_cross_entropy)
-    if capped:
-        dlogits.copy_(multiply_by_slope_(place, logits, at_one))
-    if listed.valid is not None:  # every slot of an index writes the same
-        of_listed = torch.where(listed.valid, of_listed, of_listed[:, :1])
-        has_none = ~listed.valid.any(1, keepdim=True)
-        of_listed = torch.where(has_none, dlogits.gather(1, index).to(of_listed.dtype), of_listed)
-    dlogits.scatter_(1, index, of_listed.to(dlogits.dtype))
+    if dlogits is not None:
+        r = r if scale is None else r * scale
+        _write_gradient(chunk, dlogits, scored.gradient(), of_target, others, r)
+
+
+class _Others(NamedTuple):
+    """All classes that are not listed, at some temperature."""
+
+    lse: Tensor  # (m,); -inf where there are none
+    nll: Tensor  # (m,): -log of the target's share of them
+    saved: Tensor  # (m, 3), what a backward needs
+
+
+class _OfTarget(NamedTuple):
+    """The cross-entropy, times its weight."""
+
+    value: Tensor  # (m,)
+    gradient: Tensor  # (m, K + 1), of the scores of those that are listed, and of the others
+    of_others: Tensor  # (m,): weight of the target's share of the others, where it is one
+    others: _Others
+
+
+class _Chunk(NamedTuple):
+    """Some rows of logits, of which those of the listed tokens have been set aside."""
+
+    logits: Tensor  # (m, V) as stored, where the softcap's slope needs them
+    s: Tensor  # (m, V) scores at temperature 1, -inf in the listed columns
+    listed: Listed
+    columns: Tensor  # (m, K) of the listed tokens, inside the vocabulary
+    x_i: Tensor  # (m, K) logits of the listed tokens, as stored
+    s_i: Tensor  # (m, K) scores, -inf in a slot without an entry
+    y: Tensor  # (m,), inside the vocabulary
+    bad: Tensor  # (m,) bool: an index or a target was not; the loss is NaN
+    recipe: Recipe
+    weight: float  # of the cross-entropy
+
+    @staticmethod
+    def of(logits: Tensor, listed: Listed, target: Tensor, recipe: Recipe, weight: float) -> _Chunk:
+        V, at_one = logits.shape[1], recipe._replace(temperature=1.0)
+        bad = ((listed.indices < 0) | (listed.indices >= V)).any(1)
+        if weight:
+            bad |= (target < 0) | (target >= V)
+        index = listed.indices.clamp(0, V - 1)
+        x_i = logits.gather(1, index)
+        s_i = score_(x_i.clone(), at_one)
+        s = score_(logits, at_one)  # in their place, unless the softcap's slope needs them
+        aside = s_i.new_full((), -torch.inf).expand_as(s_i)
+        if listed.valid is not None:
+            s_i.masked_fill_(~listed.valid, -torch.inf)
+            has_any = listed.valid.any(1, keepdim=True)
+            aside = torch.where(has_any, aside, s.gather(1, index))
+        s.scatter_(1, index, aside)
+        y = target.clamp(0, V - 1)
+        return _Chunk(logits, s, listed, index, x_i, s_i, y, bad, recipe, weight)
+
+    def others(self, temperature: float) -> _Others:
+        """What the row operations say of all classes that are left."""
+        found = new_outputs(self.s, len(self.y), Wanted(saved=True))
+        implementation(self.s).forward(
+            self.s, None, self.y, None, None, None, Recipe(temperature=temperature), found
+        )
+        assert found.saved is not None, "asked for"  # noqa: S101
+        top, inv_d, so_d = found.saved.unbind(1)
+        is_empty = top == -torch.inf
+        lse = torch.where(is_empty, top, top + log_of_sum(inv_d, so_d))
+        return _Others(lse, found.loss, found.saved.masked_fill(is_empty[:, None], 0))
+
+    def scored(self, others: _Others, divergence: Divergence) -> Scored:
+        """The k + 1 numbers of both, and how far they are from each other."""
+        student = torch.cat([self.s_i / self.recipe.temperature, others.lse[:, None]], 1)
+        log_q = self.listed.log_probs.to(student.dtype)
+        rest = (1 - log_q.exp().sum(1)).clamp_(min=0).masked_fill_(others.lse == -torch.inf, 0)
+        return Scored.of(student, torch.cat([log_q, rest.log()[:, None]], 1), divergence)
+
+
+def _of_target(chunk: _Chunk, others: _Others) -> _OfTarget:
+    """The cross-entropy of k + 1 numbers and, where the target is not listed, of its share."""
+    is_y = chunk.columns == chunk.y[:, None]
+    if chunk.listed.valid is not None:
+        is_y &= chunk.listed.valid
+    is_other = ~is_y.any(1)
+    is_y = torch.cat([is_y, is_other[:, None]], 1)
+    s = torch.cat([chunk.s_i, others.lse[:, None]], 1)
+    top, so, z, e = without_largest(s)
+    s_y = torch.where(is_y, s, 0).sum(1, keepdim=True)
+    value = ((top - s_y) + so.log1p()).squeeze(1) + torch.where(is_other, others.nll, 0)
+    p = e / (1 + so)
+    less = torch.where(z == 0, -so / (1 + so), p - 1)
+    gradient = torch.where(is_y, less, p)
+    w = chunk.weight
+    return _OfTarget(w * value, w * gradient, w * is_other.to(p.dtype), others)
+
+
+def _write_gradient(
+    chunk: _Chunk,
+    dlogits: Tensor,
+    g: Tensor,
+    of_target: _OfTarget | None,
+    others: _Others,
+    r: Tensor,
+) -> None:
+    """The gradient of the logits, from that of the k + 1 numbers; r (m,) multiplies it."""
+    recipe, s = chunk.recipe, chunk.s
+    T, at_one, is_capped = recipe.temperature, recipe._replace(temperature=1.0), recipe.softcap
+    rows = implementation(s)
+    of_listed = g[:, :-1] / T
+    of_y, beside = torch.zeros_like(r), None
+    u = r if is_capped is not None else r * recipe.logit_scale
+    if of_target is not None:
+        of_listed = of_listed + of_target.gradient[:, :-1]
+        of_one, of_share = u * of_target.gradient[:, -1], u * of_target.of_others
+    place = dlogits if is_capped is None else s
+    upstream = u * g[:, -1]
+    if of_target is not None and T == 1.0:
+        upstream, of_y = upstream + of_one, of_share
+    elif of_target is not None:
+        beside = torch.empty_like(s)
+        rows.backward(
+            s, beside, chunk.y, of_target.others.saved, None, of_share, Recipe(), Upstream(of_one)
+        )
+    plain = Recipe(temperature=T)
+    rows.backward(s, place, chunk.y, others.saved, None, of_y, plain, Upstream(upstream))
+    if beside is not None:
+        place.add_(beside)
+    if is_capped is not None:
+        dlogits.copy_(multiply_by_slope_(place, chunk.logits, at_one))
+    of_listed = multiply_by_slope_(of_listed * r[:, None], chunk.x_i, at_one)
+    valid = chunk.listed.valid
+    if valid is not None:  # every slot of an index writes the same
+        of_listed = torch.where(valid, of_listed, of_listed[:, :1])
+        as_is = dlogits.gather(1, chunk.columns).to(of_listed.dtype)
+        of_listed = torch.where(valid.any(1, keepdim=True), of_listed, as_is)
+    dlogits.scatter_(1, chunk.columns, of_listed.to(dlogits.dtype))

@@ -36,11 +36,10 @@ class DivergenceSum(torch.autograd.Function):
         *teachers: Tensor,
     ) -> tuple[Tensor, ...]:
         wanted = Wanted(grad=True, stats=stats)
-        rest: list[Tensor]
         loss, _, *rest = two_rows_forward(
             logits, list(teachers), target, index, row_weight, scale, recipe, divergence, wanted
         )
-        total: Tensor = loss.sum()
+        total = loss.sum()
         return total if scale is None else total * scale, *rest
 
     @staticmethod
@@ -53,14 +52,15 @@ class DivergenceSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        number: int = ctx.num_inputs
         if grads[0] is None:
-            return (None,) * ctx.num_inputs
+            return (None,) * number
         origin, target = saved_tensors(ctx, DISTILLATION, "'mean' or 'sum' loss")
         dlogits = origin.detach()
         with torch.no_grad():
             multiply_rows_(dlogits, target, grads[0], ctx.ignore_index)
         gradient = once(DISTILLATION, dlogits, origin, grads[0])
-        return gradient, *(None,) * (ctx.num_inputs - 1)
+        return gradient, *(None,) * (number - 1)
 
 
 class DivergenceRows(torch.autograd.Function):
@@ -78,7 +78,6 @@ class DivergenceRows(torch.autograd.Function):
         *teachers: Tensor,
     ) -> tuple[Tensor, ...]:
         wanted = Wanted(saved=True, stats=stats, width=SAVED)
-        found: list[Tensor]
         loss, saved, *found, _ = two_rows_forward(
             logits, list(teachers), target, index, row_weight, None, recipe, divergence, wanted
         )
@@ -95,8 +94,9 @@ class DivergenceRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        number: int = ctx.num_inputs
         if grads[0] is None:
-            return (None,) * ctx.num_inputs
+            return (None,) * number
         logits, target, index, row_weight, saved, *teachers = ctx.saved_tensors
         with torch.no_grad():
             dlogits = two_rows_backward(
@@ -104,7 +104,7 @@ class DivergenceRows(torch.autograd.Function):
                 ctx.recipe, ctx.divergence,
             )  # fmt: skip
         gradient = once(DISTILLATION, dlogits, saved, grads[0])
-        return gradient, *(None,) * (ctx.num_inputs - 1)
+        return gradient, *(None,) * (number - 1)
 
 
 class DivergenceTop(torch.autograd.Function):
