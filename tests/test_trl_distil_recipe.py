@@ -1,4 +1,4 @@
-"""examples/trl_distillation.py against TRL's own DistillationTrainer and GKDTrainer."""
+"""examples/trl_distillation.py against TRL's own trainers, and the operations of both losses."""
 
 import importlib.util
 import sys
@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import sgp
 from tests.families import SIZE, V, make
+from tests.test_linear import flops
 from tests.toy_trl import COMMON, numbers_as_text, quiet
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 B, PROMPT, C = 4, 5, 7
+ROWS = 8  # a multiple of the rows that matmuls take at once
 WIDE = SIZE["hidden_size"] * 2
 
 
@@ -133,3 +136,60 @@ def test_what_the_function_of_gkd_does_not_do_is_said(recipe):
     logits = torch.zeros(1, 2, V)
     with pytest.raises(NotImplementedError, match="labels have to be given"):
         recipe.generalized_jsd_loss(logits, logits)
+
+
+# -- what docs/how-to/distillation.md says of the cost ---------------------------------------------
+
+
+def tensors(frozen):
+    """Hidden states and a head of the student, of width 8, and of the teacher, of width 12."""
+    found = [torch.randn(shape) for shape in ((ROWS, 8), (V, 8), (ROWS, 12), (V, 12))]
+    for name, x in zip(("hidden", "head"), found, strict=False):
+        x.requires_grad_(name != frozen)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("of_student", "of_teacher", "options"),
+    [
+        (6, 2, {}),
+        (6, 2, {"divergence": "jsd", "chunk_rows": 4}),
+        (4, 2, {"frozen": "head"}),
+        (4, 2, {"frozen": "hidden"}),
+        (2, 2, {"no_grad": True}),
+        (6, 0, {"top_k": 4}),
+        (8, 4, {"reduction": "none"}),
+    ],
+    ids=str,
+)
+def test_operations(of_student, of_teacher, options):
+    options = dict(options)
+    hidden, head, known, known_head = tensors(options.pop("frozen", None))
+    teacher = known, known_head
+    if "top_k" in options:
+        log_probs, indices = (known @ known_head.T).log_softmax(-1).topk(options.pop("top_k"))
+        teacher = (sgp.TopK(indices, log_probs),)
+    learns = not options.pop("no_grad", False)
+
+    def work():
+        with torch.set_grad_enabled(learns):
+            labels = torch.zeros(ROWS, dtype=torch.int64)
+            loss = sgp.linear_distillation(hidden, head, labels, *teacher, **options)
+        if learns:
+            loss.sum().backward()
+
+    assert flops(work) == ROWS * V * (of_student * 8 + of_teacher * 12)
+
+
+@pytest.mark.parametrize(("beta", "of_student", "of_teacher"), [(0, 8, 4), (1, 8, 4), (0.5, 10, 6)])
+def test_operations_of_trl(beta, of_student, of_teacher):
+    kernels = pytest.importorskip("trl.kernels.chunked_divergence")
+    hidden, head, known, known_head = tensors(None)
+
+    def work():
+        divergence, _ = kernels.ChunkedDivergenceFunction.apply(
+            hidden, head, None, known, known_head, None, float(beta)
+        )
+        divergence.sum().backward()
+
+    assert flops(work) == ROWS * V * (of_student * 8 + of_teacher * 12)
