@@ -162,7 +162,10 @@ def draw(content: dict[str, Any], path: Path) -> None:
     teacher, students = content["teacher"], content["students"]
     for name, curve in students.items():
         steps = [point["step"] for point in curve]
-        style = {"color": COLORS[name], "linestyle": "--" if name == LABELS else "-"}
+        style: dict[str, Any] = {
+            "color": COLORS[name],
+            "linestyle": "--" if name == LABELS else "-",
+        }
         left.plot(steps, [point["held_out"] for point in curve], label=name, **style)
         middle.plot(steps, [100 * point["right"] for point in curve], **style)
     style = {"color": "black", "linestyle": ":", "linewidth": 1}
