@@ -244,7 +244,7 @@ def test_the_reference_does_not_import_what_it_judges():
             pending += graph[module]
     names = ("divergence", "problem", "recipe", "reduction", "top_k", "units")
     rows = {f"sgp.rows.{name}" for name in names}
-    own = {f"sgp.reference.{name}" for name in ("__init__", "distillation", "losses", "steps")}
+    own = {f"sgp.reference.{name}" for name in ("__init__", "distilling", "losses", "steps")}
     assert seen == {"sgp.selection", "sgp.labels", *own, *rows}
 
 
