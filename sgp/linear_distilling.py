@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sgp.distillation import (
+from sgp.distilling import (
     DivergenceOptions,
     checked_options,
     refuse_dtensors,
