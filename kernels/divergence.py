@@ -11,8 +11,8 @@ and taken over the same V columns, with ``p = softmax(s)``, ``q = softmax(t)`` a
 (Agarwal et al. 2024, On-Policy Distillation of Language Models, equations 1 to 3), plus a weight
 times the cross-entropy of the target, whose scores are not divided by the temperature.
 
-Everything is made of ``z = s - max s``, of ``e = exp(z)``, of ``so``, the sum of e without one maximal
-column (``d = 1 + so``), and of ``x = d_t - d``, the sum of ``e_t - e``::
+Everything is made of ``z = s - max s``, of ``e = exp(z)``, of ``so``, the sum of e without one
+maximal column (``d = 1 + so``), and of ``x = d_t - d``, the sum of ``e_t - e``::
 
     rho_j = log(q_j / p_j) = (z_t - z) - gap     gap = log(d_t / d) = log1p(x / d)
 

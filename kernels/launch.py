@@ -20,6 +20,7 @@ from sgp.kernels.divergence import Pair
 from sgp.kernels.divisor import mean_scale as mean_scale_kernel
 from sgp.kernels.factor import multiply_rows
 from sgp.kernels.layout import Matrix, alignment
+from sgp.kernels.probabilities import probabilities
 from sgp.kernels.row_backward import row_backward
 from sgp.kernels.row_blockwise import row_blockwise
 from sgp.kernels.row_resident import row_resident
@@ -34,6 +35,7 @@ __all__ = [
     "Statistics",
     "mean_scale",
     "multiply",
+    "probability_rows",
     "put",
     "row_forward",
     "row_gradient",
@@ -274,6 +276,33 @@ def two_rows_gradient(
     return Call(two_rows_backward, (target.numel(),), arguments, {"KIND": kind, **constants})
 
 
+def probability_rows(
+    logits: Matrix,
+    target: Matrix,
+    dlogits: Matrix | None,
+    dtarget: Matrix | None,
+    loss: torch.Tensor | None,
+    saved: torch.Tensor | None,
+    opt: Options,
+    *,
+    N: int,
+    V: int,
+    on: Target | None = None,
+) -> Call:
+    """Loss and gradients of N rows whose target is a distribution; without `loss`, from `saved`."""
+    row = _row(V, opt, logits, dlogits, others=(target, dtarget))
+    on = on or table.target_of(logits.ptr.device)
+    line = table.probabilities(row)
+    constants = {
+        "BV_2": line.BV_2 or line.BV,
+        "EDGES": row.edges,
+        **_lanes(line, row, on),
+        **_constants(line, row, on),
+    }
+    arguments = (logits, target, dlogits, dtarget, loss, saved, opt, V)
+    return Call(probabilities, (N,), arguments, constants)
+
+
 def multiply(
     dlogits: Matrix,
     target: torch.Tensor | None,
@@ -321,11 +350,11 @@ def _row(
     *,
     stats: bool = False,
     argmax: bool = False,
-    teacher: Matrix | None = None,
+    others: tuple[Matrix | None, ...] = (),
 ) -> Row:
     light = opt.softcap is None and opt.weight is None
     quiet = opt.label_smoothing is None and opt.entropy_weight is None and not stats
-    matrices = tuple(m for m in (logits, teacher, dlogits) if m is not None)
+    matrices = tuple(m for m in (logits, dlogits, *others) if m is not None)
     align = alignment(V, *matrices)
     contiguous = all(m.col_stride == 1 for m in matrices)
     halving = dlogits is not None and dlogits.ptr.dtype != logits.ptr.dtype
@@ -340,7 +369,7 @@ def _row(
         wide=begins and (align >= 8 or edges),
         edges=edges,
         contiguous=contiguous,
-        itemsize=max(m.ptr.dtype.itemsize for m in (logits, teacher or logits)),
+        itemsize=min(m.ptr.dtype.itemsize for m in (logits, *others) if m is not None),
         halving=halving,
         gradient=dlogits is not None,
         argmax=argmax,
@@ -358,11 +387,11 @@ def _of_two_rows(
     quiet: bool = True,
 ) -> dict[str, Any]:
     """What a kernel of two rows is compiled with."""
-    row = _row(V, opts[0], rows[0], dlogits, teacher=rows[1])
+    row = _row(V, opts[0], rows[0], dlogits, others=(rows[1],))
     light = row.light and opts[1].softcap is None and opts[2] == Pair()
     row = row._replace(light=light, quiet=quiet)
     on = on or table.target_of(rows[0].ptr.device)
-    line = table.two_rows(row)
+    line = table.two_rows(row, on)
     return {"EDGES": row.edges, **_lanes(line, row, on), **_constants(line, row, on)}
 
 

@@ -185,8 +185,8 @@ EVERYTHING = {
     4: ((None, Line("streaming", 4_096, 512)),),
 }
 STREAMING_NARROW = Line("streaming", 4_096, 512)  # accesses of one element. Not timed.
-# Two rows at once: 8 columns of each a thread and block. A jsd and options need more registers than a
-# thread of 64 has. Not timed.
+# Two rows at once: 8 columns of each a thread and block. A jsd and options need more than 64
+# registers. Not timed.
 TWO_ROWS = {
     2: (
         (100_000, Line("streaming", 4_096, 512, 1, 1, 2)),
@@ -199,6 +199,19 @@ TWO_ROWS = {
 }
 TWO_ROWS_HEAVY = {size: ((None, Line("streaming", 4_096, 512)),) for size in TWO_ROWS}
 TWO_ROWS_NARROW = Line("streaming", 2_048, 512)
+# With more than 2 columns of each a thread, masks spilled scalar registers on gfx942.
+TWO_ROWS_HIP = (
+    Line("streaming", 256, 64),
+    Line("streaming", 1_024, 256),
+    Line("streaming", 2_048, 512),
+)
+# Logits and probabilities, by the bytes of the narrower. Not timed.
+PROBABILITIES = {
+    2: ((None, Line("streaming", 8_192, 512)),),
+    4: ((None, Line("streaming", 4_096, 512)),),
+}
+# Strided float32 with every option spilled with 8 columns a thread. Not timed.
+PROBABILITIES_NARROW = Line("streaming", 2_048, 512)
 EVERYTHING_NARROW = {2: ((None, STREAMING_NARROW),)}
 
 # One pass over a row that is read and written once. Not timed in these kernels; a plain copy of a
@@ -283,8 +296,10 @@ def streaming(row: Row, target: Target) -> Line:
     return _by_length(row, lines)
 
 
-def two_rows(row: Row) -> Line:
+def two_rows(row: Row, target: Target) -> Line:
     """The line of a kernel that streams a student's row and its teacher's."""
+    if target.backend == "hip" and not row.plain:
+        return next((x for x in TWO_ROWS_HIP if x.BV >= row.V), TWO_ROWS_HIP[-1])
     return _by_length(row, TWO_ROWS if row.plain else TWO_ROWS_HEAVY, TWO_ROWS_NARROW)
 
 
@@ -319,6 +334,11 @@ def _by_length(
         return narrow
     by_length = lines[row.itemsize]
     return next(line for longest, line in by_length if longest is None or longest > row.V)
+
+
+def probabilities(row: Row) -> Line:
+    """The line of a kernel that streams logits and probabilities."""
+    return _by_length(row, PROBABILITIES, PROBABILITIES_NARROW)
 
 
 def one_pass(row: Row, target: Target) -> Line:

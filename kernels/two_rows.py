@@ -28,8 +28,8 @@ from sgp.kernels.divergence import (
 from sgp.kernels.layout import aligned, body, column_offset, edge_columns, row_pointer
 from sgp.kernels.row_pieces import wait_for_loads, zero_row
 
-# Numbers a row, as in divergence.started. What the gradient subtracts is in the place of the running
-# sum, once it is known.
+# Numbers a row, as in divergence.started. Once it is known, what the gradient subtracts is in the
+# place of the running sum.
 SAVED = tl.constexpr(10)
 
 
@@ -165,7 +165,7 @@ def weight_of(i_row, y, V, opt, pair):
 
 
 @triton.jit
-def two_rows_forward(
+def two_rows_forward(  # noqa: C901
     logits,  # Matrix (N, V) bf16 | fp16 | fp32: the student's
     teacher,  # Matrix (N, V) bf16 | fp16 | fp32
     dlogits,  # Matrix (N, V), may be `logits`; None: no gradient

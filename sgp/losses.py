@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, overload
 
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 from sgp import dtensors
 from sgp.labels import tokens_ahead
 from sgp.reference import TokenLogProbs
-from sgp.rows import backend, operators
+from sgp.rows import operators, probabilities
 from sgp.rows.autograd import RowLoss, ScalarLoss, apply, refuse_forward_mode
 from sgp.rows.by_torch import Wanted
 from sgp.rows.divisor import as_mean
 from sgp.rows.problem import Problem, check_flags, check_mean_weights, check_tensor, make_problem
-from sgp.rows.recipe import LossOptions, Recipe, probability_rows, score
+from sgp.rows.recipe import LossOptions, Recipe
 from sgp.rows.reduction import (
     check_reduction,
     per_sequence,
@@ -95,7 +96,8 @@ def cross_entropy(
             PyTorch, any strides. With a Selection: (N, V) or (..., V) whose leading dimensions
             flatten to the Selection's N tokens.
         target: class indices (), (N,) or (N, d1, ...), integers; or class probabilities of the
-            shape of `input` (by PyTorch's operators, and differentiated as there); or a Selection.
+            shape of `input`, of any float dtype and strides, with a gradient where they require
+            one (on all rows; a class of probability 0 and logit -inf adds nothing); or a Selection.
         weight: (V,) weight of each class. Multiplies the cross-entropy, not the z-loss.
         ignore_index: targets of this value carry no loss; None means -100.
         reduction: "mean" (sum of losses / sum of `token_weight * weight[target]` over kept
@@ -134,7 +136,8 @@ def cross_entropy(
             the message; "mean" over negative token weights on a CPU.
         IndexError: a target outside [0, V), on a CPU or with SGP_CHECK=1. A GPU does not wait to
             check: such a row's loss and gradient are NaN.
-        RuntimeError: a second backward through "mean" or "sum", or a second derivative.
+        RuntimeError: a second backward through "mean" or "sum", or a second derivative (class
+            probabilities in float64 or on a CPU have both).
 
     A DTensor sharded on the vocabulary goes to `sgp.parallel.cross_entropy`; one sharded on the
     batch or the sequence stays where it is, and "mean" divides by the count of all ranks. The
@@ -167,7 +170,6 @@ def cross_entropy(
                 f"{NAME}: inplace and return_stats need class indices; target holds class "
                 f"probabilities {tuple(problem.target.shape)}"
             )
-        backend.require_torch("class probabilities")
         return _probability_loss(problem, reduction, denominator)
     if not torch.compiler.is_compiling():
         refuse_forward_mode(NAME, input)
@@ -246,29 +248,26 @@ def check_argmax(name: str, return_stats: bool, return_argmax: bool) -> None:
 def _probability_loss(
     problem: Problem, reduction: str, denominator: float | Tensor | None
 ) -> Tensor:
-    """Class probabilities: PyTorch's operators in float32, on all rows."""
+    """Class probabilities, on all rows: a mean divides by how many there are, or by weights."""
     p = problem
-    V = p.input.shape[-1]
-    scored = score(p.input.reshape(-1, V), p.recipe)
-    rows = probability_rows(scored, p.target, p.weight, p.recipe)
-    counts = torch.ones_like(rows)
-    if p.token_weight is not None:
-        if reduction == "mean" and denominator is None:
-            check_mean_weights(NAME, counts.bool(), p.token_weight)
-        rows, counts = rows * p.token_weight, counts * p.token_weight
+    r = p.token_weight
+    scale = None
     if reduction == "mean":
-        divisor = counts.sum() if denominator is None else _on(rows, denominator)
-        return rows.sum() * reciprocal(divisor, rows.dtype)
+        if denominator is None:
+            if r is not None:
+                check_mean_weights(NAME, torch.ones_like(r, dtype=torch.bool), r)
+            denominator = math.prod(p.shape) if r is None else r.sum()
+        _, scale = as_mean(NAME, p, denominator)
+    if reduction in ("mean", "sum"):
+        total = probabilities.weighted_sum(p, scale)
+        if total is not None:
+            return total
+    rows = probabilities.row_losses(p)
+    rows = rows if r is None else rows * r
     if reduction == "sequence_mean":
+        counts = torch.ones_like(rows) if r is None else r
         return per_sequence(p, rows) * reciprocal(per_sequence(p, counts), rows.dtype)
-    return reduce_rows(p, rows, reduction, None)
-
-
-def _on(rows: Tensor, denominator: float | Tensor) -> Tensor:
-    """The denominator as a tensor beside the rows."""
-    if isinstance(denominator, Tensor):
-        return denominator.to(rows)
-    return rows.new_full((), float(denominator))
+    return reduce_rows(p, rows, reduction, scale)
 
 
 def check_inplace(name: str, input: Tensor) -> None:  # noqa: A002

@@ -32,7 +32,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # What a field of a case may be. Ints beside floats, because they compare as equal and compile
 # otherwise; 1 and 16, because Triton compiles in a 1 and what 16 divides.
 FIELDS: dict[str, tuple[Any, ...]] = {
-    "operation": ("forward", "forward", "backward", "multiply", "mean_scale"),
+    "operation": ("forward", "forward", "backward", "multiply", "mean_scale", "probabilities"),
     "N": (1, 3, 16, 64),
     "V": (1, 16, 64, 100, 264, 2_048),
     "dtype": DTYPES,
@@ -225,6 +225,14 @@ class Case(NamedTuple):
             by_triton.forward(
                 c.logits, c.dlogits, c.target, c.weight, c.row_weight, c.scale, r, c.out
             )
+        elif c.operation == "probabilities":
+            spread = c.logits if c.dlogits is None else c.dlogits  # of any layout
+            dlogits = torch.empty(c.logits.shape, dtype=c.logits.dtype)
+            backward = c.out.saved is None
+            by_triton.probabilities(
+                c.logits, spread, dlogits, torch.empty(spread.shape) if backward else None,
+                None if backward else c.out.loss, c.saved, c.weight, c.row_weight, c.scale, r,
+            )  # fmt: skip
         elif c.operation == "mean_scale":
             by_triton.mean_scale(c.target, c.weight, c.row_weight, r.ignore_index, torch.float32)
         elif c.dlogits is None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import sgp
-from sgp.rows import operators
+from sgp.rows import operators, probabilities
 from sgp.rows.by_torch import Upstream, Wanted
 from sgp.rows.recipe import Recipe
 from sgp.rows.watched import Operator, flat
@@ -434,6 +434,9 @@ def operator_samples():
     off, on = Recipe(IGNORE), Recipe(IGNORE, 0.1, 5.0, 2.0, 0.1, 0.7)
     statistics = Wanted(saved=True, stats=True)
     _, saved, _, entropy, *_ = operators.row_forward(x, y, None, None, None, off, statistics)
+    q = torch.randn(N, V).softmax(1).bfloat16()
+    sums = torch.rand(N, 4)
+    spread, spread_back = probabilities.probability_forward, probabilities.probability_backward
     return {
         "row_forward, plain": (
             operators.row_forward,
@@ -488,6 +491,10 @@ def operator_samples():
             operators.mean_scale,
             (y, weight, row_weight, IGNORE, torch.float32, "sgp"),
         ),
+        "probability_forward": (spread, (x, q, weight, row_weight, scale, on, True, True)),
+        "probability_forward, loss only": (spread, (x, q, None, None, None, off, False, False)),
+        "probability_backward": (spread_back, (x, q, sums, weight, row_weight, on, True, True)),
+        "probability_backward, of one": (spread_back, (x, q, sums, None, None, off, False, True)),
     }
 
 
@@ -496,11 +503,14 @@ def operator_samples():
 def test_opcheck(sample, backend):
     """Schema (what is mutated, what is aliased), fake tensors, and tracing by AOTAutograd."""
     operator, arguments = operator_samples()[sample]
+    if backend == "torch" and "probability" in sample:
+        return  # PyTorch's operators are no operator of ours
     torch.library.opcheck(operator.op, tuple(flat(arguments)))
 
 
 def test_every_operator_is_checked():
-    library = {name for name in vars(operators) if isinstance(getattr(operators, name), Operator)}
+    found = {**vars(operators), **vars(probabilities)}
+    library = {name for name, value in found.items() if isinstance(value, Operator)}
     checked = {operator.op._opname for operator, _ in operator_samples().values()}
     assert checked == library, "an operator without opcheck"
 

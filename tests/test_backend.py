@@ -131,11 +131,37 @@ def test_kernels_forced_on_float64_are_an_error(monkeypatch, reduction):
         sgp.cross_entropy(logits, target, reduction=reduction)
 
 
-def test_kernels_forced_on_class_probabilities_are_an_error(monkeypatch):
-    """No kernel takes them; running PyTorch instead would be a fallback without a word."""
+@interpreted_only
+@pytest.mark.parametrize(
+    ("choice", "dtype", "reduction", "forward", "backward"),
+    [
+        ("triton", torch.float32, "mean", 1, 1),  # loss and gradient; then the factor
+        ("triton", torch.bfloat16, "sum", 1, 1),
+        ("triton", torch.float16, "mean", 1, 1),  # loss; then the gradient
+        ("triton", torch.float32, "none", 1, 1),
+        ("torch", torch.float32, "mean", 0, 0),
+        ("auto", torch.float32, "mean", 0, 0),
+        ("auto", torch.float64, "mean", 0, 0),
+    ],
+)
+def test_launches_of_class_probabilities(monkeypatch, choice, dtype, reduction, forward, backward):
+    monkeypatch.setenv("SGP_BACKEND", choice)
+    logits, _ = batch(dtype)
+    target = torch.randn(5, 37).softmax(1)
+    with watch_accesses() as accesses:
+        loss = sgp.cross_entropy(logits, target, reduction=reduction)
+        assert accesses.launches == forward
+        loss.sum().backward()
+        assert accesses.launches == forward + backward
+    truth = F.cross_entropy(logits.detach().double(), target.double(), reduction=reduction)
+    torch.testing.assert_close(loss.detach(), truth.to(loss.dtype))
+
+
+def test_kernels_forced_on_float64_with_class_probabilities_are_an_error(monkeypatch):
+    """Running PyTorch instead would be a fallback without a word."""
     monkeypatch.setenv("SGP_BACKEND", "triton")
-    logits, _ = batch()
-    with pytest.raises(RuntimeError, match=r"SGP_BACKEND=triton cannot run.*probabilities"):
+    logits, _ = batch(torch.float64)
+    with pytest.raises(RuntimeError, match=r"SGP_BACKEND=triton cannot run.*float64"):
         sgp.cross_entropy(logits, logits.detach().softmax(-1))
 
 

@@ -75,10 +75,6 @@ def test_pytorch_sample_inputs(backend, dtype, device):
     samples = list(SAMPLES.sample_inputs(device, dtype, requires_grad=True))
     assert len(samples) >= 21, f"PyTorch's op_db has {len(samples)} samples; it had 21 in 2.13"
     for sample in samples:
-        if sample.args[0].is_floating_point() and backend == "triton":
-            with pytest.raises(RuntimeError, match=r"cannot run: class probabilities"):
-                sgp.cross_entropy(sample.input, *sample.args, **sample.kwargs)
-            continue
         upstream = None
         if sample.kwargs.get("reduction") == "none":
             upstream = torch.randn(sample_results(F.cross_entropy, sample)[0].shape, device=device)
@@ -306,8 +302,8 @@ PROBABILITY_OPTIONS = {
 @pytest.mark.parametrize("option", PROBABILITY_OPTIONS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("shape", [(4,), (3, 4), (3, 4, 2)], ids=str)
-def test_class_probabilities(shape, reduction, option, device):
-    """By PyTorch's operators; SGP_BACKEND=triton refuses them (test_backend.py)."""
+def test_class_probabilities(shape, reduction, option, backend, device):
+    """As PyTorch's; what is ours alone is in test_probabilities.py."""
     logits = torch.randn(shape, device=device)
     dim = 0 if len(shape) == 1 else 1
     target = torch.randn(shape, device=device).softmax(dim)
@@ -322,12 +318,13 @@ def test_class_probabilities(shape, reduction, option, device):
     plain = loss_and_grad(F.cross_entropy, logits, target, reduction=reduction, **options)
     ours = loss_and_grad(sgp.cross_entropy, logits, target, reduction=reduction, **options)
     assert_no_worse(ours[0], plain[0], truth[0])
-    assert_no_worse(ours[1], plain[1], truth[1])
+    # By token: of one class, p - q may be next to nothing for all tokens.
+    assert_no_worse(*(grads[1].movedim(dim, -1) for grads in (ours, plain, truth)))
 
 
 @pytest.mark.core
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_one_hot_probabilities_are_class_indices(reduction, backend, device, monkeypatch):
+def test_one_hot_probabilities_are_class_indices(reduction, backend, device):
     """Every option of this package means the same with a distribution as with an index."""
     logits = torch.randn(2, 5, 3, device=device)
     target = torch.randint(5, (2, 3), device=device)
@@ -341,7 +338,6 @@ def test_one_hot_probabilities_are_class_indices(reduction, backend, device, mon
         "lse_square_scale": 0.1,
     }
     indices = loss_and_grad(sgp.cross_entropy, logits, target, **options)
-    monkeypatch.setenv("SGP_BACKEND", "torch")  # no kernel takes probabilities
     spread = loss_and_grad(sgp.cross_entropy, logits, one_hot, **options)
     assert relative_error(spread[0], indices[0]) < 1e-6
     assert relative_error(spread[1], indices[1]) < 1e-6
@@ -349,12 +345,11 @@ def test_one_hot_probabilities_are_class_indices(reduction, backend, device, mon
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 @pytest.mark.parametrize("form", ["int", "float", "0-d float tensor", "0-d int tensor"])
-def test_denominator_replaces_the_divisor(form, kind, backend, device, monkeypatch):
+def test_denominator_replaces_the_divisor(form, kind, backend, device):
     logits = torch.randn(4, 6, device=device)
     target = torch.tensor([1, IGNORE, 2, 5], device=device)
     if kind == "probabilities":
         target = torch.randn(4, 6, device=device).softmax(1)
-        monkeypatch.setenv("SGP_BACKEND", "torch")  # no kernel takes probabilities
     denominator = {
         "int": 7,
         "float": 7.0,

@@ -162,6 +162,7 @@ def test_a_sample_compiled_afresh_is_as_in_the_results(target, tmp_path):
         "loss",
         "backward",
         "factor",
+        *kernel_cases.PROBABILITIES,
     }
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", *FORCED)}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")

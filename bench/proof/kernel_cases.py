@@ -28,7 +28,7 @@ N = 64
 class Case(NamedTuple):
     """One kernel as one line of the table launches it."""
 
-    kernel: str  # forward | statistics | loss | backward | factor
+    kernel: str  # forward | statistics | loss | backward | factor | of PROBABILITIES
     # of two rows: two rows (with the gradient) | two losses | two backward | two terms
     V: int
     dtype: str
@@ -38,6 +38,7 @@ class Case(NamedTuple):
     layout: str = "rows"  # rows | slice | strided | in place (strided, so is the gradient) | head
     # slice: logits[:, :-1], two strides between rows
     # head: a bf16 gradient in the first half of float32 rows, as the linear head has it
+    # mixed: probabilities in float32 of 16-bit logits, or bf16 of float32 ones
     form: str = "auto"  # or another, forced
     gpu: str = ""  # "H200": with that one's lines
 
@@ -45,14 +46,25 @@ class Case(NamedTuple):
     def is_wide(self) -> bool:
         """Whether 16-byte accesses are promised."""
         edges = table.ONE_BLOCK[-1].columns < self.V and self.form != "blockwise"
-        return (self.V % 8 == 0 and self.layout in ("rows", "slice", "head")) or (
-            edges and self.layout == "rows"
+        return (self.V % 8 == 0 and self.layout in ("rows", "slice", "head", "mixed")) or (
+            edges and self.layout in ("rows", "mixed")
         )
 
     @property
     def gradient_dtype(self) -> torch.dtype:
         """What the gradient is stored in."""
         return torch.bfloat16 if self.layout == "head" else DTYPES[self.dtype]
+
+    @property
+    def probability_dtype(self) -> torch.dtype:
+        """What the probabilities of PROBABILITIES are stored in."""
+        if self.layout == "mixed":
+            return torch.bfloat16 if self.dtype == "fp32" else torch.float32
+        return DTYPES[self.dtype]
+
+
+# Loss and the logits' gradient; loss alone, saving; both gradients from what was saved.
+PROBABILITIES = ("probabilities", "probabilities, loss", "probabilities, backward")
 
 
 EVERY_KERNEL = (  # each kernel with nothing on and with everything on
@@ -97,7 +109,8 @@ def cases(name: str, *, longest: bool = False) -> list[Case]:
     found = dict.fromkeys(
         (
             *(*one_block_cases(), *cluster_cases(name)),
-            *(*streaming_cases(), *head_cases(), *one_pass_cases(), *two_rows_cases()),
+            *(*streaming_cases(), *head_cases(), *one_pass_cases()),
+            *(*two_rows_cases(), *probability_cases()),
         )
     )
     if TARGETS[name].backend == "hip":  # which has no lines for them
@@ -265,6 +278,17 @@ def _two_rows(case: Case, on: Target, logits: Matrix, dlogits: Matrix) -> launch
     return launch.two_rows_loss(*rows, opts, **shared)
 
 
+def probability_cases() -> Iterator[Case]:
+    """Rows whose target is a distribution."""
+    for kernel, V, dtype in itertools.product(PROBABILITIES, (50_257, 151_936), WIDE):
+        for options, layout in itertools.product(("plain", "all"), ("rows", "mixed")):
+            yield Case(kernel, V, dtype, options, layout)
+    for kernel, dtype in itertools.product(PROBABILITIES, WIDE):
+        yield Case(kernel, table.ONE_BLOCK[-1].BV, dtype, "all")
+        yield Case(kernel, 50_257, dtype, "all", "strided")
+    yield Case(PROBABILITIES[0], 151_936, "fp16", "all")
+
+
 def call_of(case: Case, on: Target) -> launch.Call:
     """The launch of a case on tensors without memory."""
 
@@ -302,6 +326,15 @@ def call_of(case: Case, on: Target) -> launch.Call:
         ),
         "all": everything,
     }[case.options]
+    if case.kernel in PROBABILITIES:
+        spread = _matrix(case, case.probability_dtype, strided=case.layout == "strided")
+        rows = _matrix(case._replace(layout="rows"), case.probability_dtype, strided=False)
+        _, loss, backward = (case.kernel == name for name in PROBABILITIES)
+        return launch.probability_rows(
+            logits, spread, None if loss else dlogits, rows if backward else None,
+            None if backward else row, empty(N, 4) if loss or backward else None,
+            options._replace(weight_mean=None, inverse_temperature=None), N=N, V=V, on=on,
+        )  # fmt: skip
     shared = {"V": V, "ignore_index": -100, "on": on}
     if case.kernel == "backward":
         return launch.row_gradient(logits, dlogits, target, empty(N, 3), options, **shared)

@@ -33,7 +33,15 @@ from rich.console import Console
 
 from bench import files, tables
 from bench.proof.binary import NamedTarget, read_amd, read_nvidia
-from bench.proof.kernel_cases import DTYPES, TARGETS, Case, call_of, cases, target_of
+from bench.proof.kernel_cases import (
+    DTYPES,
+    PROBABILITIES,
+    TARGETS,
+    Case,
+    call_of,
+    cases,
+    target_of,
+)
 from sgp.kernels import launch, table
 
 ROOT = files.ROOT
@@ -101,24 +109,32 @@ def _columns(record: dict[str, Any]) -> tuple[int, int]:
     return record["BV"] // threads, record["BV_2"] // threads
 
 
-def _broken_accesses(case: Case, record: dict[str, Any]) -> list[str]:
-    """16-byte accesses that one pass of a thread over its block, or over its row, takes."""
-    broken = []
+def _accesses(case: Case, record: dict[str, Any]) -> tuple[int, int]:
+    """Loads and stores of 16 bytes that one pass of a thread over its block, or its row, takes."""
     first, second = _columns(record)
     logit, gradient = DTYPES[case.dtype].itemsize, case.gradient_dtype.itemsize
-    is_resident = record["form"] == "resident" and case.kernel == "forward"
-    loads = first * record["pieces"] * logit // 16
     stores = second * record["pieces"] * gradient // 16
-    if case.kernel == "forward" and not is_resident:
+    if case.kernel in PROBABILITIES:
+        both = logit + case.probability_dtype.itemsize
+        _, loss, backward = (case.kernel == name for name in PROBABILITIES)
+        loads = (0 if backward else first) * both // 16 + (0 if loss else second) * both // 16
+        return loads, 0 if loss else second * (both if backward else gradient) // 16
+    loads = first * record["pieces"] * logit // 16
+    if case.kernel.startswith("two "):  # loops over both rows: sums, the terms of a jsd, gradient
+        of_jsd = case.options.startswith("jsd")
+        loops = {"two rows": 2 + of_jsd, "two losses": 1 + of_jsd}.get(case.kernel, 1)
+        return 2 * loops * loads, stores if case.kernel in ("two rows", "two backward") else 0
+    if case.kernel == "forward" and record["form"] != "resident":
         loads += second * logit // 16
-    if case.kernel == "two rows":  # loops that read both rows: sums and gradient, terms of a jsd
-        loads *= 6 if case.options.startswith("jsd") else 4
-    if case.kernel == "two losses":
-        loads *= 4 if case.options.startswith("jsd") else 2
-    if case.kernel in ("two backward", "two terms"):
-        loads *= 2
-    if case.kernel not in ("forward", "backward", "factor", "two rows", "two backward"):
-        stores = 0
+    return loads, stores if case.kernel in ("forward", "backward", "factor") else 0
+
+
+def _broken_accesses(case: Case, record: dict[str, Any]) -> list[str]:
+    """Accesses that are narrower than they could be, or more than are due."""
+    broken = []
+    first, second = _columns(record)
+    is_resident = record["form"] == "resident" and case.kernel == "forward"
+    loads, stores = _accesses(case, record)
     for kind, expected in (("loads", loads), ("stores", stores)):
         if record[f"{kind}_16"] < expected:
             broken.append(f"{record[f'{kind}_16']} {kind} of 16 bytes, expected {expected}")
@@ -139,12 +155,13 @@ def _broken_accesses(case: Case, record: dict[str, Any]) -> list[str]:
 def _broken_loops(case: Case, record: dict[str, Any]) -> list[str]:
     """Of a streamed row: what the threads of a program exchange, and how much they compute."""
     broken = []
-    if record["form"] not in ("streaming", "staying") or case.kernel in ("backward", "factor"):
+    no_sums = case.kernel in ("backward", "factor", PROBABILITIES[-1])
+    if record["form"] not in ("streaming", "staying") or no_sums:
         return broken
     if record["meetings"]:
         broken.append(f"{record['meetings']} barriers and shuffles in the first loop")
     is_counted = (record["target"], case.dtype, case.options) == ("sm_90", "bf16", "plain")
-    if is_counted and table.ONE_BLOCK[-1].columns < case.V:
+    if is_counted and case.kernel not in PROBABILITIES and table.ONE_BLOCK[-1].columns < case.V:
         for name, columns in zip(LOOPS, _columns(record), strict=True):
             each = record[f"{name}_loop"] / columns
             if each > LOOPS[name]:

@@ -9,7 +9,10 @@ can touch is (1 + f) N V: read the kept logits, write every gradient. The budget
 is streamed. The forms are the launch table's own choice (resident up to 4096 columns, streaming
 beyond) and programs that stay, forced.
 
-A second table has what the Triton kernels of other libraries ask for, where they are installed
+Then the same of class probabilities, in units of N V of each dtype: logits and probabilities are
+asked for twice and the gradient is written, 5 N V, of which 3 N V are touched.
+
+A last table has what the Triton kernels of other libraries ask for, where they are installed
 (`pip install -e ".[rivals]"`; rival_traffic.py).
 """
 
@@ -41,6 +44,7 @@ VOCABULARIES = (
     *(1_000, 8_192, 8_193, 32_000, 32_896, 50_257),
     *(128_256, 131_072, 151_936, 248_320, 262_144),
 )
+PROBABILITIES = (1_000, 8_193, 50_257, 151_936)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FORMS = ("auto", "staying")
 N = 4
@@ -95,6 +99,34 @@ def count(form: str, V: int, dtype: str, kept_rows: int) -> Count:
     )
 
 
+class ProbabilityCount(NamedTuple):
+    """Elements of logits, probabilities and gradient in units of N V, all of one dtype."""
+
+    V: int
+    dtype: str
+    asked: float
+    touched: float
+
+    @property
+    def within_budget(self) -> bool:
+        """Whether both budgets hold."""
+        return self.asked <= SLACK * 5 and self.touched <= SLACK * 3
+
+
+def count_probabilities(V: int, dtype: str) -> ProbabilityCount:
+    """The traffic of `sgp.cross_entropy(...).backward()` on N rows of class probabilities."""
+    logits = torch.randn(N, V).to(DTYPES[dtype]).requires_grad_()
+    target = torch.randn(N, V).softmax(1).to(DTYPES[dtype])
+    with watch_accesses(distinct=True) as seen:
+        sgp.cross_entropy(logits, target).backward()
+    assert logits.grad is not None, "logits require grad"  # noqa: S101
+    tensors = (logits, target, logits.grad)
+    unit = N * V * DTYPES[dtype].itemsize
+    asked = sum(seen.of(x).loaded + seen.of(x).stored for x in tensors)
+    touched = sum(sum(seen.distinct(x)) for x in tensors)
+    return ProbabilityCount(V, dtype, asked / unit, touched / unit)
+
+
 def main() -> int:
     """Count every case, print the table, write the results file."""
     parser = argparse.ArgumentParser(
@@ -120,16 +152,32 @@ def main() -> int:
     console = Console()
     console.print(table)
     os.environ["SGP_ROW_FORM"] = "auto"
+    spread = [count_probabilities(*c) for c in itertools.product(PROBABILITIES, DTYPES)]
+    console.print(_of_probabilities(spread))
     others = rival_traffic.count_all()
     console.print(_beside_others(others))
     lines = ",\n".join(json.dumps(c._asdict() | {"ok": c.within_budget}) for c in counts)
+    probabilities = ",\n".join(json.dumps(c._asdict() | {"ok": c.within_budget}) for c in spread)
     rivals = ",\n".join(json.dumps(c._asdict()) for c in others)
     arguments.output.write_text(
-        f'{{"N": {N}, "records": [\n{lines}\n], "rivals": [\n{rivals}\n]}}\n'
+        f'{{"N": {N}, "records": [\n{lines}\n], "probabilities": [\n{probabilities}\n], '
+        f'"rivals": [\n{rivals}\n]}}\n'
     )
     ours = [c for c in others if c.name == "sgp"]
     fine = all(c.asked is not None and c.asked <= SLACK * (1 + 2 * c.kept) for c in ours)
-    return 0 if fine and all(c.within_budget for c in counts) else 1
+    return 0 if fine and all(c.within_budget for c in (*counts, *spread)) else 1
+
+
+def _of_probabilities(counts: list[ProbabilityCount]) -> Table:
+    table = tables.make(
+        "Class probabilities, loss and backward, N V elements",
+        [],
+        ["V", "dtype", "asked for", "touched", ""],
+    )
+    for c in counts:
+        verdict = "[green]ok" if c.within_budget else "[red]OVER"
+        table.add_row(str(c.V), c.dtype, f"{c.asked:.4f}", f"{c.touched:.4f}", verdict)
+    return table
 
 
 def _beside_others(counts: list[RivalCount]) -> Table:

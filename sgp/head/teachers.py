@@ -20,7 +20,6 @@ from sgp.rows.operations import RowOperations
 from sgp.rows.recipe import Recipe, cast
 from sgp.rows.top_rows import Listed, top_rows
 from sgp.rows.two_by_torch import Whose
-from sgp.rows.two_rows import implementation
 
 
 class Teachers(NamedTuple):
@@ -114,7 +113,7 @@ class TeacherRows:
                 logits, dlogits, listed, target, row_weight, scale, recipe, self.divergence, out
             )
             return
-        implementation(logits).forward(
+        self.operations.two_rows(logits).forward(
             logits, self._logits(logits, None), dlogits, target, Whose(), row_weight, scale,
             recipe, self.divergence, out,
         )  # fmt: skip
@@ -138,10 +137,14 @@ class TeacherRows:
                 logits, dlogits, listed, target, row_weight, None, recipe, self.divergence, None
             )
             return
-        implementation(logits).backward(
+        self.operations.two_rows(logits).backward(
             logits, self._logits(logits, columns), dlogits, target, Whose(), saved, row_weight,
             recipe, self.divergence, columns,
         )  # fmt: skip
+
+    def two_rows(self, logits: Tensor) -> Any:
+        """As without a teacher."""
+        return self.operations.two_rows(logits)
 
     def start_sum(self, x: Tensor) -> Any:
         """As without a teacher."""

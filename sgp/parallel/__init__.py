@@ -10,6 +10,7 @@ from typing import Any
 
 from sgp import dtensors
 from sgp.parallel.data import global_denominator, positions
+from sgp.parallel.distilling import distillation, linear_distillation
 from sgp.parallel.losses import (
     cross_entropy,
     linear_cross_entropy,
@@ -20,8 +21,10 @@ from sgp.parallel.own_loss import linear_loss
 
 __all__ = [
     "cross_entropy",
+    "distillation",
     "global_denominator",
     "linear_cross_entropy",
+    "linear_distillation",
     "linear_loss",
     "linear_token_log_probs",
     "positions",

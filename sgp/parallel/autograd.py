@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sgp.parallel.rows import ShardRows
 from sgp.parallel.shard import Shard
+from sgp.parallel.two_rows import ShardTwoRows
 from sgp.rows.autograd import (
     contiguous,
     loss_upstream,
@@ -22,7 +23,9 @@ from sgp.rows.autograd import (
     saved_tensors,
 )
 from sgp.rows.by_torch import Upstream, Wanted, new_outputs
+from sgp.rows.divergence import SAVED, Divergence
 from sgp.rows.recipe import Recipe
+from sgp.rows.two_by_torch import Whose
 
 
 class Call(NamedTuple):
@@ -91,3 +94,59 @@ class ShardLogits(torch.autograd.Function):
                 upstream,
             )  # fmt: skip
         return (once(call.shard.name, dlogits, saved, *wanted), *(None,) * 5)
+
+
+class DivergenceCall(NamedTuple):
+    """What is no tensor beside a teacher."""
+
+    shard: Shard
+    recipe: Recipe
+    divergence: Divergence
+    stats: bool
+
+
+class ShardDivergence(torch.autograd.Function):
+    """(loss, 5 statistics, saved) of each row (N,) beside a teacher's, the same on every rank."""
+
+    @staticmethod
+    def forward(
+        logits: Tensor,
+        teacher: Tensor,
+        target: Tensor,
+        rows: Tensor,
+        row_weight: Tensor | None,
+        call: DivergenceCall,
+    ) -> tuple[Tensor | None, ...]:
+        wanted = Wanted(saved=True, stats=call.stats, width=SAVED)
+        out = new_outputs(logits, target.numel(), wanted)
+        size = call.shard.size
+        ShardTwoRows(call.shard, rows).forward(
+            logits[..., :size], teacher[..., :size], None, target, Whose(), row_weight, None,
+            call.recipe, call.divergence, out,
+        )  # fmt: skip
+        loss, saved, *stats, _ = out
+        return loss, *stats, saved
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, call = inputs
+        _, *stats, saved = output
+        mark_constant(ctx, *stats, origin=saved)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, saved)
+        ctx.call = call
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        call: DivergenceCall = ctx.call
+        if grads[0] is None:
+            return (None,) * 6
+        logits, teacher, target, rows, row_weight, saved = ctx.saved_tensors
+        size = call.shard.size
+        with torch.no_grad():
+            dlogits = logits.new_zeros(logits.shape)
+            ShardTwoRows(call.shard, rows).backward(
+                logits[..., :size], teacher[..., :size], dlogits[..., :size], target, Whose(),
+                saved, loss_upstream(grads[0], row_weight, saved), call.recipe, call.divergence,
+            )  # fmt: skip
+        return (once(call.shard.name, dlogits, saved, grads[0]), *(None,) * 5)

@@ -14,7 +14,16 @@ from sgp.head.autograd import linear_head
 from sgp.head.calls import LinearHead
 from sgp.head.operators import kept_rows
 from sgp.head.problem import Pieces, check_head, compute_dtype, make_head_problem
-from sgp.parallel.shard import Group, Header, Shard, agree, checksum, process_group, sampled
+from sgp.parallel.shard import (
+    Group,
+    Header,
+    Shard,
+    agree,
+    checksum,
+    process_group,
+    sampled,
+    without_padding,
+)
 from sgp.rows.autograd import refuse_forward_mode
 from sgp.rows.problem import Problem, check_targets, check_tensor, class_weight, make_problem
 from sgp.rows.recipe import Recipe, whole_number
@@ -171,6 +180,50 @@ def agree_on_head(
         bias = None if head.bias is None else head.bias[: shard.size]
         head = head._replace(weight=head.weight[: shard.size], bias=bias)
     return shard, head
+
+
+def agree_on_teacher(
+    name: str,
+    group: Group,
+    shard: Shard,
+    problem: Problem,
+    kept: int,
+    teacher: tuple[Tensor, int],
+    sample: Tensor,
+    vocab_size: int | None,
+) -> Shard:
+    """The shard of the classes that student and teacher have, the same ones on each rank.
+
+    `teacher` is what holds its columns, and which dimension they are.
+
+    Raises:
+        ValueError: on every rank, where the ranks hold other classes of one than of the other.
+    """
+    x, dim = teacher
+    header = Header(
+        function=checksum(name, "teacher"),
+        options=checksum(dim),
+        dtypes=checksum(x.dtype),
+        grads=0,
+        columns=x.shape[dim],
+        vocab_size=_given(name, vocab_size),
+        tokens=problem.target.numel(),
+        kept=kept,
+        width=0 if dim else x.shape[1],
+    )
+    other = agree(name, process_group(name, group), header, problem.target, (), sample)
+    V = min(shard.V, other.V)
+    ours, theirs = (without_padding(name, sizes, V) for sizes in (shard.sizes, other.sizes))
+    if ours != theirs:
+        raise ValueError(
+            f"{name}: the ranks hold {list(shard.sizes)} columns of the student's vocabulary and "
+            f"{list(other.sizes)} of the teacher's; expected the same classes on each rank, but "
+            "for padding behind the last: split both alike"
+        )
+    agreed = shard.agreed if other.agreed is None else other.agreed
+    if shard.agreed is not None and other.agreed is not None:
+        agreed = shard.agreed & other.agreed
+    return shard._replace(sizes=ours, agreed=agreed)
 
 
 def _given(name: str, vocab_size: int | None) -> int:

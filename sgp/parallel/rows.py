@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sgp.labels import IGNORE
 from sgp.parallel.shard import Shard
+from sgp.parallel.two_rows import ShardTwoRows
 from sgp.rows.by_torch import (
     NOTHING,
     Columns,
@@ -74,6 +75,10 @@ class ShardRows:
     def at(self, *_: Any) -> ShardRows:
         """Itself: all rows are alike."""
         return self
+
+    def two_rows(self, _: Tensor) -> ShardTwoRows:
+        """The same operations beside a teacher's logits."""
+        return ShardTwoRows(self.shard, self.rows)
 
     def start_sum(self, x: Tensor) -> Any:
         """Begin to sum x over the ranks."""

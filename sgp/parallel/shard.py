@@ -194,7 +194,7 @@ def agree(
         expected[:, COLUMNS] = torch.stack(sizes_known)
         expected[:, VALUES] = table[:, VALUES]
         agreed = (table == expected).all()
-    sizes = _without_padding(name, columns, header.vocab_size)
+    sizes = without_padding(name, columns, header.vocab_size)
     return Shard(name, group, rank, sizes, agreed, sums_input_grad)
 
 
@@ -280,7 +280,7 @@ def _refuse_copies(name: str, rows: list[list[int]], vocab_size: int) -> None:
         )
 
 
-def _without_padding(name: str, columns: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+def without_padding(name: str, columns: Sequence[int], vocab_size: int) -> tuple[int, ...]:
     """Columns of each rank below vocab_size."""
     total = sum(columns)
     if vocab_size > total:

@@ -79,9 +79,11 @@ def cross_entropy(
     if problem.has_probabilities():
         kept = torch.arange(len(logits), device=logits.device)
         s = score(logits, recipe)
-        q = (1 - label_smoothing) * y.to(s.dtype) + label_smoothing / V
+        q = (1 - label_smoothing) * y.reshape(-1, V).to(s.dtype) + label_smoothing / V
+        q = q if w is None else q * w
         log_p = F.log_softmax(s, -1)
-        rows = -(q * log_p * (s.new_ones(V) if w is None else w)).sum(1)
+        log_p = log_p.masked_fill((q == 0) & (log_p == -torch.inf), 0)  # 0 log 0 is 0
+        rows = -(q * log_p).sum(1)
         divisor = torch.ones_like(rows)
     else:
         check_targets(name, y, V, ignore)

@@ -46,12 +46,6 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
     return backend
 
 
-def require_torch(what: str) -> None:
-    """Raise RuntimeError where SGP_BACKEND=triton is forced on what only PyTorch's operators do."""
-    if os.environ.get("SGP_BACKEND", "auto") == "triton":
-        raise RuntimeError(f"sgp: SGP_BACKEND=triton cannot run: {what} run PyTorch's operators")
-
-
 def explain(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The choice ('triton', 'torch' or 'error') and its reason in words, for `sgp doctor`."""
     wanted = os.environ.get("SGP_BACKEND", "auto")

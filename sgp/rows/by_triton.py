@@ -97,6 +97,51 @@ def backward(
         copy_back(sink, dlogits)
 
 
+def probabilities(
+    logits: Tensor,
+    target: Tensor,
+    dlogits: Tensor | None,
+    dtarget: Tensor | None,
+    loss: Tensor | None,
+    saved: Tensor | None,
+    weight: Tensor | None,
+    row_weight: Tensor | None,
+    scale: Tensor | None,
+    recipe: Recipe,
+) -> None:
+    """Fill what is given of losses and gradients of rows whose target is a distribution.
+
+    Args:
+        logits: (..., V), any strides; leading dimensions flatten to N.
+        target: (..., V) of the same shape, any strides.
+        dlogits, dtarget: their gradients, contiguous, each in its own dtype.
+        loss: (N,); None: `saved` is read instead of written.
+        saved: (N, 4), what the gradients are made from.
+        weight: (V,) class weights.
+        row_weight: (N,); in backward the upstream gradients.
+        scale: () multiplies the gradients only.
+        recipe: the constants of the loss.
+    """
+    with device_of(logits):
+        source, spread = matrix_of(logits), matrix_of(target)
+        sinks = [None if x is None else matrix_of(x) for x in (dlogits, dtarget)]
+        options = options_of(None, row_weight, scale, recipe)._replace(weight=weight)
+        V = logits.shape[-1]
+        N = logits.numel() // V
+        rows = (source, spread, *sinks, loss, saved, options)
+        launch.put(
+            (
+                "probabilities", logits.device, recipe, V, *map(known, (source, spread, *sinks)),
+                loss is None, saved is None, dtype_of(weight), dtype_of(row_weight),
+                dtype_of(scale),
+            ),
+            (source.ptr, spread.ptr, dlogits, dtarget, saved, weight, row_weight, scale),
+            N,
+            (*rows, V),
+            lambda: launch.probability_rows(*rows, N=N, V=V),
+        )  # fmt: skip
+
+
 def multiply(dlogits: Tensor, target: Tensor | None, factor: Tensor, ignore_index: int) -> None:
     """Multiply the kept rows of dlogits by factor (0-d) in place; nothing happens for 1."""
     with device_of(dlogits):

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sgp.rows import backend, by_torch
+from sgp.rows import backend, by_torch, two_rows
 from sgp.rows.by_torch import NOTHING, Columns, RowOutputs, Upstream
 from sgp.rows.recipe import Recipe
 
@@ -68,6 +68,9 @@ class RowOperations(Protocol):
     def at(self, part: slice, rows: Tensor) -> RowOperations:
         """Those of some kept rows, which are `rows` (m,) of all; they are of use to a teacher."""
 
+    def two_rows(self, logits: Tensor) -> Any:
+        """`forward` and `backward` of such logits and a teacher's (see `two_by_torch`)."""
+
     def start_sum(self, x: Tensor) -> Any:
         """Begin to add x up over who holds the other columns, in place; None: nothing to do."""
 
@@ -98,6 +101,10 @@ class OneDevice:
     def at(self, *_: Any) -> RowOperations:
         """Itself: all rows are alike."""
         return self
+
+    def two_rows(self, logits: Tensor) -> ModuleType:
+        """The module that does them."""
+        return two_rows.implementation(logits)
 
     def start_sum(self, _: Tensor) -> None:
         """Nobody else has a part."""

@@ -25,7 +25,7 @@ class Problem(NamedTuple):
     """
 
     input: Tensor  # (..., V) logits, vocabulary last, or (..., D) under a linear head; any strides
-    target: Tensor  # (N,) int64; or (N, V) probabilities
+    target: Tensor  # (N,) int64; or probabilities of the shape of input, any strides
     shape: tuple[int, ...]  # of the per-token results
     recipe: Recipe
     weight: Tensor | None  # (V,)
@@ -36,7 +36,7 @@ class Problem(NamedTuple):
 
     def has_probabilities(self) -> bool:
         """Whether the target is a distribution over the vocabulary for each row."""
-        return self.target.dim() == 2
+        return self.target.is_floating_point()
 
     def has_two_divisors(self) -> bool:
         """Whether a mean divides the cross-entropy by class weights, and a z-loss without them."""
@@ -101,7 +101,7 @@ def make_problem(
                 f"{name}: ignore_index = {recipe.ignore_index} has no meaning with class "
                 f"probabilities {tuple(target.shape)}"
             )
-        rows = target.movedim(class_dim, -1).reshape(-1, logits.shape[-1])
+        rows = target if target.dim() == 2 else target.movedim(class_dim, -1).view(logits.shape)
     else:
         if target.dtype not in INTEGERS:
             raise TypeError(

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 LARGEST = int(sys.float_info.max)
 
@@ -130,19 +129,3 @@ def score(logits: Tensor, recipe: Recipe) -> Tensor:
     if recipe.softcap is not None:
         scored = recipe.softcap * torch.tanh(scored / recipe.softcap)
     return scored
-
-
-def probability_rows(
-    scored: Tensor, target: Tensor, weight: Tensor | None, recipe: Recipe
-) -> Tensor:
-    """(N,) losses of scored logits (N, V) against class probabilities (N, V), by PyTorch."""
-    rows = F.cross_entropy(
-        scored,
-        target.to(scored.dtype),
-        None if weight is None else weight.to(scored.dtype),
-        reduction="none",
-        label_smoothing=recipe.label_smoothing,
-    )
-    if recipe.lse_square_scale:
-        rows = rows + recipe.lse_square_scale * scored.logsumexp(-1) ** 2
-    return rows

@@ -55,6 +55,8 @@ def teacher_logits(
     teacher: Tensor,
     input: Tensor,  # noqa: A002
     target: Tensor | Selection,
+    *,
+    part: bool = False,
 ) -> Tensor:
     """(..., V_t) logits of a teacher, vocabulary last, with the rows of the student's."""
     _check_teacher(name, label, teacher, input)
@@ -66,7 +68,7 @@ def teacher_logits(
             f"{name}: {label} is {tuple(teacher.shape)} and input {tuple(input.shape)}; expected "
             "the same shape, but for the length of the vocabulary"
         )
-    if not teacher.shape[dim]:
+    if not (part or teacher.shape[dim]):
         raise ValueError(f"{name}: {label} {tuple(teacher.shape)} has a vocabulary of 0")
     rows = teacher.detach()
     return rows[None] if rows.dim() == 1 else rows.movedim(dim, -1)
@@ -166,7 +168,7 @@ def index_of_teachers(
         _, moved = moved_ahead(index, index, problem.shape, -100, ahead)
         index = index if moved is None else moved
     index = index.contiguous()
-    if may_wait(index):
+    if not torch.compiler.is_compiling() and may_wait(index):
         kept = problem.target != problem.recipe.ignore_index
         bad = kept & ((index < 0) | (index >= len(teacher)))
         if bad.any():

@@ -28,7 +28,7 @@ from sgp.rows.by_torch import (
 from sgp.rows.divergence import Divergence
 from sgp.rows.operations import implementation
 from sgp.rows.recipe import Recipe, accumulation_dtype
-from sgp.rows.top_k import TopK
+from sgp.rows.top_k import TopK, rounding_of
 from sgp.rows.two_by_torch import Scored, without_largest
 
 ELEMENTS = {True: 1 << 26, False: 1 << 20}  # of rows of logits at once, on a GPU or on a CPU
@@ -236,7 +236,9 @@ class _Chunk(NamedTuple):
         """The k + 1 numbers of both, and how far they are from each other."""
         student = torch.cat([self.s_i / self.recipe.temperature, others.lse[:, None]], 1)
         log_q = self.listed.log_probs.to(student.dtype)
-        rest = (1 - log_q.exp().sum(1)).clamp_(min=0).masked_fill_(others.lse == -torch.inf, 0)
+        least = rounding_of(self.listed.log_probs.dtype)
+        rest = (1 - log_q.exp().sum(1)).clamp_(min=least)
+        rest = rest.masked_fill_(others.lse == -torch.inf, 0)
         return Scored.of(student, torch.cat([log_q, rest.log()[:, None]], 1), divergence)
 
 

@@ -220,7 +220,7 @@ class _Pair(NamedTuple):
         top_t, so_t, z_t, e_t = without_largest(self.t)
         lead = w = t_o = torch.zeros_like(top)
         a = _difference(z_t, z)
-        x = _apart(e, e_t, a).sum(1, keepdim=True)
+        x = apart(e, e_t, a).sum(1, keepdim=True)
         if self.divergence.kind == "forward_kl":
             w = _sum_of(e_t, a)
         else:
@@ -261,7 +261,7 @@ class _Pair(NamedTuple):
         z, z_t = self.s - numbers.top, self.t - numbers.top_t
         p, a = z.exp() * numbers.inv_d, _difference(z_t, z)
         if d.kind == "forward_kl":
-            g = -_apart(p, z_t.exp() * numbers.inv_d_t, a - gap)
+            g = -apart(p, z_t.exp() * numbers.inv_d_t, a - gap)
         elif d.kind == "reverse_kl":
             g = (-p * ((a - numbers.lead) - kl)).masked_fill_(p == 0, 0)
         else:
@@ -324,7 +324,7 @@ def _sum_of(e: Tensor, x: Tensor) -> Tensor:
     return (e * x).masked_fill_(e == 0, 0).sum(1, keepdim=True)
 
 
-def _apart(e: Tensor, e_t: Tensor, a: Tensor) -> Tensor:
+def apart(e: Tensor, e_t: Tensor, a: Tensor) -> Tensor:
     """e_t - e, of e_t = e exp(a)."""
     return torch.where(a.abs() < SMALL, e * a.expm1(), e_t - e)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from sgp.distillation import (
+from sgp.distilling import (
+    BatchOptions,
     DivergenceOptions,
     checked_options,
     refuse_dtensors,
@@ -37,12 +38,48 @@ from sgp.rows.teachers import (
 )
 from sgp.rows.top_k import TopK
 from sgp.rows.top_rows import listed_of
+from sgp.rows.watched import not_compiled
 from sgp.selection import Selection
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing's from Python 3.11 on
 
 NAME = "sgp.linear_distillation"
+
+
+class HeadOptions(BatchOptions, total=False):
+    """The keywords of `linear_distillation`."""
+
+    linear_bias: Tensor | None
+    teacher_bias: Tensor | Sequence[Tensor | None] | None
+    chunk_rows: int | None
+    memory_budget: int | None
+
+
+@overload
+def linear_distillation(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | Selection,
+    teacher_input: Teacher,
+    teacher_weight: Tensor | Sequence[Tensor] | None = None,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[HeadOptions],
+) -> Tensor: ...
+
+
+@overload
+def linear_distillation(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | Selection,
+    teacher_input: Teacher,
+    teacher_weight: Tensor | Sequence[Tensor] | None = None,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[HeadOptions],
+) -> tuple[Tensor, TokenLogProbs]: ...
 
 
 def linear_distillation(
@@ -143,7 +180,7 @@ def linear_distillation(
         refuse_with_top_k(NAME, options.of_teacher(recipe), teacher_index)
         teachers = Teachers()
     else:
-        teachers = _teachers(input, teacher_input, teacher_weight, teacher_bias)
+        teachers = teachers_of(NAME, input, teacher_input, teacher_weight, teacher_bias)
         V = min(len(weight) for weight in teachers.weights)
         if len(linear_weight) > V:
             linear_weight = linear_weight[:V]
@@ -178,33 +215,38 @@ def _refuse_heads(weight: object, bias: object) -> None:
             )
 
 
-def _teachers(
+def teachers_of(
+    name: str,
     input: Tensor,  # noqa: A002
     hidden: Teacher,
     weight: Tensor | Sequence[Tensor] | None,
     bias: Tensor | Sequence[Tensor | None] | None,
+    *,
+    part: bool = False,
 ) -> Teachers:
     """What the arguments hold of them, which fits together.
+
+    `part`: the weight holds some rows of a vocabulary, maybe none.
 
     Raises:
         ValueError, TypeError: with what was passed.
     """
     found = Teachers([], [], [])
     cast = is_autocast(input)
-    for names, (h, w, b) in teacher_heads(NAME, input, hidden, weight, bias):
-        if w.dim() != 2 or w.shape[-1] != h.shape[-1] or not w.numel():
+    for names, (h, w, b) in teacher_heads(name, input, hidden, weight, bias):
+        if w.dim() != 2 or w.shape[-1] != h.shape[-1] or not (part or w.numel()):
             raise ValueError(
-                f"{NAME}: {names[0]} is {tuple(h.shape)} and {names[1]} {tuple(w.shape)}; expected "
+                f"{name}: {names[0]} is {tuple(h.shape)} and {names[1]} {tuple(w.shape)}; expected "
                 "(..., D_t) and (V_t, D_t)"
             )
         if b is not None and b.shape != w.shape[:1]:
             raise ValueError(
-                f"{NAME}: {names[2]} is {tuple(b.shape)}; expected {tuple(w.shape[:1])}, as "
+                f"{name}: {names[2]} is {tuple(b.shape)}; expected {tuple(w.shape[:1])}, as "
                 f"{names[1]} is {tuple(w.shape)}"
             )
         if h.dtype != w.dtype and not cast:
             raise TypeError(
-                f"{NAME}: {names[0]} is {h.dtype} and {names[1]} {w.dtype}; convert one, or use "
+                f"{name}: {names[0]} is {h.dtype} and {names[1]} {w.dtype}; convert one, or use "
                 "torch.autocast"
             )
         found.inputs.append(h)
@@ -216,6 +258,7 @@ def _teachers(
     return found if any_bias else found._replace(biases=[])
 
 
+@not_compiled
 def _by_teacher(head: LinearHead, index: Tensor, number: int) -> tuple[LinearHead, list[int]]:
     """The head with its kept rows in the order of their teachers, and where each one's end.
 
@@ -244,7 +287,7 @@ class LinearDistillationLoss(nn.Module):
         num_classes: V.
         bias: whether the head has one.
         device, dtype: of the head.
-        chunk_rows, memory_budget: as in `linear_distillation`.
+        chunk_rows, memory_budget, return_stats: as in `linear_distillation`.
         options: the keywords of `sgp.DistillationLoss`.
 
     `token_weight`, `denominator` and `teacher_index` change from batch to batch: give them to the
@@ -261,17 +304,19 @@ class LinearDistillationLoss(nn.Module):
         dtype: torch.dtype | None = None,
         chunk_rows: int | None = None,
         memory_budget: int | None = None,
+        return_stats: bool = False,
         **options: Unpack[DivergenceOptions],
     ) -> None:
         super().__init__()
         name = "sgp.LinearDistillationLoss"
         check_size(name, "in_features", in_features)
         check_size(name, "num_classes", num_classes)
-        check_flags(name, bias=bias)
+        check_flags(name, bias=bias, return_stats=return_stats)
         check_sizes(name, chunk_rows, memory_budget)
         self.options = checked_options(name, options)
         self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
         self.chunk_rows, self.memory_budget = chunk_rows, memory_budget
+        self.return_stats = return_stats
 
     def forward(
         self,
@@ -286,15 +331,16 @@ class LinearDistillationLoss(nn.Module):
         teacher_index: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, TokenLogProbs]:
         """The loss of these hidden states; shapes and errors as in `linear_distillation`."""
-        return linear_distillation(
+        return linear_distillation(  # type: ignore[call-overload,misc,no-any-return]
             input, self.linear.weight, target, teacher_input, teacher_weight,
             linear_bias=self.linear.bias, teacher_bias=teacher_bias, token_weight=token_weight,
             denominator=denominator, teacher_index=teacher_index, chunk_rows=self.chunk_rows,
-            memory_budget=self.memory_budget, **self.options,
+            memory_budget=self.memory_budget, return_stats=self.return_stats, **self.options,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         """The options that were given."""
-        given = {"chunk_rows": self.chunk_rows, "memory_budget": self.memory_budget}
-        shown_ = {k: v for k, v in given.items() if v is not None} | dict(self.options)
-        return ", ".join(f"{k}={v!r}" for k, v in shown_.items())
+        sizes = {"chunk_rows": self.chunk_rows, "memory_budget": self.memory_budget}
+        given = {k: v for k, v in sizes.items() if v is not None} | dict(self.options)
+        given |= {"return_stats": True} if self.return_stats else {}
+        return ", ".join(f"{k}={v!r}" for k, v in given.items())
