@@ -17,7 +17,7 @@ COMMANDS = {
     "recall": "what is lost when the context is held constant: a toy task, trained twice",
     "sft": "TRL's SFTTrainer and sgp's: the same steps, losses and time",
     "memory": "peak memory of the linear head, way by way: planned and counted",
-    "gpu": "seven minutes of a GPU: checks, row kernels, whole calls, a model, beside others",
+    "gpu": "eight minutes of a GPU: checks, row kernels, whole calls, a model, beside others",
     "host": "the host's time of a call, to the least that a loss can take; needs no GPU",
     "predict": "milliseconds on paper, from bytes, FLOPs and a data sheet",
     "report": "the tables in README and docs, and the pictures, from the results files",

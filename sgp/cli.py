@@ -239,6 +239,13 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         help="whose data sheet the milliseconds are from (default: %(default)s)",
     )
     add("--frozen-head", action="store_true", help="the weight has no gradient, as under LoRA")
+    add(
+        "--teacher-width",
+        type=_size,
+        default=0,
+        metavar="D_t",
+        help="linear_distillation, from a teacher's head of this width and the same dtype",
+    )
     add = parser.add_mutually_exclusive_group().add_argument
     add(
         "--per-token",
@@ -259,7 +266,13 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 def _plan(arguments: argparse.Namespace) -> _Job:
     from sgp.commands import plan  # noqa: PLC0415  # only this command needs it
+    from sgp.train.errors import UserError  # noqa: PLC0415  # same reason
 
+    if arguments.own_loss and arguments.teacher_width:
+        raise UserError(
+            f"--own-loss {arguments.own_loss} and --teacher-width {arguments.teacher_width}: "
+            "linear_loss has no teacher; pass one of them"
+        )
     return lambda: plan.run(arguments)
 
 

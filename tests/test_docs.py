@@ -24,6 +24,7 @@ from bench.shown import memory, page, readme, report
 from sgp.commands import plan
 from sgp.head import chunks
 from sgp.kernels import table as launch_table
+from sgp.rows.divergence import KINDS
 from tests import families, page_names
 
 ROOT = Path(__file__).parent.parent
@@ -316,8 +317,11 @@ def test_resident_rows_are_the_launch_table():
 
 
 def test_what_is_counted_is_right_and_of_these_sources():
-    records = json.loads((RESULTS / "traffic.json").read_text())["records"]
-    assert all(record["ok"] for record in records)
+    counted = json.loads((RESULTS / "traffic.json").read_text())
+    records = counted["records"]
+    assert all(record["ok"] for record in records + counted["two_rows"])
+    of_long = {(r["divergence"], r["V"]) for r in counted["two_rows"] if r["gradient"]}
+    assert of_long >= {(kind, V) for kind in KINDS for V in (50_257, 151_936)}
     long = {32_000, 50_257, 128_256, 151_936, 248_320, 262_144}
     for form, wanted in (("resident", {1_000}), ("streaming", long), ("staying", long)):
         rows = [record for record in records if record["form"] == form]

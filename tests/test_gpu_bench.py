@@ -18,7 +18,8 @@ from bench.against.cases import Case, Model
 from bench.gpu import gpu, lines
 from bench.gpu import phases as gpu_phases
 from bench.gpu import tables as gpu_tables
-from bench.gpu.phases import PHASES, Phase
+from bench.gpu.order import PHASES
+from bench.gpu.phases import Phase
 from sgp.kernels import launch, table
 from sgp.kernels.table import Line, Target
 
@@ -44,8 +45,8 @@ def begin(path):
 # -- phases ----------------------------------------------------------------------------------------
 
 
-def test_the_limits_of_all_phases_are_seven_minutes():
-    assert sum(plan.seconds for plan in PHASES.values()) <= 7 * 60
+def test_the_limits_of_all_phases_are_eight_minutes():
+    assert sum(plan.seconds for plan in PHASES.values()) <= 8 * 60
 
 
 @pytest.mark.parametrize("name", PHASES)

@@ -109,6 +109,26 @@ def test_options_reach_the_planner(ask):
     assert "1500 of them with loss (planned as 1536)" in ask(size=SIZE.replace("0.25", "0.1831"))[1]
 
 
+def test_a_teacher_reaches_the_planner(ask):
+    """Two products more of its width, one of them where the logits are made again."""
+    out = ask("--teacher-width 8192")[1]
+    shape = plan.shape_of(8192, 2048, 128_256, 4096, teacher=8192)
+    assert shape.teachers.width == 8192
+    assert chosen(out) == chunks.plan("test", shape).words()
+    assert "a teacher of D = 8192" in out
+    assert ways(out)[f"{chosen(out)} (chosen)"][1] == 6 + 2 * 2
+    plain = ways(ask()[1])[plan.PLAIN]
+    assert ways(out)[plan.PLAIN_OF_BOTH][0] > 1.5 * plain[0], "and its logits"
+    late = ask("--teacher-width 4096", "--per-token", "--budget 200MiB")[1]
+    assert ways(late)[f"{chosen(late)} (chosen)"][1] == 8 + 4
+    assert ask("--dtype autocast", "--teacher-width 4096")[0] == 0
+
+
+def test_a_loss_of_ones_own_has_no_teacher(capsys):
+    assert cli.main(["plan", *SIZE.split(), "--own-loss", "3", "--teacher-width", "64"]) == 2
+    assert "--own-loss 3 and --teacher-width 64" in capsys.readouterr().err
+
+
 def test_plain_pytorch_is_what_was_measured():
     """The records of an H100: 11 490 296 832 bytes, loss and divisor included."""
     held = plan.plain(plan.shape_of(8192, 8192, 128_256, 4096)).bytes

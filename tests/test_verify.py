@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sgp import losses
-from sgp.commands import doctor, verify, verify_cases
+from sgp.commands import doctor, verify, verify_cases, verify_teachers
 from sgp.interrupt import Interrupted
 from sgp.rows import backend
 
@@ -106,6 +106,27 @@ def test_a_weights_gradient_that_is_wrong_fails(monkeypatch):
 
     monkeypatch.setattr(verify_cases, "linear_cross_entropy", off)
     assert not check("linear head").passed
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient", "ignored"])
+def test_a_distillation_that_is_wrong_fails(kind, monkeypatch):
+    path, right = "distillation, JSD", verify_teachers.distillation
+    case = verify_cases.Case(path, torch.float32, 7, 0.5, "all")
+    assert verify_cases.check(case, torch.device("cpu")).passed
+
+    def off(logits, teacher, target, **options):
+        loss = right(logits, teacher, target, **options)
+        kept = logits[target != -100].sum()
+        if kind == "loss":
+            return loss + 1e-4 * loss.detach()
+        if kind == "gradient":
+            return loss + 1e-3 * (kept - kept.detach())
+        return (
+            loss + 1e-12 * torch.where(target[:, None] == -100, logits - logits.detach(), 0).sum()
+        )
+
+    monkeypatch.setattr(verify_teachers, "distillation", off)
+    assert not verify_cases.check(case, torch.device("cpu")).passed
 
 
 def test_verify_says_where_it_cannot_run(capsys, monkeypatch, tmp_path):

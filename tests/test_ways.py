@@ -385,6 +385,13 @@ def test_whole_logits_take_no_budget(argument):
         memory.Case("bf16", 0.9, "both", "own"),
         memory.Case("fp16", 1.0, "both", "own"),
         memory.Case("fp32", 0.9, "weight", "own"),
+        memory.Case("bf16", 0.5, "both", "mean", teacher="wider"),
+        memory.Case("fp16", 0.5, "both", "none", teacher="wider"),
+        memory.Case("autocast", 0.5, "both", "mean", teacher="wider"),
+        memory.Case("fp32", 1.0, "input", "mean", teacher="narrower"),
+        memory.Case("bf16", 0.5, "both", "none", teacher="several"),
+        memory.Case("bf16", 0.5, "both", "mean", teacher="top 64, capped"),
+        memory.Case("bf16", 1.0, "both", "mean", teacher="top 64, warm"),
     ],
     ids=str,
 )

@@ -18,6 +18,9 @@ SEQUENCE = 1_024  # tokens, of which the first are context
 # A loss of reinforcement learning through the head: CISPO, on policy and with an advantage of 1,
 # where its value and gradients are those of the mean.
 OWN = "linear own loss"
+# A student's head beside a teacher's, of the same width.
+KL, JSD = "linear distillation (KL)", "linear distillation (JSD)"
+DIVERGENCES = {KL: "forward_kl", JSD: "jsd"}
 
 
 class Model(NamedTuple):
@@ -42,7 +45,8 @@ KEPT = (1.0, 0.5, 0.25, 0.1, 0.05)
 class Case(NamedTuple):
     """N tokens, of which the fraction `kept` carries loss."""
 
-    form: str  # "logits" | "linear" | "log-probs" (from logits) | "linear log-probs" | OWN
+    # "logits" | "linear" | "log-probs" (from logits) | "linear log-probs" | OWN | KL | JSD
+    form: str
     model: Model
     N: int
     kept: float
@@ -60,15 +64,20 @@ class Case(NamedTuple):
         return self.form.startswith("linear")
 
     @property
+    def divergence(self) -> str:
+        """From a teacher, as `sgp.linear_distillation` calls it; "" without one."""
+        return DIVERGENCES.get(self.form, "")
+
+    @property
     def flops(self) -> float:
         """Of forward and backward on the kept rows, at the least.
 
-        With a head 2 M V D for each of three matmuls plus what logits take: about 8 for each,
-        counted from the formulas (maximum, difference, exponential, sum; exponential again, two
-        multiplications and a subtraction).
+        With a head 2 M V D for each of three matmuls, and for one more with a teacher's, plus what
+        logits take: about 8 for each, counted from the formulas (maximum, difference, exponential,
+        sum; exponential again, two multiplications and a subtraction).
         """
-        rows = 8.0 * self.M * self.model.V
-        matmuls = 3 if self.has_head else 0
+        rows = 8.0 * self.M * self.model.V * (2 if self.divergence else 1)
+        matmuls = 3 + bool(self.divergence) if self.has_head else 0
         return rows + 2.0 * matmuls * self.M * self.model.V * self.model.D
 
     @property
@@ -93,7 +102,9 @@ def gpu_cases() -> list[Case]:
     found += [Case(form, QWEN_3, 8_192, kept) for form in forms for kept in KEPT]
     found += [
         Case(form, QWEN_3, 8_192, kept)
-        for form, kept in itertools.product(("log-probs", "linear log-probs", OWN), (1.0, 0.25))
+        for form, kept in itertools.product(
+            ("log-probs", "linear log-probs", OWN, KL, JSD), (1.0, 0.25)
+        )
     ]
     found += [Case(form, QWEN_3, 8_192, 0.25, pattern="scattered") for form in forms]
     sizes = (2_048, 16_384, 32_768, 65_536)
@@ -119,7 +130,10 @@ def cpu_cases() -> list[Case]:
         Case("logits", TINY_LLAMA, 256, 0.25, "bfloat16"),
         Case("log-probs", TINY_LLAMA, 256, 0.25, "float32"),
         Case("linear log-probs", TINY_LLAMA, 256, 0.25, "float32"),
-        *(Case(OWN, TINY_LLAMA, 256, kept, "float32") for kept in (1.0, 0.25)),
+        *(
+            Case(form, TINY_LLAMA, 256, kept, "float32")
+            for form, kept in itertools.product((OWN, KL, JSD), (1.0, 0.25))
+        ),
     ]
     return list(dict.fromkeys(found))
 
@@ -135,6 +149,8 @@ class Problem(NamedTuple):
     selection: sgp.Selection
     rows: Tensor  # (M,) int64: the rows that are kept
     target: Tensor  # (M,) int64: their targets
+    teacher: Tensor | None = None  # (N, D) hidden states of one, constant
+    teacher_weight: Tensor | None = None  # (V, D)
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
@@ -168,15 +184,18 @@ def make(case: Case, device: torch.device, *, rows: int | None = None) -> Proble
         labels = labels[first : first + rows]
         N = rows
     selection = sgp.Selection.from_labels(labels.cpu()).to(device)
-    logits = hidden = weight = None
+    logits = hidden = weight = teacher = teacher_weight = None
     if case.has_head:
         hidden = normal(N, D).requires_grad_()
         weight = normal(V, D).mul_(2.5 / D**0.5).requires_grad_()
+        if case.divergence:
+            teacher, teacher_weight = normal(N, D), normal(V, D).mul_(2.5 / D**0.5)
     else:
         logits = normal(N, V).mul_(2.5).requires_grad_()
     return Problem(
-        case, logits, hidden, weight, labels, selection, selection.rows, selection.target
-    )
+        case, logits, hidden, weight, labels, selection, selection.rows, selection.target, teacher,
+        teacher_weight,
+    )  # fmt: skip
 
 
 def _kept(case: Case, device: torch.device) -> Tensor:

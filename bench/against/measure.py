@@ -74,8 +74,8 @@ def bound_of(problem: Problem) -> Bound:
     """Bytes at a copy's speed, or the matmuls.
 
     From logits: `compulsory_bytes` at the speed of a copy of the logits, which reads and writes
-    each once. With a head: logits, `d_hidden` and `d_weight` of the kept rows, and nothing else,
-    by PyTorch's own matmul.
+    each once. With a head: logits, `d_hidden` and `d_weight` of the kept rows, the teacher's logits
+    where there is one, and nothing else, by PyTorch's own matmul.
     """
     if problem.logits is not None:
         source = problem.logits.detach()
@@ -92,7 +92,13 @@ def bound_of(problem: Problem) -> Bound:
     logits = hidden @ weight.t()
     d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
 
+    theirs = None
+    if problem.teacher is not None and problem.teacher_weight is not None:
+        theirs = problem.teacher[problem.rows], problem.teacher_weight.t()
+
     def matmuls() -> None:
+        if theirs is not None:
+            torch.mm(*theirs, out=logits)
         torch.mm(hidden, weight.t(), out=logits)
         torch.mm(logits.t(), hidden, out=d_weight)
         torch.mm(logits, weight, out=d_hidden)

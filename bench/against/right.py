@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import deterministic
 
+from bench.against import rivals
 from bench.against.cases import Case, Problem
 from sgp import tolerance
 
@@ -94,7 +95,11 @@ def truth(p: Problem) -> tuple[Tensor, ...]:
     logits = leaves[0][p.rows]
     if len(leaves) == 2:
         logits = F.linear(logits, leaves[1])
-    loss = F.cross_entropy(logits, p.target)
+    if p.teacher is None or p.teacher_weight is None:
+        loss = F.cross_entropy(logits, p.target)
+    else:
+        teacher = F.linear(p.teacher[p.rows].to(dtype), p.teacher_weight.to(dtype))
+        loss = rivals.divergence_of(logits, teacher, p.case.divergence).mean()
     return loss.detach(), *torch.autograd.grad(loss, leaves)
 
 
@@ -146,6 +151,8 @@ def sample(p: Problem) -> Sample:
     kept = p.rows[torch.linspace(0, M - 1, 4, device=p.rows.device).long()]
     rows = torch.cat([kept, ignored[:1], ignored[-1:]])
     columns = torch.cat([p.target[:2], torch.tensor([0, p.case.model.V - 1], device=rows.device)])
+    if p.teacher is not None:
+        return _sample_of_teacher(p, rows, columns)
     lse, at_target, at_columns = [], [], []
     for part, target in zip(
         *(x.split(_rows_at_a_time(p)) for x in (p.rows, p.target)), strict=True
@@ -166,12 +173,47 @@ def sample(p: Problem) -> Sample:
         return Sample(rows, columns, (loss, gradient))
     of_columns = (torch.cat(at_columns) - all_lse[:, None]).exp()
     of_columns -= (p.target[:, None] == columns).double()
-    d_weight = (of_columns / M).t() @ p.hidden[p.rows].double()
-    d_hidden = gradient.new_zeros(len(rows), p.case.model.D)
+    return Sample(rows, columns, (loss, *_through_head(p, gradient, of_columns / M)))
+
+
+def _through_head(p: Problem, gradient: Tensor, of_columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Of some rows of hidden states and some of the weight, from those of logits.
+
+    Args:
+        p: the problem.
+        gradient: (R, V) of some rows.
+        of_columns: (M, C) of some columns of all kept rows.
+    """
+    assert p.hidden is not None and p.weight is not None, "a head"  # noqa: S101, PT018
+    d_weight = of_columns.t() @ p.hidden[p.rows].double()
+    d_hidden = gradient.new_zeros(len(gradient), p.case.model.D)
     step = max(1, PART // p.case.model.D)
     for part, of_part in zip(p.weight.split(step), gradient.split(step, 1), strict=True):
         d_hidden += of_part @ part.double()
-    return Sample(rows, columns, (loss, d_hidden, d_weight))
+    return d_hidden, d_weight
+
+
+def _sample_of_teacher(p: Problem, rows: Tensor, columns: Tensor) -> Sample:
+    """By autograd's gradient of some rows' logits at a time."""
+    M, total, of_columns = p.rows.numel(), 0.0, []
+    for part in p.rows.split(_rows_at_a_time(p)):
+        values, found = _compared(p, part)
+        total += float(values.sum())
+        of_columns.append(found[:, columns] / M)
+    gradient = _compared(p, rows)[1] / M
+    gradient[p.labels[rows] == -100] = 0.0
+    loss = gradient.new_tensor(total / M)
+    return Sample(rows, columns, (loss, *_through_head(p, gradient, torch.cat(of_columns))))
+
+
+def _compared(p: Problem, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(R,) divergences from the teacher, and their gradients (R, V)."""
+    with torch.enable_grad():
+        logits = _logits(p, rows).requires_grad_()
+        teacher = _product(p.teacher, p.teacher_weight, rows)
+        values = rivals.divergence_of(logits, teacher, p.case.divergence)
+        (found,) = torch.autograd.grad(values.sum(), logits)
+    return values.detach(), found
 
 
 def _rows_at_a_time(p: Problem) -> int:
@@ -182,6 +224,12 @@ def _logits(p: Problem, rows: Tensor) -> Tensor:
     """(R, V) float64."""
     if p.logits is not None:
         return p.logits[rows].double()
-    assert p.hidden is not None and p.weight is not None, "a head"  # noqa: S101, PT018
-    hidden, step = p.hidden[rows].double(), max(1, PART // p.case.model.D)
-    return torch.cat([hidden @ part.double().t() for part in p.weight.split(step)], 1)
+    return _product(p.hidden, p.weight, rows)
+
+
+@torch.no_grad()
+def _product(hidden: Tensor | None, weight: Tensor | None, rows: Tensor) -> Tensor:
+    """(R, V) float64."""
+    assert hidden is not None and weight is not None, "a head"  # noqa: S101, PT018
+    some, step = hidden[rows].double(), max(1, PART // weight.shape[1])
+    return torch.cat([some @ part.double().t() for part in weight.split(step)], 1)

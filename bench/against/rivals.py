@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sgp
-from bench.against.cases import OWN, SEQUENCE, Problem
+from bench.against.cases import JSD, KL, OWN, SEQUENCE, Problem
 
 
 class Package(NamedTuple):
@@ -141,6 +142,29 @@ def pytorch_own_loss(p: Problem) -> Tensor:
     return cispo(_log_probs(F.linear(p.hidden[p.rows], p.weight), p.target[:, None])).mean()
 
 
+def divergence_of(student: Tensor, teacher: Tensor, kind: str, beta: float = 0.5) -> Tensor:
+    """(M,) of two models' logits (M, V), by log_softmax and `F.kl_div`."""
+    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return F.kl_div(b, a, reduction="none", log_target=True).sum(-1)
+
+    if kind == "forward_kl":
+        return kl(log_q, log_p)
+    if kind == "reverse_kl":
+        return kl(log_p, log_q)
+    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log(1 - beta))
+    return beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
+
+
+def pytorch_distillation(p: Problem) -> Tensor:
+    """Whole logits of both on the kept rows."""
+    logits = F.linear(p.hidden[p.rows], p.weight).float()
+    with torch.no_grad():
+        teacher = F.linear(p.teacher[p.rows], p.teacher_weight).float()
+    return divergence_of(logits, teacher, p.case.divergence).mean()
+
+
 @functools.lru_cache(maxsize=1)
 def _compiled(form: str, V: int, dtype: torch.dtype) -> Callable[..., Tensor]:  # noqa: ARG001
     """Compiled anew for each head, as in a model: only the number of rows is left open."""
@@ -236,6 +260,13 @@ def ours_linear_log_probs_held(p: Problem) -> Tensor:
     return -found.log_prob.sum() / M
 
 
+def ours_distillation(p: Problem) -> Tensor:
+    """`sgp.linear_distillation`."""
+    return sgp.linear_distillation(
+        p.hidden, p.weight, p.selection, p.teacher, p.teacher_weight, divergence=p.case.divergence
+    )
+
+
 # -- libraries -------------------------------------------------------------------------------------
 
 
@@ -264,6 +295,27 @@ def liger_own_loss(p: Problem) -> Tensor:
     tokens, hidden = p.labels.clamp(min=0).view_as(mask), p.hidden.unflatten(0, mask.shape)
     found = loss(hidden, p.weight, tokens, mask, p.hidden.new_ones(len(mask)))
     return found[0]
+
+
+def liger_distillation(p: Problem) -> Tensor:
+    """Its fused head of a generalized JSD, which is the forward KL at beta 0."""
+    from liger_kernel.transformers import LigerFusedLinearJSD  # noqa: PLC0415
+
+    loss = LigerFusedLinearJSD(jsd_beta=_beta(p))
+    return loss(p.hidden, p.weight, p.teacher, p.teacher_weight, p.labels)
+
+
+def liger_chunked_distillation(p: Problem) -> Tensor:
+    """Its chunked loss, which is PyTorch and compiled, as its defaults have it but for the loss."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # noqa: PLC0415
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=_beta(p))
+    return loss(p.hidden, p.weight, p.teacher, p.teacher_weight, p.labels)
+
+
+def _beta(p: Problem) -> float:
+    """As TRL and Liger have it."""
+    return {"forward_kl": 0.0, "jsd": 0.5}[p.case.divergence]
 
 
 def cut_cross_entropy(p: Problem) -> Tensor:
@@ -340,6 +392,17 @@ def trl_own_loss(p: Problem) -> Tensor:
     return cispo(_of_trl(p)).mean()
 
 
+def trl_distillation(p: Problem) -> Tensor:
+    """The chunked function of its DistillationTrainer, on the kept rows as on a GPU."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # noqa: PLC0415
+
+    found = ChunkedDivergenceFunction.apply(
+        p.hidden[p.rows], p.weight, None, p.teacher[p.rows], p.teacher_weight, None, _beta(p)
+    )
+    divergence: Tensor = found[0]
+    return divergence.mean()
+
+
 def _of_trl(p: Problem) -> Tensor:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction  # noqa: PLC0415
     from trl.trainer import utils  # noqa: PLC0415
@@ -359,6 +422,8 @@ PLAIN = {
     "log-probs": pytorch_log_probs,
     "linear log-probs": pytorch_linear_log_probs,
     OWN: pytorch_own_loss,
+    KL: pytorch_distillation,
+    JSD: pytorch_distillation,
 }
 RIVALS = (
     Rival("sgp", "logits", ours, SGP),
@@ -371,6 +436,7 @@ RIVALS = (
     Rival("sgp, logits held", "linear log-probs", ours_linear_log_probs_held, SGP),
     Rival("sgp", OWN, ours_own_loss, SGP),
     Rival("sgp, log-probs first", OWN, ours_loss_of_log_probs, SGP),
+    *(Rival("sgp", form, ours_distillation, SGP) for form in (KL, JSD)),
     *(Rival(BASELINE, form, loss) for form, loss in PLAIN.items()),
     Rival("PyTorch, all rows", "logits", pytorch),
     Rival("PyTorch, all rows", "linear", pytorch_linear),
@@ -390,6 +456,15 @@ RIVALS = (
     Rival("TRL", "linear log-probs", trl_linear_log_probs, TRL),
     Rival("TRL", OWN, trl_own_loss, TRL),
     Rival("Liger", OWN, liger_own_loss, LIGER_CHUNKED),
+    *(
+        Rival(name, form, loss, package)
+        for form in (KL, JSD)
+        for name, loss, package in (
+            ("TRL", trl_distillation, TRL),
+            ("Liger", liger_distillation, LIGER),
+            ("Liger, chunked", liger_chunked_distillation, LIGER_CHUNKED),
+        )
+    ),
 )
 
 

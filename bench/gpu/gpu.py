@@ -1,4 +1,4 @@
-"""A GPU's seven minutes: right first, then time, beside others, phase by phase.
+"""A GPU's eight minutes: right first, then time, beside others, phase by phase.
 
     python -m bench gpu                       # every phase, a results file, the tables
     python -m bench gpu --only rows sweep     # some phases
@@ -38,7 +38,7 @@ from bench.against import machine
 from bench.gpu import lines
 from bench.gpu import phases as gpu_phases
 from bench.gpu import tables as gpu_tables
-from bench.gpu.phases import PHASES
+from bench.gpu.order import PHASES
 from sgp.kernels import launch
 
 ROOT = files.ROOT

@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ LOG_PROBS = (
     "sgp", "sgp, logits held", "sgp, log-probs first", rivals.BASELINE, "torch.compile", "TRL",
     "Liger",
 )  # fmt: skip
-SLOW_TO_START = ("torch.compile", "TRL")  # a dry run is without them
+SLOW_TO_START = ("torch.compile", "TRL", "Liger, chunked")  # a dry run is without them
 QUICK_TO_START = ("sgp", "least", "PyTorch")
 HOSTED = {  # whose own time counts
     "logits": LOGITS,
@@ -243,7 +243,7 @@ def smoke(phase: Phase) -> None:
         ("linear head, a factor for each row", f16, V, "plain"),
         ("log-probabilities of a linear head", bf16, V, "all"),
     ):
-        _verify_one(phase, verify_cases.Case(path, dtype, columns, 0.25, options))
+        verify_one(phase, verify_cases.Case(path, dtype, columns, 0.25, options))
     phase.attempt("no rows", lambda: _no_rows(phase.device, V))
     phase.attempt("a target outside is NaN", lambda: _outside(phase, V))
     phase.attempt("same bits again", lambda: _same_bits(phase, V))
@@ -253,7 +253,8 @@ def smoke(phase: Phase) -> None:
         phase.attempt("offsets above 2^31", lambda: _far(phase.device))
 
 
-def _verify_one(phase: Phase, case: verify_cases.Case) -> None:
+def verify_one(phase: Phase, case: verify_cases.Case) -> None:
+    """Record a case of `sgp verify`."""
     outcome = verify_cases.attempt(case, phase.device)
     found = verify.as_record(outcome)
     del found["path"], found["passed"]
@@ -696,7 +697,7 @@ def verified(phase: Phase) -> None:
         os.environ["SGP_BACKEND"] = "triton"  # of this process
         todo = [case for case in todo if case.V < 10][:2]
         for case in todo:
-            _verify_one(phase, case)
+            verify_one(phase, case)
         return
     workers = min(12, os.cpu_count() or 1)
     done = failed = 0
@@ -715,26 +716,3 @@ def verified(phase: Phase) -> None:
 def _verify_there(case: verify_cases.Case) -> dict[str, Any]:
     os.environ["SGP_BACKEND"] = "triton"
     return verify.as_record(verify_cases.attempt(case, torch.device("cuda")))
-
-
-class Plan(NamedTuple):
-    """A phase, and what it may take."""
-
-    run: Callable[[Phase], None]
-    seconds: float
-    what: str
-    interpreted: bool = False  # in a dry run
-
-
-PHASES = {
-    "env": Plan(env, 15, "the card, copy bandwidth, matmul rate"),
-    "smoke": Plan(smoke, 50, "first calls: dtypes, in place, strided, graphs, offsets above 2^31"),
-    "rows": Plan(rows, 40, "the row kernel alone, beside others' kernels and a copy", True),
-    "calls": Plan(calls, 60, "whole calls from logits, forward and backward, beside others"),
-    "head": Plan(head, 50, "the linear head: time and extra memory, beside others"),
-    "host": Plan(host, 45, "microseconds of Python a call, and calls in a loop"),
-    "train": Plan(train, 45, "a training step of a small Qwen2"),
-    "logprobs": Plan(logprobs, 40, "log-probabilities, from logits and through the head"),
-    "sweep": Plan(sweep, 50, "lines that could take the place of the launch table's", True),
-    "verify": Plan(verified, 25, "a part of sgp verify", True),
-}

@@ -169,6 +169,27 @@ def of_log_probs(records: list[Record]) -> Table:
     return _of_cases("Log-probabilities", "logprobs", records)
 
 
+def of_two_rows(records: list[Record]) -> Table:
+    """The kernel of a student's rows and a teacher's."""
+    found = [r for r in records if r["phase"] == "distil" and "of_copy" in r]
+    found.sort(key=lambda r: (r["data"], r["V"], -r["kept"], r["ms"]))
+    rows = [
+        (r["divergence"], spaced(r["V"]), r["data"], f"{r['kept']:g}", ms(r["ms"]),
+         percent(r["of_copy"]))
+        for r in found
+    ]  # fmt: skip
+    title = "The kernel of two rows alone: share of a copy's bandwidth"
+    return Table(title, ("divergence", "V", "data", "kept"), ("ms", "of copy"), rows)
+
+
+def of_distil(records: list[Record]) -> Table:
+    """A teacher's head beside a student's."""
+    return _of_cases(
+        "Distillation through both heads: time, and memory beyond inputs and gradients",
+        "distil", records,
+    )  # fmt: skip
+
+
 def _of_cases(title: str, phase: str, records: list[Record]) -> Table:
     found = [r for r in records if r["phase"] == phase and r.get("both_ms")]
     found.sort(key=lambda r: (r["form"], r["V"], -r["kept"], r["pattern"], r["both_ms"]))
@@ -265,8 +286,8 @@ def others(records: list[Record]) -> Table:
 
 
 OF: tuple[Callable[[list[Record]], Table], ...] = (
-    of_rows, of_sweep, of_traffic, of_calls, of_head, of_matmuls, of_log_probs, of_host, of_loops,
-    of_train, others, of_checks,
+    of_rows, of_sweep, of_traffic, of_calls, of_head, of_matmuls, of_log_probs, of_two_rows,
+    of_distil, of_host, of_loops, of_train, others, of_checks,
 )  # fmt: skip
 
 

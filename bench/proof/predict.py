@@ -36,15 +36,16 @@ from bench import files, tables
 from bench.against import cases
 from bench.against.cases import Case
 from sgp.head import chunks
-from sgp.head.shape import Shape
+from sgp.head.shape import OfTeachers, Shape
 
 COPY = 0.90  # of the data sheet's bandwidth
 MATMUL = 0.75  # of the data sheet's dense rate
 LAUNCH_MS = 0.005
 KERNELS = {  # at least
-    "logits": 1, "log-probs": 2, "linear": 6, "linear log-probs": 8, cases.OWN: 7
+    "logits": 1, "log-probs": 2, "linear": 6, "linear log-probs": 8, cases.OWN: 7, cases.KL: 7,
+    cases.JSD: 7,
 }  # fmt: skip
-EARLY = ("linear", cases.OWN)  # heads whose gradients are made with the loss
+EARLY = ("linear", *cases.DIVERGENCES, cases.OWN)  # heads whose gradients are made with the loss
 
 
 class Gpu(NamedTuple):
@@ -114,6 +115,8 @@ def predict(case: Case, gpu: Gpu) -> Prediction:
         return Prediction(ms, 0.0, ms + launches, reread, 0.0, moved)
     flops = (6.0 if case.form in EARLY else 8.0) * M * V * D
     passes = 1 if case.form == "linear" else 2  # the others read the logits twice
+    if case.divergence:  # and those of a teacher, both for a mixture once more
+        flops, passes = flops + 2.0 * M * V * D, 6 if case.form == cases.JSD else 4
     moved = (passes * 4.0 + case.itemsize) * M * V
     way = _plan(case)
     if way.way == "slices":  # the input's gradient is the sum
@@ -132,6 +135,7 @@ def _plan(case: Case) -> chunks.Plan:
     """What the head does by default on a GPU."""
     half = case.dtype == "float16"
     late = case.form not in EARLY
+    teachers = OfTeachers(1, case.model.D, case.itemsize) if case.divergence else OfTeachers()
     return chunks.plan(
         "sgp",
         Shape(
@@ -139,6 +143,7 @@ def _plan(case: Case) -> chunks.Plan:
             weight_bytes=case.itemsize, operand_bytes=case.itemsize, input_grad=True,
             weight_grad=True, late=late, is_half=half, wide=half and not late,
             own=case.form == cases.OWN, least=int(case.form == cases.OWN),
+            teachers=teachers,
         ),
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import files, tables
+from bench.against import cases
 from bench.gpu import tables as gpu_tables
 
 ROOT = files.ROOT
@@ -93,24 +94,38 @@ def distil(up: str) -> str:
 def own_loss(up: str) -> str:
     """Time and memory of a loss of one's own, beside others."""
     path = max(RESULTS.glob("*-own-loss.json"))
+    return _beside_others(path, "own loss", "CISPO's loss with its gradients", WAYS_OF_OWN_LOSS, up)
+
+
+def distillation(up: str) -> str:
+    """Time and memory of a teacher's head beside a student's, and of others."""
+    path = max(RESULTS.glob("*-distillation.json"))
+    what = "Divergence from a teacher of the same width, with the student's gradients"
+    return _beside_others(path, "distillation", what, WAYS_TO_DISTIL, up)
+
+
+def _beside_others(path: Path, only: str, what: str, names: dict[str, str], up: str) -> str:
+    """A file of `compare` about one subject."""
     found = json.loads(path.read_text())
+    titles = {cases.KL: "forward KL, ", cases.JSD: "JSD, "}
     lines = ["| kept | way | time | of sgp's | MiB |", "|---|---|---|---|---|"]
     for record in found["cases"]:
         timed = sorted((r for r in record["rivals"] if r["both_ms"]), key=lambda r: r["both_ms"])
         ours = next(r["both_ms"] for r in timed if r["rival"] == "sgp")
         for r in timed:
-            name = WAYS_OF_OWN_LOSS.get(r["rival"], r["rival"])
+            name = names.get(r["rival"], r["rival"])
+            kept = f"{titles.get(record['form'], '')}{100 * record['kept']:.0f} %"
             lines.append(
-                f"| {100 * record['kept']:.0f} % | {name} | {tables.ms(r['both_ms'])} ms | "
+                f"| {kept} | {name} | {tables.ms(r['both_ms'])} ms | "
                 f"{r['both_ms'] / ours:.2f} | {r['memory_bytes'] / MIB:.0f} |"
             )
     case, machine = found["cases"][0], found["machine"]
     source = (
-        f"CISPO's loss with its gradients: {case['N']} tokens, V = {case['model']['V']}, "
+        f"{what}: {case['N']} tokens, V = {case['model']['V']}, "
         f"D = {case['model']['D']}, {case['dtype']}, {machine['name']} ({machine['cpu']}), "
         f"torch {found['versions']['torch']}, {found['date']}. MiB are beyond inputs and weight "
         "gradients. "
-        f'`python -m bench compare --only "own loss"` ([results]({up}bench/results/{path.name})).'
+        f'`python -m bench compare --only "{only}"` ([results]({up}bench/results/{path.name})).'
     )
     return "\n".join([*lines, "", source])
 
@@ -121,6 +136,12 @@ WAYS_OF_OWN_LOSS = {
     "PyTorch, kept rows": "`log_softmax` of whole logits of the kept rows, gathered by hand",
     "TRL": "TRL's chunked log-probabilities of the kept rows, and the loss after it",
     "Liger": "`LigerFusedLinearGRPOLoss`, on all rows",
+}
+WAYS_TO_DISTIL = {
+    "sgp": "`sgp.linear_distillation`",
+    "PyTorch, kept rows": "`log_softmax` and `F.kl_div` of whole logits of the kept rows, by hand",
+    "TRL": "TRL's `ChunkedDivergenceFunction`, on the kept rows",
+    "Liger, chunked": "Liger's chunked `LigerFusedLinearJSDLoss`, on all rows",
 }
 
 
@@ -193,6 +214,30 @@ def traffic(up: str) -> str:
                 f"{max(r['asked'] for r in mine if r['kept'] == kept):.2f}" for kept in (1.0, 0.25)
             ]
             lines.append(f"| {name} {version} | | | {' | '.join(cells)} |")
+    source = f"`python -m bench traffic` ([results]({up}bench/results/traffic.json))."
+    return "\n".join([*lines, "", source])
+
+
+def two_rows(up: str) -> str:
+    """The same of a student's rows and a teacher's; the largest of all widths and dtypes."""
+    found = json.loads((RESULTS / "traffic.json").read_text())
+    lines = [
+        "| | touched: f = 1 | f = 0.25 | asked for: f = 1 | f = 0.25 |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for name, kinds in (("a KL", ("forward_kl", "reverse_kl")), ("a JSD", ("jsd",))):
+        for gradient, words in ((True, "loss and gradient"), (False, "loss alone")):
+            mine = [
+                r
+                for r in found["two_rows"]
+                if r["divergence"] in kinds and r["gradient"] == gradient
+            ]
+            cells = [
+                f"{max(r[key] for r in mine if r['kept'] == kept):.2f}"
+                for key in ("touched", "asked")
+                for kept in (1.0, 0.25)
+            ]
+            lines.append(f"| {name}, {words} | {' | '.join(cells)} |")
     source = f"`python -m bench traffic` ([results]({up}bench/results/traffic.json))."
     return "\n".join([*lines, "", source])
 
@@ -287,6 +332,6 @@ def gallery(up: str) -> str:
 
 BLOCKS: dict[str, Callable[[str], str]] = {
     "recall": recall, "toy": toy, "distil": distil, "own": own_loss, "context": context,
-    "sft": sft, "gpu": gpu, "traffic": traffic,
+    "sft": sft, "gpu": gpu, "traffic": traffic, "two-rows": two_rows, "distillation": distillation,
     "loops": loops, "train": train, "gallery": gallery,
 }  # fmt: skip

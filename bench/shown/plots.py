@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from bench.against import measure
-from bench.against.cases import OWN, Case, Model
+from bench.against.cases import JSD, KL, OWN, Case, Model
 
 MIB = 1 << 20
 COLORS = {  # of seaborn's colorblind palette: sgp is the dark blue
@@ -32,8 +32,9 @@ COLORS = {  # of seaborn's colorblind palette: sgp is the dark blue
     "flash-linear-attention": "#7f6d5f",
     "TRL": "#333333",
     "sgp, log-probs first": "#56b4e9",
+    "Liger, chunked": "#cc78bc",
 }
-MARKERS = dict(zip(COLORS, "oDPs^vX<>dph*H81"[: len(COLORS)], strict=True))
+MARKERS = dict(zip(COLORS, "oDPs^vX<>dph*H812"[: len(COLORS)], strict=True))
 BOUNDS = {
     "logits": "bound: its bytes at a copy's speed",
     "linear": "bound: the bare matmuls of the kept rows",
@@ -187,7 +188,8 @@ def _roofline(content: dict[str, Any], stem: Path) -> Path:
         [span[0], ridge, span[1]], [span[0] * bandwidth, rate, rate], color="black", linewidth=1.4
     )
     markers = {
-        "logits": "o", "linear": "s", "log-probs": "^", "linear log-probs": "D", OWN: "P"
+        "logits": "o", "linear": "s", "log-probs": "^", "linear log-probs": "D", OWN: "P", KL: "X",
+        JSD: "p",
     }  # fmt: skip
     for record in content["cases"]:
         case = case_of(record)

@@ -17,11 +17,12 @@ from rich.table import Table
 from sgp.head import chunks
 from sgp.head.chunks import Plan
 from sgp.head.gpus import GPUS, NOMINAL, Gpu
-from sgp.head.shape import Shape
+from sgp.head.shape import OfTeachers, Shape
 
 NAME = "sgp plan"
 GIB = 1 << 30
 PLAIN = "plain PyTorch: float32 logits of every row"
+PLAIN_OF_BOTH = "plain PyTorch: float32 logits of every row, both models'"
 LADDER = 14  # halves of the default budget that are looked at
 # Of float32 operands, outside the matrix units, as PyTorch multiplies them by default; operations a
 # second, of the data sheets that chunks.py has bf16's from.
@@ -63,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         return shape_of(
             a.tokens, kept, a.vocab, a.width, a.dtype,
             frozen=a.frozen_head, per_token=a.per_token, budgeted=budgeted, own=a.own_loss,
+            teacher=a.teacher_width,
         )  # fmt: skip
 
     usual, budgeted = shape(budgeted=False), shape(budgeted=True)
@@ -101,6 +103,7 @@ def shape_of(
     per_token: bool = False,
     budgeted: bool = False,
     own: int = 0,
+    teacher: int = 0,
 ) -> Shape:
     """What the planner is asked about a call on a GPU.
 
@@ -117,9 +120,12 @@ def shape_of(
         budgeted: whether the call has a memory_budget. A float16 head's gradients are made in
             backward then, because they would wait for the loss scaler's factor in float32.
         own: of a loss of the caller's own, the tokens with loss that it needs at once.
+        teacher: the width of a teacher's head of the same dtype, with which the student's is
+            compared.
     """
     of, is_half = DTYPES[dtype], dtype == "fp16"
     late = per_token or (is_half and budgeted and not frozen and not own)
+    copied = vocab * teacher * of.operands if of.operands != of.weight else 0
     return Shape(
         M=chunks.padded(kept, tokens),
         N=tokens,
@@ -135,6 +141,7 @@ def shape_of(
         wide=is_half and not late,
         own=own > 0,
         least=chunks.padded(min(own, kept), kept),
+        teachers=OfTeachers(1, teacher, of.operands, copied) if teacher else OfTeachers(),
     )
 
 
@@ -176,7 +183,8 @@ def plain(shape: Shape) -> Plan:
     """`F.cross_entropy(F.linear(...).float(), ...)`, by the tensors that autograd has of it.
 
     At most it holds float32 log-probabilities, their gradient and that of the logits, and none of
-    the results yet: 12 bytes a logit.
+    the results yet: 12 bytes a logit. With a teacher, by `F.kl_div`, both log-probabilities, and
+    three tensors of their size while it multiplies them: 20.
     """
     s = shape._replace(M=shape.N, late=False, is_half=False, wide=False, into=False, own=False)
     logits, o = s.N * s.V, s.operand_bytes
@@ -186,6 +194,9 @@ def plain(shape: Shape) -> Plan:
     moved = o + 8 + 4 + 12 + casts + o * (s.input_grad + s.weight_grad)
     whole = chunks.by_rows(s, s.N, s.N)
     most = max(8 * logits, 12 * logits - results)
+    if s.teachers.is_on():  # its logits are written, converted, read, and their logarithms twice
+        most = max(most + 4 * logits, 20 * logits - results)
+        moved += o + 4 + (o + 4 if s.is_narrow() else 0) + 4 + 6 * 4
     return whole._replace(bytes=most + copy, traffic=moved * logits)
 
 
@@ -200,6 +211,8 @@ def _what(a: argparse.Namespace, kept: int, shape: Shape) -> str:
     words += ["frozen head"] * a.frozen_head + ["gradients with a factor a token"] * a.per_token
     if a.own_loss:
         words.append(f"a loss of one's own, {a.own_loss} tokens at once")
+    if a.teacher_width:
+        words.append(f"a teacher of D = {a.teacher_width}")
     return ", ".join(words)
 
 
@@ -212,7 +225,8 @@ def _table(shown: list[Plan], chosen: Plan | None, shape: Shape, gpu: Gpu) -> Ta
     for text, way in rows:
         table.add_row(text, *_cells(way, shape, gpu), style="bold" if way == chosen else None)
     table.add_section()
-    table.add_row(PLAIN, *_cells(plain(shape), shape, gpu))
+    both = PLAIN_OF_BOTH if shape.teachers.is_on() else PLAIN
+    table.add_row(both, *_cells(plain(shape), shape, gpu))
     return table
 
 

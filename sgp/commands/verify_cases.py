@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sgp import reference
+from sgp.commands import verify_teachers
 from sgp.linear import linear_cross_entropy
 from sgp.log_probs import linear_token_log_probs
 from sgp.losses import cross_entropy
@@ -52,6 +53,7 @@ class Path(NamedTuple):
     inplace: bool = False
     view: bool = False  # the vocabulary is not contiguous, as in (B, V, T)
     subject: str = "logits"  # or "head": hidden states and a weight; "log-probs", "own" of a head
+    divergence: str = ""  # from a teacher's logits, or of two heads
 
 
 PATHS = {
@@ -74,8 +76,22 @@ PATHS = {
     "log-probabilities of a linear head": Path("none", None, 1, subject="log-probs"),
     # the same terms, in forward, from a loss of the caller's
     "a loss of log-probabilities": Path("sum", 3.0, 2, subject="own"),
+    # two_rows_forward: both models' rows, and the gradient of the student's
+    "distillation, forward KL": Path("mean", 1.0, 1, divergence="forward_kl"),
+    "distillation, reverse KL": Path("sum", 3.0, 2, divergence="reverse_kl"),
+    # a mixture's terms between sums and gradient
+    "distillation, JSD": Path("mean", 1.0, 1, divergence="jsd"),
+    # statistics in forward, two_rows_backward
+    "distillation, a factor for each row": Path("none", None, 1, divergence="jsd"),
+    # chunks of both models' logits, the gradient in the first half of each float32 row
+    "distillation of linear heads": Path("mean", 1.0, 1, subject="head", divergence="forward_kl"),
+    # both models' logits again in backward
+    "distillation of linear heads, a factor for each row": Path(
+        "none", None, 1, subject="head", divergence="reverse_kl"
+    ),
 }
 HEAD_VOCABULARIES = (7, 8_192, 32_000, 50_257)  # one for each layout is enough here
+TEACHER_VOCABULARIES = (7, 8_192, 50_257)  # no row of two is held whole
 WIDTH = 16  # of the hidden states
 
 
@@ -109,11 +125,23 @@ def cases(*, quick: bool) -> Iterator[Case]:
     """All calls to check; `quick` leaves out the large vocabularies."""
     vocabularies = QUICK if quick else VOCABULARIES
     for V, dtype, options, path in itertools.product(vocabularies, DTYPES, OPTIONS, PATHS):
-        if PATHS[path].subject != "logits" and V not in HEAD_VOCABULARIES and not quick:
+        if not quick and V not in _vocabularies_of(PATHS[path]):
             continue
-        # Interpreted, a long row takes a second: one of four rows is enough there.
-        for kept in (0.0, 0.25, 1.0) if V == 1_000 else (0.25, 1.0) if V < 50_000 else (0.25,):
+        for kept in _kept(path, V):
             yield Case(path, dtype, V, kept, options)
+
+
+def _kept(path: str, V: int) -> tuple[float, ...]:
+    # Interpreted, a long row takes a second: one of four rows is enough there.
+    if PATHS[path].divergence:
+        return (0.5,) if V < 50_000 else (0.25,)
+    return (0.0, 0.25, 1.0) if V == 1_000 else (0.25, 1.0) if V < 50_000 else (0.25,)
+
+
+def _vocabularies_of(path: Path) -> Iterable[int]:
+    if path.divergence:
+        return TEACHER_VOCABULARIES
+    return VOCABULARIES if path.subject == "logits" else HEAD_VOCABULARIES
 
 
 def attempt(case: Case, device: torch.device) -> Outcome:
@@ -127,20 +155,35 @@ def attempt(case: Case, device: torch.device) -> Outcome:
         return Outcome(case, nan, nan, nan, nan, nan, passed=False, raised=raised)
 
 
-def check(case: Case, device: torch.device) -> Outcome:
-    """Run one case three ways: float64 reference, plain PyTorch in the dtype, and sgp."""
-    path = PATHS[case.path]
+class Problem(NamedTuple):
+    """What a case is made of."""
+
+    leaves: list[Tensor]  # what the gradient is asked of, that of rows first
+    target: Tensor  # (N,)
+    options: dict[str, Any]  # of the call
+    upstream: float | Tensor
+    functions: tuple[Function, Function, Function]  # reference in float64, plain PyTorch, sgp
+
+
+def problem_of(case: Case, device: torch.device) -> Problem:
+    """Random tensors, the same ones for the same vocabulary."""
+    path, everything = PATHS[case.path], case.options == "all"
     generator = torch.Generator().manual_seed(case.V)
     N = 4 if device.type == "cpu" else 128
 
     def random(*shape: int, spread: float = 1.0) -> Tensor:
         return (spread * torch.randn(shape, generator=generator)).to(device, case.dtype)
 
-    if path.subject == "logits":
-        leaves = [random(N, case.V, spread=3)]
-    else:
-        leaves = [random(N, WIDTH), random(case.V, WIDTH, spread=3 / WIDTH**0.5)]
-    target = torch.randint(case.V, (N,), generator=generator)
+    def of_model(V: int, D: int) -> list[Tensor]:
+        if path.subject == "logits":
+            return [random(N, V, spread=3)]
+        return [random(N, D), random(V, D, spread=3 / D**0.5)]
+
+    leaves, teacher, V = of_model(case.V, WIDTH), list[Tensor](), case.V
+    if path.divergence:
+        theirs = verify_teachers.columns(V, everything=everything)
+        teacher, V = of_model(theirs, 2 * WIDTH), min(V, theirs)
+    target = torch.randint(V, (N,), generator=generator)
     target[round(case.kept * N) :] = -100
     target = target.to(device)
     token_weight = torch.rand(N, generator=generator).to(device)
@@ -148,9 +191,15 @@ def check(case: Case, device: torch.device) -> Outcome:
     if upstream is None:
         places = (3, N) if path.subject == "log-probs" else (N,)
         upstream = torch.rand(places, generator=generator).to(device)
-    everything = case.options == "all"
+    if path.divergence:
+        for x in (leaves[0], teacher[0]):
+            x[target == -100] = torch.nan  # which nobody reads
+        options = verify_teachers.options(
+            path.divergence, path.reduction, token_weight, everything=everything
+        )
+        return Problem(leaves, target, options, upstream, verify_teachers.functions(teacher))
     weight = torch.rand(case.V, generator=generator).to(device) if everything else None
-    options: dict[str, Any] = {
+    options = {
         **OPTIONS[case.options],
         "weight": weight,
         "token_weight": token_weight if everything else None,
@@ -159,7 +208,13 @@ def check(case: Case, device: torch.device) -> Outcome:
     if path.subject in ("log-probs", "own"):
         options = {k: v for k, v in options.items() if k in ("softcap", "logit_scale")}
         options["temperature"] = 0.7 if everything else 1.0
-    truth_of, plain_of, ours_of = _functions(path)
+    return Problem(leaves, target, options, upstream, _functions(path))
+
+
+def check(case: Case, device: torch.device) -> Outcome:
+    """Run one case three ways: float64 reference, plain PyTorch in the dtype, and sgp."""
+    path = PATHS[case.path]
+    leaves, target, options, upstream, (truth_of, plain_of, ours_of) = problem_of(case, device)
 
     def differentiate(function: Function, inputs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         inputs = [x.detach().requires_grad_() for x in inputs]
@@ -170,7 +225,8 @@ def check(case: Case, device: torch.device) -> Outcome:
     plain, plain_gradients = differentiate(plain_of, leaves)
     in_float32, _ = differentiate(plain_of, [x.float() for x in leaves])
     ours, gradients = differentiate(ours_of, leaves)
-    statistics = path.subject != "logits" or _statistics_agree(leaves[0], target, options)
+    statistics = path.subject != "logits" or bool(path.divergence)
+    statistics = statistics or _statistics_agree(leaves[0], target, options)
     errors = (
         relative_error(ours, truth),
         relative_error(plain, truth),

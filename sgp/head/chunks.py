@@ -263,7 +263,8 @@ def by_rows(shape: Shape, rows: int, group: int) -> Plan:
     kept = group * -(-s.V // 8) * 8 * s.operand_bytes if s.weight_grad and chunk < group else 0
     rows_of_group = _gathered(s, group)
     # While a chunk is made: not yet the weight's gradient, if one matmul makes it.
-    at_once = max(_of_input(s, chunk), _converted(s, chunk), _of_teachers(s, chunk, s.V))
+    comparing = _of_teachers(s, chunk, s.V) - (_input_gradient(s) if chunk >= M else 0)
+    at_once = max(_of_input(s, chunk), _converted(s, chunk), comparing)
     making = logits + kept + rows_of_group + at_once + _waiting(s)
     if narrow or groups == 1:
         making += (summed if groups > 1 else 0) - _of_weight(s)
@@ -298,12 +299,13 @@ def by_slices(shape: Shape, rows: int, columns: int) -> Plan:
     counting -= _of_results(s)  # which are not there yet
     summed = s.sum_bytes() * M * s.D if s.input_grad else 0
     slicing = s.sum_bytes() * M * columns + _gathered(s, M) + summed
-    slicing += max(_converted(s, M), _of_teachers(s, M, columns))
+    multiplying = _converted(s, M) + _before_factor(s, columns)
+    slicing += max(multiplying, _of_teachers(s, M, columns))
     slicing -= s.N * s.D * s.input_bytes if s.input_grad else 0
     if s.operand_bytes != s.weight_bytes:
         slicing += columns * s.D * s.operand_bytes
     if s.is_half and s.weight_grad:
-        slicing += _before_factor(s, columns) + M * s.D * s.operand_bytes
+        slicing += M * s.D * s.operand_bytes
     scattered = not _is_whole(s) and s.input_bytes < s.sum_bytes()
     finishing = summed + (M * s.D * s.input_bytes if scattered and summed else 0)
     matmuls = 2 + s.input_grad + s.weight_grad
@@ -370,6 +372,11 @@ def _of_input(s: Shape, rows: int) -> int:
         return 0
     scattered = not _is_whole(s) and s.input_bytes < s.sum_bytes() and not s.wide
     return rows * s.D * (s.sum_bytes() + s.input_bytes * scattered)
+
+
+def _input_gradient(s: Shape) -> int:
+    """The input's gradient, which is not there yet while the rows of an only chunk are compared."""
+    return s.N * s.D * s.input_bytes + _waiting(s) if s.input_grad else 0
 
 
 def _waiting(s: Shape) -> int:

@@ -287,16 +287,28 @@ def _write_gradient(
         rows.backward(
             s, beside, chunk.y, of_target.others.saved, None, of_share, Recipe(), Upstream(of_one)
         )
+        place = s
     plain = Recipe(temperature=T)
     rows.backward(s, place, chunk.y, others.saved, None, of_y, plain, Upstream(upstream))
     if beside is not None:
-        place.add_(beside)
+        place = beside.add_(s)  # in float32: a narrow gradient is rounded once
     if is_capped is not None:
-        dlogits.copy_(multiply_by_slope_(place, chunk.logits, at_one))
+        _multiply_by_slope_of_(place, chunk.logits, recipe)
+    if place is not dlogits:
+        dlogits.copy_(place)
     of_listed = multiply_by_slope_(of_listed * r[:, None], chunk.x_i, at_one)
     valid = chunk.listed.valid
     if valid is not None:  # every slot of an index writes the same
         of_listed = torch.where(valid, of_listed, of_listed[:, :1])
         as_is = dlogits.gather(1, chunk.columns).to(of_listed.dtype)
         of_listed = torch.where(valid.any(1, keepdim=True), of_listed, as_is)
-    dlogits.scatter_(1, chunk.columns, of_listed.to(dlogits.dtype))
+    every = torch.arange(len(r), device=r.device)[:, None]
+    dlogits[every, chunk.columns] = of_listed.to(dlogits.dtype)  # scatter_ copies it on a CPU
+
+
+def _multiply_by_slope_of_(g: Tensor, x: Tensor, recipe: Recipe) -> None:
+    """`multiply_by_slope_` of a softcap, where x may be overwritten: without a copy of either."""
+    assert recipe.softcap is not None, "there is one"  # noqa: S101
+    e = x.abs_().mul_(-2 * abs(recipe.logit_scale) / recipe.softcap).exp_()
+    g.mul_(e).mul_(4 * recipe.logit_scale)
+    g.div_(e.add_(1).square_())
