@@ -168,7 +168,7 @@ def distillation(
     nothing cancels where both are nearly certain or nearly equal is in `kernels/divergence.py`.
     """
     name = DISTILLATION
-    refuse_dtensors(name, input, teacher, target)
+    refuse_dtensors(name, input, teacher, target, token_weight, teacher_index)
     check_flags(name, return_stats=return_stats)
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
@@ -193,7 +193,7 @@ def distillation(
         loss = reduce_rows(problem, rows, reduction, scale)
     else:
         teachers = [teacher_logits(name, *item, input, target) for item in given.items()]
-        index = index_of_teachers(name, teacher, teacher_index, target, problem, shift)
+        index = index_of_teachers(name, "teacher", teacher, teacher_index, target, problem, shift)
         problem, index = with_index(problem, index, len(teachers))
         if reduction == "mean":
             problem, scale = as_mean(name, problem, denominator)

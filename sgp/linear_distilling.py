@@ -158,7 +158,10 @@ def linear_distillation(
 
     Source: as `distillation`; the pieces are those of `linear_cross_entropy`.
     """
-    refuse_dtensors(NAME, input, linear_weight, target, linear_bias, teacher_input, teacher_weight)
+    refuse_dtensors(
+        NAME, input, linear_weight, target, linear_bias, teacher_input, teacher_weight, teacher_bias,
+        token_weight, teacher_index,
+    )  # fmt: skip
     check_flags(NAME, return_stats=return_stats)
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
@@ -185,7 +188,9 @@ def linear_distillation(
         if len(linear_weight) > V:
             linear_weight = linear_weight[:V]
             linear_bias = None if linear_bias is None else linear_bias[:V]
-        index = index_of_teachers(NAME, teacher_input, teacher_index, target, problem, shift)
+        index = index_of_teachers(
+            NAME, "teacher_input", teacher_input, teacher_index, target, problem, shift
+        )
         problem, index = with_index(problem, index, len(teachers.inputs))
         if is_autocast(input):
             teacher_dtype = torch.get_autocast_dtype(input.device.type)

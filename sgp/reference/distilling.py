@@ -104,7 +104,7 @@ def distillation(
         given_rows = (teacher_logits(name, *item, input, target) for item in given.items())
         rows = [x.flatten(0, -2) for x in given_rows]
         V = min(x.shape[-1] for x in (logits, *rows))
-        index = index_of_teachers(name, teacher, teacher_index, target, problem, shift)
+        index = index_of_teachers(name, "teacher", teacher, teacher_index, target, problem, shift)
         of_row = torch.zeros_like(kept) if index is None else index[kept]
     logits, y = logits[kept][:, :V], problem.target[kept]
     s = score(logits, recipe)
