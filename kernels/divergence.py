@@ -87,7 +87,7 @@ def scores(b_x, m_col, opt, pair):
 
 @triton.jit
 def difference(b_z, b_other):
-    """B_z - b_other, and 0 where both are equal: both may be -inf."""
+    """The difference of both, and 0 where they are equal: both may be -inf."""
     return tl.where(b_z == b_other, 0.0, b_z - b_other)
 
 
@@ -132,9 +132,9 @@ def moved(total, shrink, step, so):
 
 @triton.jit
 def moved_apart(x, shrink, shrink_t, step, step_t, so):
-    """The sum of e_t - e, from new maxima on."""
+    """The sum of e_t - e, from new maxima on; of nothing, as long as nothing was seen."""
     more = apart(shrink, shrink_t, step_t - step) * (so + 1.0)
-    return shrink_t * x + tl.where(shrink > 0.0, more, 0.0)
+    return shrink_t * x + tl.where(step > float("-inf"), more, 0.0)
 
 
 @triton.jit

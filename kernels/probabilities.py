@@ -189,23 +189,13 @@ def gradients(b_x, b_y, b_w, m_col, row, opt, V):
 
 @triton.jit
 def store_columns(p_g, m, o_col, m_col, b_g):
-    """Columns of a row of the matrix m, a gradient that nobody reads again here, or None."""
-    if m is not None:
-        tl.store(
-            p_g + column_offset(m, o_col),
-            b_g.to(p_g.dtype.element_ty),
-            mask=m_col,
-            eviction_policy="evict_first",
-        )
-
-
-@triton.jit
-def body_of(m, i_row, V, ALIGN: tl.constexpr, VECTOR: tl.constexpr, EDGES: tl.constexpr):
-    """Where the body of a row begins; None for no matrix."""
-    if m is not None:
-        return body(m, i_row, V, ALIGN, VECTOR, EDGES)[0]
-    else:
-        return None
+    """Columns of a row of the matrix m, a gradient that nobody reads again here."""
+    tl.store(
+        p_g + column_offset(m, o_col),
+        b_g.to(p_g.dtype.element_ty),
+        mask=m_col,
+        eviction_policy="evict_first",
+    )
 
 
 @triton.jit
@@ -216,9 +206,11 @@ def write_gradients(
 ):  # fmt: skip
     row = factors(top, s_o, q_o, a, i_row, opt)
     p_x, before, columns = body(logits, i_row, V, ALIGN, VECTOR, EDGES)
-    p_y = body_of(target, i_row, V, ALIGN, VECTOR, EDGES)
-    p_dx = body_of(dlogits, i_row, V, ALIGN, VECTOR, EDGES)
-    p_dy = body_of(dtarget, i_row, V, ALIGN, VECTOR, EDGES)
+    p_y, _, _ = body(target, i_row, V, ALIGN, VECTOR, EDGES)
+    if dlogits is not None:
+        p_dx, _, _ = body(dlogits, i_row, V, ALIGN, VECTOR, EDGES)
+    if dtarget is not None:
+        p_dy, _, _ = body(dtarget, i_row, V, ALIGN, VECTOR, EDGES)
     o_lane = tl.arange(0, BV)
     for k in range(tl.cdiv(columns, BV)):
         start = k * BV

@@ -261,7 +261,8 @@ def finish(logits, i_row, y, V, value, row, so, so_1, t_o, loss, stats, opt, pai
             log_d = log1p(so)
             tl.store(stats.log_prob + i_row, (s_y - top) - log_d)
             tl.store(stats.entropy + i_row, log_d - t_o * inv_d)
-            tl.store(stats.lse + i_row, top + log_d)
+            lse = tl.where(top == float("inf"), top, top + log_d)
+            tl.store(stats.lse + i_row, lse)
             is_number = so == so  # noqa: PLR0124
             tl.store(stats.is_top1 + i_row, (s_y >= top) & is_number)
     tl.store(loss + i_row, r * value)

@@ -23,9 +23,9 @@ from sgp import huggingface, parallel, reference
 from sgp.auditing import AuditReport, audit
 from sgp.context import context_loss
 from sgp.data.collator import Collator
-from sgp.distillation import DistillationLoss, distillation
+from sgp.distilling import DistillationLoss, distillation
 from sgp.linear import LinearCrossEntropyLoss, linear_cross_entropy
-from sgp.linear_distillation import LinearDistillationLoss, linear_distillation
+from sgp.linear_distilling import LinearDistillationLoss, linear_distillation
 from sgp.log_probs import linear_token_log_probs, token_log_probs
 from sgp.losses import CrossEntropyLoss, cross_entropy
 from sgp.own_loss import linear_loss

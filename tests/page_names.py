@@ -1,7 +1,8 @@
 """The names that the pages' Python blocks may use without making them: a small model and its batch.
 
 Each page gets its own. The names are those that a reader has at hand: `model`, `tokenizer`,
-`input_ids`, `labels`, `hidden`, `head`, `logits`, `data`, `optimizer`.
+`input_ids`, `labels`, `hidden`, `head`, `logits`, `data`, `optimizer`, and two wider models,
+`teacher` and `other_teacher`.
 """
 
 import contextlib
@@ -59,6 +60,8 @@ def usual():
         "T": labels.shape[1],
         "hidden": hidden.detach().requires_grad_(),
         "head": head,
+        "teacher": tiny_llama(len(tokenizer), 64, seed=1, hidden=32).eval(),
+        "other_teacher": tiny_llama(len(tokenizer), 64, seed=2, hidden=24).eval(),
         "local_head": head.weight,
         "logits": torch.randn(*labels.shape, len(tokenizer), requires_grad=True),
         "data": DATA,

@@ -27,6 +27,7 @@ from tests.divergences import (
     ragged_of,
     results,
     top_of,
+    wide,
 )
 from tests.oracle import assert_no_worse
 
@@ -62,11 +63,13 @@ def of_kind(kind, **options):
 
 @pytest.mark.core
 @OF_KINDS
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("reduction", EARLY_OR_LATE)
-def test_option(reduction, option, kind, backend):
-    student, teacher, target = models(5, 77)
-    upstream = torch.randn(5 if reduction == "none" else ())
+@pytest.mark.parametrize(
+    ("option", "reduction"),
+    [*((option, "mean") for option in OPTIONS), ("plain", "none"), ("all", "none")],
+)
+def test_option(option, reduction, kind, backend):
+    student, teacher, target = models(3, 77)
+    upstream = torch.randn(3 if reduction == "none" else ())
     check_distillation(
         student, teacher, target, upstream, reduction=reduction, **of_kind(kind, **OPTIONS[option])
     )
@@ -74,13 +77,12 @@ def test_option(reduction, option, kind, backend):
 
 @OF_KINDS
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "token weights"])
-def test_reduction(weighted, reduction, kind, backend):
+def test_reduction(reduction, kind, backend):
     """Two sequences of three tokens as (N, V, d1), with a factor other than 1 from upstream."""
     student, teacher, target = models(6, 33)
     student, teacher = (x.view(2, 3, 33).movedim(-1, 1) for x in (student, teacher))
     shape = {"none": (2, 3), "sequence_sum": (2,), "sequence_mean": (2,)}.get(reduction, ())
-    options = OPTIONS["all"] | ({"token_weight": torch.rand(2, 3) + 0.1} if weighted else {})
+    options = OPTIONS["all"] | {"token_weight": torch.rand(2, 3) + 0.1}
     loss, _ = check_distillation(
         student, teacher, target.view(2, 3), torch.randn(shape), reduction=reduction,
         **of_kind(kind, **options),
@@ -92,15 +94,17 @@ VOCABULARIES = {
     1: "one class: the loss is 0 and so is the gradient",
     2: "the smallest that says anything",
     7: "odd and smaller than any block",
-    1000: "no power of two divides it beyond 8",
+    600: "no power of two divides it beyond 8",
     8193: "several blocks, and rows that begin and end between two accesses",
-    20011: "prime; many blocks",
 }
 
 
 @OF_KINDS
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize("V", VOCABULARIES)
+@pytest.mark.parametrize(
+    ("V", "dtype"),
+    [*((V, torch.float32) for V in VOCABULARIES), *((V, x) for V in (7, 8193) for x in HALVES)],
+    ids=str,
+)
 def test_vocabulary_and_dtype(V, dtype, kind, backend):
     student, teacher, target = models(3, V, dtype)
     target[2] = V - 1
@@ -165,8 +169,8 @@ def test_finite_differences(kind):
 @OF_KINDS
 def test_what_a_divergence_is(kind, backend):
     """Not negative; blind to a shift of either row; its gradient adds up to 0."""
-    student, teacher, target = models(20, 12)
-    near = student + 1e-3 * torch.randn(20, 12)
+    student, teacher, target = models(5, 12)
+    near = student + 1e-3 * torch.randn(5, 12)
     for other in (teacher, near):
         rows, grad = ours_of(student, other, target, reduction="none", **of_kind(kind))
         assert (rows >= 0).all()
@@ -185,16 +189,15 @@ CERTAIN = {
     "both, one more": ([30.0, 0.0, 1.0, -1.0, 0.5], [22.0, 0.5, 0.0, -1.5, 1.0]),
     "the student": ([25.0, 0.0, 1.0, -1.0, 0.5], [2.0, 0.5, 0.0, -1.0, 1.0]),
     "the teacher": ([2.0, 0.0, 1.0, -1.0, 0.5], [25.0, 0.5, 0.0, -1.0, 1.0]),
-    "of different tokens": ([18.0, 0.0, 1.0, -1.0, 0.5], [0.0, 18.0, 0.5, -1.0, 1.0]),
+    "of different tokens": ([18.0, 0.0, 1.0, -1.0, 0.5], [0.0, 18.0, 0.5, -1.5, 1.0]),
 }
 
 
 @OF_KINDS
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 1.25])
+@pytest.mark.parametrize(("temperature", "reduction"), [(1.0, "mean"), (0.5, "none")])
 @pytest.mark.parametrize("which", CERTAIN)
-@pytest.mark.parametrize("reduction", EARLY_OR_LATE)
 def test_every_element_is_right_where_a_model_is_certain(
-    reduction, which, temperature, kind, backend
+    which, temperature, reduction, kind, backend
 ):
     """Where both are certain of one token, PyTorch's gradient of that token has no digit right."""
     student, teacher = (torch.tensor([row]) for row in CERTAIN[which])
@@ -209,22 +212,21 @@ def test_every_element_is_right_where_a_model_is_certain(
 def test_pytorch_loses_what_is_small():
     """Otherwise the test above would say nothing."""
     student, teacher = (torch.tensor([row]) for row in CERTAIN["both"])
-    for kind in KINDS:
-        leaf = student.clone().requires_grad_()
-        (plain,) = torch.autograd.grad(plain_rows(leaf, teacher, kind).sum(), leaf)
-        _, grad = exact(student[0], teacher[0], kind)
-        assert (plain[0, 0].double() - grad[0]).abs() > 0.5 * grad[0].abs()
+    leaf = student.clone().requires_grad_()
+    (plain,) = torch.autograd.grad(plain_rows(leaf, teacher, "forward_kl").sum(), leaf)
+    _, grad = exact(student[0], teacher[0], "forward_kl")
+    assert (plain[0, 0].double() - grad[0]).abs() > 0.5 * grad[0].abs()
 
 
 @OF_KINDS
 def test_nearly_equal_models(kind, backend):
-    student = 3 * torch.randn(4, 30)
-    for size in (1e-1, 1e-2, 1e-3):
-        teacher = student + size * torch.randn(4, 30)
+    student = 3 * torch.randn(2, 30)
+    for size in (1e-1, 1e-3):
+        teacher = student + size * torch.randn(2, 30)
         rows, grad = ours_of(
-            student, teacher, torch.zeros(4, dtype=torch.int64), reduction="none", **of_kind(kind)
+            student, teacher, torch.zeros(2, dtype=torch.int64), reduction="none", **of_kind(kind)
         )
-        for i in range(4):
+        for i in range(2):
             value, row = exact(student[i], teacher[i], kind)
             # Logits of up to 10, rounded to 5e-7, are what is known of a distance of `size`.
             assert relative_error(grad[i], row) < 4e-6 / size
@@ -233,10 +235,6 @@ def test_nearly_equal_models(kind, backend):
 
 EQUAL = {
     "plain": {},
-    "temperature": {"temperature": 0.7},
-    "scores": {
-        "softcap": 5.0, "teacher_softcap": 5.0, "logit_scale": 0.7, "teacher_logit_scale": 0.7,
-    },
     "everything": {
         "temperature": 3.0, "softcap": 5.0, "teacher_softcap": 5.0, "logit_scale": -0.7,
         "teacher_logit_scale": -0.7,
@@ -248,15 +246,13 @@ EQUAL = {
 @OF_KINDS
 @pytest.mark.parametrize("option", EQUAL)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize("reduction", EARLY_OR_LATE)
-def test_equal_models_have_loss_and_gradient_zero(reduction, dtype, option, kind, backend):
+def test_equal_models_have_loss_and_gradient_zero(dtype, option, kind, backend):
     """Exactly, also where a class is excluded and where one token is certain."""
-    student, _, target = models(5, 259, dtype)
-    student[2, 7] = 40.0
-    student[3, 5] = student[3, 250] = -INF
-    student[4] = 1.0
+    student, _, target = models(3, 259, dtype)
+    student[0, 7] = 40.0
+    student[2, 5] = student[2, 250] = -INF
     target[:] = 0
-    for teacher in (student.clone(), student.float()):
+    for teacher, reduction in ((student.clone(), "mean"), (student.float(), "none")):
         loss, grad = ours_of(
             student, teacher, target, reduction=reduction, **of_kind(kind, **EQUAL[option])
         )
@@ -284,9 +280,10 @@ def test_equal_models_in_float64(kind):
 
 
 @OF_KINDS
-@pytest.mark.parametrize("side", ["student", "teacher", "both"])
-@pytest.mark.parametrize("reduction", EARLY_OR_LATE)
-def test_classes_of_probability_zero(reduction, side, kind, backend):
+@pytest.mark.parametrize(
+    ("side", "reduction"), [("student", "mean"), ("teacher", "none"), ("both", "mean")]
+)
+def test_classes_of_probability_zero(side, reduction, kind, backend):
     """A logit of -inf in either model, or in both at different classes too."""
     student, teacher, _ = models(3, 40)
     target = torch.tensor([1, 2, 3])
@@ -317,12 +314,19 @@ def test_a_student_that_excludes_what_the_teacher_does_too(kind, backend):
 
 
 @OF_KINDS
-@pytest.mark.parametrize("side", ["student", "teacher", "both"])
-@pytest.mark.parametrize("poison", [NAN, INF, -INF], ids=str)
-@pytest.mark.parametrize("reduction", EARLY_OR_LATE)
-def test_ignored_rows_are_not_read(reduction, poison, side, kind, backend):
-    student, teacher, target = models(6, 50)
-    target[4] = IGNORE
+@pytest.mark.parametrize(
+    ("side", "poison", "reduction"),
+    [
+        ("student", NAN, "mean"),
+        ("teacher", NAN, "none"),
+        ("teacher", INF, "mean"),
+        ("both", INF, "none"),
+        ("both", -INF, "mean"),
+    ],
+)
+def test_ignored_rows_are_not_read(side, poison, reduction, kind, backend):
+    student, teacher, target = models(4, 50)
+    target[3] = IGNORE
     options = of_kind(kind, reduction=reduction, **OPTIONS["all"])
     expected = ours_of(student, teacher, target, **options)
     ignored = target == IGNORE
@@ -337,9 +341,10 @@ def test_ignored_rows_are_not_read(reduction, poison, side, kind, backend):
 
 
 @OF_KINDS
-@pytest.mark.parametrize("longer", [3, -3, 1])
-@pytest.mark.parametrize("reduction", EARLY_OR_LATE)
-def test_columns_beyond_the_shorter_vocabulary_are_left_out(reduction, longer, kind, backend):
+@pytest.mark.parametrize(
+    ("longer", "reduction"), [(3, "mean"), (-3, "none"), (1, "none"), (-1, "mean")]
+)
+def test_columns_beyond_the_shorter_vocabulary_are_left_out(longer, reduction, kind, backend):
     """Whatever is there; the gradient there is exactly 0."""
     student, teacher, target = models(4, 40, longer=max(longer, 0))
     V = min(40, 40 + longer)
@@ -380,10 +385,11 @@ LAYOUTS = {
 
 
 @pytest.mark.core
-@OF_KINDS
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("side", ["student", "teacher", "both"])
-def test_logits_are_read_where_they_are(side, layout, kind, backend):
+@pytest.mark.parametrize(
+    ("side", "kind"), [("student", "jsd"), ("teacher", "forward_kl"), ("both", "reverse_kl")]
+)
+def test_logits_are_read_where_they_are(side, kind, layout, backend):
     student, teacher, target = models(4, 37)
     given = [
         LAYOUTS[layout](x) if side in (name, "both") else x
@@ -489,29 +495,28 @@ def test_token_weights(backend):
     given = {"token_weight": weights}
     loss = sgp.distillation(student, teacher, target, **given)
     torch.testing.assert_close(loss, (weights * rows).sum() / 3.5)
-    with pytest.raises(ValueError, match=r"sgp\.distillation: token_weight of row 3 is -2\.0"):
+    with pytest.raises(ValueError, match=r"sgp\.distillation: token_weight of row 0 is -1\.0"):
         sgp.distillation(student, teacher, target, token_weight=-weights)
     weights = weights * torch.tensor([1, 1, 1, -1, 1])
     check_distillation(student, teacher, target, reduction="sum", token_weight=weights)
 
 
-@OF_KINDS
-def test_a_selection_is_its_labels(kind, backend):
-    student, teacher, target = models(8, 30)
+@pytest.mark.parametrize("shift", [False, True, 2])
+@pytest.mark.parametrize("reduction", ["mean", "none", "sequence_mean"])
+def test_a_selection_is_its_labels(reduction, shift, backend):
+    student, teacher, target = models(8, 9)
     labels, weights = target.view(2, 4), torch.rand(2, 4)
-    logits, other = (x.view(2, 4, 30) for x in (student, teacher))
-    for shift in (False, True, 2):
-        selection = sgp.Selection.from_labels(labels, shift=shift, token_weight=weights)
-        for reduction in REDUCTIONS:
-            options = of_kind(kind, reduction=reduction, cross_entropy_weight=0.1)
-            loss, grad = ours_of(
-                logits.movedim(-1, 1), other.movedim(-1, 1), labels, shift=shift,
-                token_weight=weights, **options,
-            )  # fmt: skip
-            for x, t in ((logits, other), (student, teacher)):
-                found = ours_of(x, t, selection, **options)
-                torch.testing.assert_close(found[0], loss)
-                torch.testing.assert_close(found[1].view(2, 4, 30), grad.movedim(1, -1))
+    logits, other = (x.view(2, 4, 9) for x in (student, teacher))
+    selection = sgp.Selection.from_labels(labels, shift=shift, token_weight=weights)
+    options = of_kind("jsd", reduction=reduction, cross_entropy_weight=0.1)
+    loss, grad = ours_of(
+        logits.movedim(-1, 1), other.movedim(-1, 1), labels, shift=shift, token_weight=weights,
+        **options,
+    )  # fmt: skip
+    for x, t in ((logits, other), (student, teacher)):
+        found = ours_of(x, t, selection, **options)
+        torch.testing.assert_close(found[0], loss)
+        torch.testing.assert_close(found[1].view(2, 4, 9), grad.movedim(1, -1))
 
 
 def test_packed_sequences(backend):
@@ -660,19 +665,21 @@ def test_a_teacher_that_leaves_next_to_nothing_to_the_others(rest, kind):
 def test_a_student_that_leaves_next_to_nothing_to_the_others(kind):
     """Less than float32's smallest number: its logarithm is what counts."""
     student = torch.tensor([[80.0, 0.0, -60.0, -61.0], [3.0, 2.0, -INF, -INF]])
-    top = sgp.TopK(torch.tensor([[0, 1], [0, 1]]), torch.tensor([[0.6, 0.3], [0.75, 0.25]]).log())
-    rows = ours_of(student[:1], sgp.TopK(top.indices[:1], top.log_probs[:1]), torch.tensor([0]),
-                   **of_kind(kind))  # fmt: skip
+    indices, log_probs = (
+        torch.tensor([[0, 1], [0, 1]]),
+        torch.tensor([[0.6, 0.3], [0.75, 0.25]]).log(),
+    )
+    top, target = sgp.TopK(indices[:1], log_probs[:1]), torch.tensor([0])
+    ours = ours_of(student[:1], top, target, **of_kind(kind))
     truth = results(
-        sgp.reference.distillation, student[:1].double(),
-        sgp.TopK(top.indices[:1], top.log_probs[:1].double()), torch.tensor([0]), **of_kind(kind),
-    )  # fmt: skip
-    for value, exactly in zip(rows, truth, strict=True):
-        assert relative_error(value, exactly) < 1e-5
-    one = sgp.TopK(top.indices[1:], top.log_probs[1:])
-    if kind != "reverse_kl":  # the teacher leaves 0, or a rounding, to what the student excludes
-        loss = sgp.distillation(student[1:], one, torch.tensor([0]), **of_kind("jsd"))
-        assert loss.isfinite().all()
+        sgp.reference.distillation, student[:1].double(), wide(top), target, **of_kind(kind)
+    )
+    assert relative_error(ours[0], truth[0]) < 1e-5
+    if kind == "forward_kl":  # the others' gradients are 1e-33, of which float64 has no digit
+        assert relative_error(ours[1], truth[1]) < 1e-5
+    if kind == "jsd":  # the teacher leaves 0, or a rounding, to what the student excludes
+        other = sgp.TopK(indices[1:], log_probs[1:])
+        assert sgp.distillation(student[1:], other, target, **of_kind(kind)).isfinite()
 
 
 @OF_KINDS

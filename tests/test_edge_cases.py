@@ -892,11 +892,11 @@ def test_row_21_kernels_run_on_the_tensors_own_device(monkeypatch):
     """Without a second GPU: the guard that the launches stand under names the tensor's device."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
-    guard = by_triton._device(tensor)
+    guard = by_triton.device_of(tensor)
     assert isinstance(guard, torch.cuda.device)
     assert guard.idx == 1
     here = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
-    assert isinstance(by_triton._device(here), nullcontext), "on its device already"
+    assert isinstance(by_triton.device_of(here), nullcontext), "on its device already"
 
 
 @KERNELS
@@ -909,7 +909,7 @@ def test_row_21_every_launch_stands_under_the_guard(monkeypatch):
         yield
         inside.append(False)
 
-    monkeypatch.setattr(by_triton, "_device", guard)
+    monkeypatch.setattr(by_triton, "device_of", guard)
     from sgp.kernels.launch import Call
 
     launch = Call.launch

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-ALONE = sorted(
-    path.name
-    for path in EXAMPLES.glob("*.py")
-    if path.name not in ("common.py", "losses.py", "reinforce_toy.py", "tensor_parallel.py")
-)
+OTHERS = (
+    "common.py", "distil_toy.py", "losses.py", "reinforce_toy.py", "tensor_parallel.py",
+    "trl_distillation.py",
+)  # fmt: skip
+ALONE = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name not in OTHERS)
 
 
 def printed_by(folder, name, *launcher, more=()):
@@ -62,3 +62,28 @@ def test_a_policy_has_the_rewards_of_plain_pytorch(tmp_path):
     assert [len(curve) for curve in found["rewards"].values()] == [3, 3]
     with Image.open(tmp_path / "reward.png") as drawn:
         assert drawn.size == (704, 396)
+
+
+def test_students_are_measured_before_and_after(tmp_path):
+    printed = printed_by(tmp_path, "distil_toy.py", more=("--picture", "distil.png"))
+    losses = re.findall(r"(.+): held-out loss (\d\.\d+) before, (\d\.\d+) after", printed)
+    names = ["labels alone", "forward KL", "JSD", "reverse KL"]
+    assert [name for name, *_ in losses] == names
+    assert len({before for _, before, _ in losses}) == 1, "from the same weights"
+    assert all(4 < float(x) < 6 for _, *both in losses for x in both), "about log 102"
+    assert len({after for *_, after in losses}) > 2, "the losses differ"
+    found = json.loads((tmp_path / "distil.json").read_text())
+    assert list(found["students"]) == names
+    for curve in found["students"].values():
+        assert [point["step"] for point in curve] == [0, 3]
+        assert all(sum(point["shares"]) == pytest.approx(1) for point in curve)
+    with Image.open(tmp_path / "distil.png") as drawn:
+        assert drawn.size == (1265, 429)
+
+
+@pytest.mark.parametrize("beta", ["0", "0.5"])
+def test_a_student_of_trls_trainer_learns(beta, tmp_path):
+    printed = printed_by(tmp_path, "trl_distillation.py", more=("--beta", beta))
+    losses = [float(x) for x in re.findall(r"loss'?:? '?(\d+\.\d+)", printed)]
+    assert len(losses) >= 3
+    assert all(0 < loss < 4 for loss in losses[:3])

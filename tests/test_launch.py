@@ -187,6 +187,6 @@ def test_numbers_that_were_given_as_ints_are_floats():
     real = Recipe(-100, 1.0, 30.0, 2.0, 1.0, 2.0)
     assert whole == real
     assert hash(whole) == hash(real)
-    options = by_triton._options(None, None, None, whole)
-    assert options == by_triton._options(None, None, None, real)
+    options = by_triton.options_of(None, None, None, whole)
+    assert options == by_triton.options_of(None, None, None, real)
     assert {type(x) for x in options if x is not None} == {float}

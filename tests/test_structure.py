@@ -15,7 +15,7 @@ FLOORS = (
     ("labels", "selection"),
     ("rows",),
     ("head", "reference"),
-    ("losses", "log_probs", "linear", "own_loss", "distillation", "linear_distillation"),
+    ("losses", "log_probs", "linear", "own_loss", "distilling", "linear_distilling"),
     ("parallel",),
     ("context", "data"),
     ("auditing", "huggingface", "trl"),

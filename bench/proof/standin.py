@@ -190,7 +190,7 @@ def _persuade() -> None:
     from sgp.kernels import table  # noqa: PLC0415
     from sgp.rows import by_triton, problem  # noqa: PLC0415
 
-    place = _attribute(by_triton, "_device")
+    place = _attribute(by_triton, "device_of")
     on_gpu = OnGPU()
 
     def current_device(_: torch.Tensor) -> AbstractContextManager[object]:
@@ -208,7 +208,7 @@ def _persuade() -> None:
     _replace(backend, "_interpreted", lambda: True)
     _replace(backend, "interpreter_fault", str)  # ""
     _replace(products, "_has_wide", has_wide)
-    _replace(by_triton, "_device", current_device)
+    _replace(by_triton, "device_of", current_device)
     _replace(table, "target_of", functools.cache(lambda _: the_target))
     for module in list(sys.modules.values()):
         named = getattr(module, "__name__", "").startswith("sgp.")

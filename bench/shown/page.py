@@ -6,6 +6,7 @@ Each block takes `up`, which leads from its page to the root of the repository: 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,31 @@ def toy(up: str) -> str:
         f"{found['versions']['torch']}, {found['date']} ([results]({up}bench/results/{path.name}))."
     )
     picture = f"![Reward of both loops]({up}bench/results/{path.stem}.png)"
+    return "\n".join([*lines, "", source, "", picture])
+
+
+def distil(up: str) -> str:
+    """What the students of each loss learnt in the toy, and the picture."""
+    path, found = newest("distil-toy")
+    students = found["students"]
+    rows = {"a student before training": next(iter(students.values()))[0]}
+    rows |= {f"a student, {name}": curve[-1] for name, curve in students.items()}
+    lines = [
+        "| | held-out loss, nats | own steps that follow a road | the likeliest road | no road |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for name, last in (rows | {"the teacher": found["teacher"]}).items():
+        shares = (last["right"], last["shares"][0], last["shares"][-1])
+        cells = " | ".join(f"{100 * x:.0f} %" for x in shares)
+        lines.append(f"| {name} | {last['held_out']:.2f} | {cells} |")
+    source = (
+        "The last two columns are mean probabilities. With four roads that are equally likely, "
+        f"the least possible loss is log 4, {math.log(4):.2f} nats. Every model was trained for "
+        f"{found['steps']} steps, in {found['cpu_seconds']:.0f} s of one thread together, on "
+        f"{found['machine']['name']}, torch {found['versions']['torch']}, {found['date']} "
+        f"([results]({up}bench/results/{path.name}))."
+    )
+    picture = f"![Loss, right steps and probabilities]({up}bench/results/{path.stem}.png)"
     return "\n".join([*lines, "", source, "", picture])
 
 
@@ -295,6 +321,8 @@ def gallery(up: str) -> str:
          "`python -m bench recall`: accuracy on a task that needs reading."),
         ("A policy that learns", newest("own-loss-toy")[0].stem,
          "`python examples/reinforce_toy.py --picture reward.png`: GRPO in both ways."),
+        ("Students that are too small for their teacher", newest("distil-toy")[0].stem,
+         "`python examples/distil_toy.py --picture distil.png`: one student for each divergence."),
     )  # fmt: skip
     return "\n\n".join(
         f"## {title}\n\n{text}\n\n![{title}]({up}bench/results/{stem}.png)"
@@ -303,7 +331,7 @@ def gallery(up: str) -> str:
 
 
 BLOCKS: dict[str, Callable[[str], str]] = {
-    "recall": recall, "toy": toy, "own": own_loss, "context": context, "sft": sft, "gpu": gpu,
-    "traffic": traffic, "two-rows": two_rows, "distillation": distillation,
+    "recall": recall, "toy": toy, "distil": distil, "own": own_loss, "context": context,
+    "sft": sft, "gpu": gpu, "traffic": traffic, "two-rows": two_rows, "distillation": distillation,
     "loops": loops, "train": train, "gallery": gallery,
 }  # fmt: skip

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sgp import reference
-from sgp.distillation import distillation
-from sgp.linear_distillation import linear_distillation
+from sgp.distilling import distillation
+from sgp.linear_distilling import linear_distillation
 
 Function = Callable[..., Tensor]
 

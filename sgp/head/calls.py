@@ -10,7 +10,7 @@ from torch import Tensor
 from sgp.head import chunks
 from sgp.head.chunks import Plan
 from sgp.head.shape import OfTeachers, Shape
-from sgp.head.teachers import NO_TEACHERS, Teachers
+from sgp.head.teachers import NO_TEACHERS, Teachers, operand_dtype
 from sgp.rows.by_torch import Wanted, row_index
 from sgp.rows.divergence import Divergence
 from sgp.rows.operations import RowOperations
@@ -166,11 +166,13 @@ def _of_teachers(teachers: Teachers, call: HeadCall) -> OfTeachers:
         return OfTeachers(copies=copies, listed=teachers.indices.shape[1], is_listed=True)
     if not teachers.inputs:
         return OfTeachers()
-    weight, operand = teachers.weights[0], call.teacher_dtype or teachers.weights[0].dtype
-    copied = 0
-    if operand != weight.dtype:
-        copied = sum(x.numel() for x in teachers.weights) * operand.itemsize
-    return OfTeachers(1, teachers.width(), operand.itemsize, copied)
+    operands = [operand_dtype(x, call.teacher_dtype) for x in teachers.weights]
+    copied = sum(
+        x.numel() * dtype.itemsize
+        for x, dtype in zip(teachers.weights, operands, strict=True)
+        if dtype != x.dtype
+    )
+    return OfTeachers(1, teachers.width(), max(x.itemsize for x in operands), copied)
 
 
 class Gradients(NamedTuple):

@@ -65,7 +65,7 @@ class TeacherRows:
         self.operations, self.teachers, self.divergence = operations, teachers, divergence
         self.name, self.is_part = operations.name, operations.is_part
         self.ends = ends
-        self.weights = [_cast(x, dtype) for x in teachers.weights]
+        self.weights = [cast(x, operand_dtype(x, dtype)) for x in teachers.weights]
         self.part = slice(0, 0)
         # The number of a teacher, its rows of the part, and their hidden states.
         self.hidden: list[tuple[int, slice, Tensor]] = []
@@ -171,6 +171,6 @@ class TeacherRows:
         return out
 
 
-def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """What autocast makes of an operand; it leaves float64 alone."""
-    return x if dtype is None or x.dtype == torch.float64 else cast(x, dtype)
+def operand_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Of an operand where autocast, which leaves float64 alone, makes it `dtype`; None: it is off."""
+    return x.dtype if dtype is None or x.dtype == torch.float64 else dtype

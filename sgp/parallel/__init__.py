@@ -10,7 +10,7 @@ from typing import Any
 
 from sgp import dtensors
 from sgp.parallel.data import global_denominator, positions
-from sgp.parallel.distillation import distillation, linear_distillation
+from sgp.parallel.distilling import distillation, linear_distillation
 from sgp.parallel.losses import (
     cross_entropy,
     linear_cross_entropy,

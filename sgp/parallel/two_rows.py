@@ -71,15 +71,10 @@ class ShardTwoRows:
             is_bad = is_bad | (kept_target < 0) | (kept_target >= shard.V)
             s_y = table[:, width].sum(0)[:, None]  # 0 but for the rank that holds it
             nll = (sums.top_1 - s_y) + sums.so_1.log1p()
-            value = value + divergence.cross_entropy_weight * nll
+            if divergence.cross_entropy_weight:
+                value = value + divergence.cross_entropy_weight * nll
             if out.statistics is not None:
-                s_y, log_d = s_y * (1 / recipe.temperature), sums.so.log1p()
-                found = (
-                    (s_y - sums.top) - log_d,
-                    log_d - sums.t_o * numbers.inv_d,
-                    sums.top + log_d,
-                    s_y == sums.top,
-                )
+                found = sums.statistics(numbers, s_y, recipe)
                 for whole, column in zip(out.statistics, found, strict=True):
                     whole.copy_(self._put(target, column.squeeze(1)))
         r = 1.0 if row_weight is None else self._kept(row_weight)
@@ -178,7 +173,7 @@ def join(parts: Sums, kind: str) -> Sums:
         return torch.where(shrink > 0, shrink * (total + step * (so + 1)), 0)
 
     more = apart(shrink, shrink_t, step_t - step) * (parts.so + 1)
-    x = shrink_t * parts.x + torch.where(shrink > 0, more, 0)
+    x = shrink_t * parts.x + torch.where(step > -torch.inf, more, 0)  # of ranks with columns
     lead, w = parts.lead, parts.w
     of_row = torch.zeros_like(top)
     if kind == "forward_kl":

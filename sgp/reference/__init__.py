@@ -9,7 +9,7 @@ how to compute it (`inplace`, `chunk_rows`, `memory_budget`, `accumulate_into`, 
 among them.
 """
 
-from sgp.reference.distillation import distillation, linear_distillation
+from sgp.reference.distilling import distillation, linear_distillation
 from sgp.reference.losses import (
     LossFunction,
     TokenLogProbs,

@@ -407,8 +407,9 @@ def _gradient(
 def multiply_by_slope_(g: Tensor, x: Tensor, recipe: Recipe) -> Tensor:
     """G, in its place, times d(scored logit) / d(stored logit x)."""
     if recipe.softcap is not None:
-        e = (x.abs() * (-2 * abs(recipe.logit_scale) / recipe.softcap)).exp_()
-        g.mul_(4 * e / (1 + e).square_())
+        e = x.abs().mul_(-2 * abs(recipe.logit_scale) / recipe.softcap).exp_()
+        g.mul_(e).mul_(4)
+        g.div_(e.add_(1).square_())
     if recipe.logit_scale != 1.0:
         g.mul_(recipe.logit_scale)
     if recipe.temperature != 1.0:

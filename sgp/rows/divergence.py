@@ -37,7 +37,7 @@ class Divergence(NamedTuple):
             value = getattr(self, label)
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"{name}: {label} = {shown(value)}; expected a number")
-        if not 0.0 < self.beta < 1.0:
+        if self.kind == "jsd" and not 0.0 < self.beta < 1.0:
             raise ValueError(
                 f"{name}: beta = {self.beta}; expected a number between 0 and 1, the teacher's "
                 "share of the mixture of a 'jsd'. At 0 and 1 that is 0 for any two models: use "
@@ -82,11 +82,12 @@ class Divergence(NamedTuple):
     def largest_gradient(self) -> float:
         """About the largest that a student's score gets at temperature 1.
 
-        That of a KL with the student before the bar grows with the logarithm of a teacher's small
-        probability: for one of exp(-100). Of a mixture it is that of its least share.
+        That of a reverse KL grows with the logarithm of a teacher's small probability: up to
+        float16's range for one of exp(-65504), of a masked class. Of a mixture it is that of its
+        least share.
         """
         if self.kind == "reverse_kl":
-            return 100.0
+            return 4096.0
         return 1.0 if self.kind == "forward_kl" else 1.0 - math.log(min(self.beta, 1 - self.beta))
 
     def of_student(self, recipe: Recipe) -> tuple[Recipe, bool]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sgp.rows import backend, operators
 from sgp.rows.autograd import (
@@ -22,9 +23,9 @@ from sgp.rows.autograd import (
     saved_tensors,
 )
 from sgp.rows.operations import implementation
-from sgp.rows.problem import Problem
-from sgp.rows.recipe import Recipe, accumulation_dtype, probability_rows, score
-from sgp.rows.watched import operator
+from sgp.rows.problem import Problem, may_wait
+from sgp.rows.recipe import Recipe, accumulation_dtype, score
+from sgp.rows.watched import is_traced, operator
 
 STORED = (torch.bfloat16, torch.float16, torch.float32)  # what the kernel reads
 
@@ -89,6 +90,34 @@ def _choice(device: torch.device, dtype: torch.dtype) -> str:
 
 # As torch.compiler.assume_constant_result, which imports the compiler: asked while a graph is made.
 _choice._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF001
+
+
+def probability_rows(
+    scored: Tensor, target: Tensor, weight: Tensor | None, recipe: Recipe
+) -> Tensor:
+    """(N,) losses of scored logits (N, V) against class probabilities (N, V), by PyTorch.
+
+    As `torch.nn.functional.cross_entropy`, but for 0 log 0, which is 0: a class without probability
+    whose score is minus infinity adds nothing, to gradients neither.
+    """
+    log_p = F.log_softmax(scored, -1)
+    spread = target.to(scored.dtype)
+    if recipe.label_smoothing:
+        eps = recipe.label_smoothing
+        spread = (1 - eps) * spread + eps / scored.shape[-1]
+    if weight is not None:
+        spread = spread * weight.to(scored.dtype)
+    if (
+        is_traced(scored, target)
+        or not may_wait(scored)
+        # Where it can be seen, only where it is needed: on a CPU it takes as long as all the rest.
+        or bool((scored.detach().amin(-1) == -torch.inf).any())
+    ):
+        log_p = log_p.masked_fill((spread == 0) & (log_p == -torch.inf), 0)
+    rows = -(spread * log_p).sum(-1)
+    if recipe.lse_square_scale:
+        rows = rows + recipe.lse_square_scale * scored.logsumexp(-1) ** 2
+    return rows
 
 
 def _stored(target: Tensor) -> Tensor:

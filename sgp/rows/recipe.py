@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 LARGEST = int(sys.float_info.max)
 
@@ -130,25 +129,3 @@ def score(logits: Tensor, recipe: Recipe) -> Tensor:
     if recipe.softcap is not None:
         scored = recipe.softcap * torch.tanh(scored / recipe.softcap)
     return scored
-
-
-def probability_rows(
-    scored: Tensor, target: Tensor, weight: Tensor | None, recipe: Recipe
-) -> Tensor:
-    """(N,) losses of scored logits (N, V) against class probabilities (N, V), by PyTorch.
-
-    As `torch.nn.functional.cross_entropy`, but for 0 log 0, which is 0: a class without probability
-    whose score is minus infinity adds nothing, to gradients neither.
-    """
-    log_p = F.log_softmax(scored, -1)
-    spread = target.to(scored.dtype)
-    if recipe.label_smoothing:
-        eps = recipe.label_smoothing
-        spread = (1 - eps) * spread + eps / scored.shape[-1]
-    if weight is not None:
-        spread = spread * weight.to(scored.dtype)
-    log_p = log_p.masked_fill((spread == 0) & (log_p == -torch.inf), 0)
-    rows = -(spread * log_p).sum(-1)
-    if recipe.lse_square_scale:
-        rows = rows + recipe.lse_square_scale * scored.logsumexp(-1) ** 2
-    return rows

@@ -124,6 +124,7 @@ def teacher_heads(
 
 def index_of_teachers(
     name: str,
+    label: str,
     teacher: object,
     teacher_index: Tensor | None,
     target: Tensor | Selection,
@@ -145,7 +146,7 @@ def index_of_teachers(
         return None
     if teacher_index is None:
         raise ValueError(
-            f"{name}: teacher is a list of {len(teacher)} and teacher_index None; expected int64, "
+            f"{name}: {label} is a list of {len(teacher)} and teacher_index None; expected int64, "
             "which teacher belongs to each token"
         )
     check_tensor(name, "teacher_index", teacher_index)

@@ -1,7 +1,8 @@
 """`TopK`: of a teacher's distribution, the few most probable tokens, as servers return them.
 
 With the tokens i of a row, their probabilities q_i and the student's p_i, a divergence is that of
-k + 1 buckets: the k tokens, and one for all others, of which the teacher has max(0, 1 - sum q_i).
+k + 1 buckets: the k tokens, and one for all others, of which the teacher has 1 - sum q_i, or what
+rounding hides if that is more.
 """
 
 from __future__ import annotations
@@ -22,6 +23,15 @@ NAME = "sgp.TopK"
 # by up to 2^-8 of the entropy: two tokens of probability 0.5 then add up to 1.0017.
 SLACK = 1e-3
 ROUNDING = 2.0**-8
+
+
+def rounding_of(dtype: torch.dtype) -> float:
+    """What the rest of a teacher's mass is at least: 2^-24 of float32, 2^-53 of float64.
+
+    Where a teacher is nearly certain, its probabilities add up to 1 by rounding. With nothing left
+    for the other tokens a reverse KL would be infinite.
+    """
+    return torch.finfo(dtype).eps / 2
 
 
 class Padded(NamedTuple):

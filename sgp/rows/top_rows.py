@@ -28,7 +28,7 @@ from sgp.rows.by_torch import (
 from sgp.rows.divergence import Divergence
 from sgp.rows.operations import implementation
 from sgp.rows.recipe import Recipe, accumulation_dtype
-from sgp.rows.top_k import TopK
+from sgp.rows.top_k import TopK, rounding_of
 from sgp.rows.two_by_torch import Scored, without_largest
 
 ELEMENTS = {True: 1 << 26, False: 1 << 20}  # of rows of logits at once, on a GPU or on a CPU
@@ -152,7 +152,8 @@ def top_rows(
         return
     if out is not None and out.statistics is not None:
         rows = implementation(logits)
-        rows.forward(logits, None, target, None, None, None, recipe, out)
+        plain = out._replace(saved=None)  # a divergence saves nothing here, it starts again
+        rows.forward(logits, None, target, None, None, None, recipe, plain)
     chunk = _Chunk.of(logits, listed, target, recipe, divergence.cross_entropy_weight)
     others = chunk.others(recipe.temperature)
     scored = chunk.scored(others, divergence)
@@ -173,7 +174,8 @@ def top_rows(
 class _Others(NamedTuple):
     """All classes that are not listed, at some temperature."""
 
-    lse: Tensor  # (m,); -inf where there are none
+    top: Tensor  # (m,) the largest score; 0 where there are none
+    lse: Tensor  # (m,) less that; -inf where there are none
     nll: Tensor  # (m,): -log of the target's share of them
     saved: Tensor  # (m, 3), what a backward needs
 
@@ -229,14 +231,22 @@ class _Chunk(NamedTuple):
         assert found.saved is not None, "asked for"  # noqa: S101
         top, inv_d, so_d = found.saved.unbind(1)
         is_empty = top == -torch.inf
-        lse = torch.where(is_empty, top, top + log_of_sum(inv_d, so_d))
-        return _Others(lse, found.loss, found.saved.masked_fill(is_empty[:, None], 0))
+        lse = torch.where(is_empty, top, log_of_sum(inv_d, so_d))
+        saved = found.saved.masked_fill(is_empty[:, None], 0)
+        return _Others(top.masked_fill(is_empty, 0), lse, found.loss, saved)
+
+    def with_others(self, others: _Others, temperature: float) -> Tensor:
+        """(m, K + 1) scores of the listed tokens and of all others, less the others' largest."""
+        scores = self.s_i * (1 / temperature) - others.top[:, None]
+        return torch.cat([scores, others.lse[:, None]], 1)
 
     def scored(self, others: _Others, divergence: Divergence) -> Scored:
         """The k + 1 numbers of both, and how far they are from each other."""
-        student = torch.cat([self.s_i / self.recipe.temperature, others.lse[:, None]], 1)
+        student = self.with_others(others, self.recipe.temperature)
         log_q = self.listed.log_probs.to(student.dtype)
-        rest = (1 - log_q.exp().sum(1)).clamp_(min=0).masked_fill_(others.lse == -torch.inf, 0)
+        least = rounding_of(self.listed.log_probs.dtype)
+        rest = (1 - log_q.exp().sum(1)).clamp_(min=least)
+        rest = rest.masked_fill_(others.lse == -torch.inf, 0)
         return Scored.of(student, torch.cat([log_q, rest.log()[:, None]], 1), divergence)
 
 
@@ -247,7 +257,7 @@ def _of_target(chunk: _Chunk, others: _Others) -> _OfTarget:
         is_y &= chunk.listed.valid
     is_other = ~is_y.any(1)
     is_y = torch.cat([is_y, is_other[:, None]], 1)
-    s = torch.cat([chunk.s_i, others.lse[:, None]], 1)
+    s = chunk.with_others(others, 1.0)
     top, so, z, e = without_largest(s)
     s_y = torch.where(is_y, s, 0).sum(1, keepdim=True)
     value = ((top - s_y) + so.log1p()).squeeze(1) + torch.where(is_other, others.nll, 0)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sgp.rows import by_torch
 from sgp.rows.by_torch import (
-    CHUNK_ELEMENTS,
     Columns,
     RowOutputs,
     multiply_by_slope_,
@@ -56,6 +56,15 @@ class Sums(NamedTuple):
     def of(saved: Tensor) -> Sums:
         """Those of rows (m, SAVED)."""
         return Sums(*saved.split(1, 1))
+
+    def statistics(
+        self, numbers: Numbers, s_y: Tensor, recipe: Recipe
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(log_prob, entropy, lse, is_top1) (m, 1), from the target's scores at temperature 1."""
+        s_y, log_d = s_y * (1 / recipe.temperature), self.so.log1p()
+        lse = torch.where(self.top == torch.inf, self.top, self.top + log_d)
+        entropy = log_d - self.t_o * numbers.inv_d
+        return (s_y - self.top) - log_d, entropy, lse, s_y == self.top
 
 
 class Numbers(NamedTuple):
@@ -115,16 +124,10 @@ def forward(
             valid = (y >= 0) & (y < V)
             s_y = pair.s_one.gather(1, y.clamp(0, V - 1)).masked_fill_(~valid, torch.nan)
             nll = (sums.top_1 - s_y) + sums.so_1.log1p()
-            value = value + divergence.cross_entropy_weight * nll
+            if divergence.cross_entropy_weight:  # 0 times an infinite one is NaN
+                value = value + divergence.cross_entropy_weight * nll
             if out.statistics is not None:
-                s_y = s_y * (1 / recipe.temperature)
-                log_d = sums.so.log1p()
-                found = (
-                    (s_y - sums.top) - log_d,
-                    log_d - sums.t_o * numbers.inv_d,
-                    sums.top + log_d,
-                    s_y == sums.top,
-                )
+                found = sums.statistics(numbers, s_y, recipe)
                 for whole, column in zip(out.statistics, found, strict=True):
                     whole[rows] = column.squeeze(1)
         out.loss[rows] = (r * value).squeeze(1)
@@ -315,7 +318,7 @@ def without_largest(s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _difference(z: Tensor, other: Tensor) -> Tensor:
-    """Z - other, and 0 where both are equal: both may be -inf."""
+    """The difference of both, and 0 where they are equal: both may be -inf."""
     return torch.where(z == other, 0, z - other)
 
 
@@ -349,7 +352,7 @@ def _log_of_mixture(rho: Tensor, beta: float) -> tuple[Tensor, Tensor]:
 
 def _parts(target: Tensor, whose: Whose, recipe: Recipe, V: int) -> tuple[Tensor, ...]:
     kept = whose.kept(target, recipe.ignore_index)
-    return kept.split(max(1, CHUNK_ELEMENTS // (2 * max(1, V)))) if kept.numel() else ()
+    return kept.split(max(1, by_torch.CHUNK_ELEMENTS // (2 * max(1, V)))) if kept.numel() else ()
 
 
 def _clear_ignored(dlogits: Tensor | None, target: Tensor, recipe: Recipe) -> None:

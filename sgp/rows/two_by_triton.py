@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from sgp.kernels import launch
+from sgp.rows import by_triton
 from sgp.rows.by_torch import Columns, RowOutputs
 from sgp.rows.by_triton import (
     copy_back,
-    device_of,
     dtype_of,
     known,
     matrix_of,
@@ -67,7 +67,7 @@ def _forward(
     saved: Tensor | None,
     stats: launch.Statistics | None,
 ) -> None:
-    with device_of(logits):
+    with by_triton.device_of(logits):
         source, sink = source_and_sink(logits, dlogits)
         theirs = matrix_of(teacher)
         opts = _options(row_weight, scale, recipe, divergence)
@@ -102,7 +102,7 @@ def terms(
 ) -> Tensor:
     """(N, 2): what some columns add to a jsd and to KL(p || m), from the sums of all columns."""
     found = saved.new_empty(target.numel(), 2)
-    with device_of(logits):
+    with by_triton.device_of(logits):
         source, theirs = matrix_of(logits), matrix_of(teacher)
         opts = _options(None, None, recipe, divergence)
         V, N, ignored = logits.shape[-1], target.numel(), recipe.ignore_index
@@ -133,7 +133,7 @@ def backward(
     columns: Columns | None = None,
 ) -> None:
     """Fill `dlogits`, which may be `logits` itself, from what the forward saved."""
-    with device_of(logits):
+    with by_triton.device_of(logits):
         source, sink = source_and_sink(logits, dlogits)
         assert sink is not None, "backward always writes a gradient"  # noqa: S101
         theirs = matrix_of(teacher)

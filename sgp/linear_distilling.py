@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from sgp.distillation import (
+from sgp.distilling import (
+    BatchOptions,
     DivergenceOptions,
     checked_options,
     refuse_dtensors,
@@ -44,6 +45,41 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing's from Python 3.11 on
 
 NAME = "sgp.linear_distillation"
+
+
+class HeadOptions(BatchOptions, total=False):
+    """The keywords of `linear_distillation`."""
+
+    linear_bias: Tensor | None
+    teacher_bias: Tensor | Sequence[Tensor | None] | None
+    chunk_rows: int | None
+    memory_budget: int | None
+
+
+@overload
+def linear_distillation(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | Selection,
+    teacher_input: Teacher,
+    teacher_weight: Tensor | Sequence[Tensor] | None = None,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[HeadOptions],
+) -> Tensor: ...
+
+
+@overload
+def linear_distillation(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | Selection,
+    teacher_input: Teacher,
+    teacher_weight: Tensor | Sequence[Tensor] | None = None,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[HeadOptions],
+) -> tuple[Tensor, TokenLogProbs]: ...
 
 
 def linear_distillation(
@@ -122,7 +158,10 @@ def linear_distillation(
 
     Source: as `distillation`; the pieces are those of `linear_cross_entropy`.
     """
-    refuse_dtensors(NAME, input, linear_weight, target, linear_bias, teacher_input, teacher_weight)
+    refuse_dtensors(
+        NAME, input, linear_weight, target, linear_bias, teacher_input, teacher_weight, teacher_bias,
+        token_weight, teacher_index,
+    )  # fmt: skip
     check_flags(NAME, return_stats=return_stats)
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
@@ -149,7 +188,9 @@ def linear_distillation(
         if len(linear_weight) > V:
             linear_weight = linear_weight[:V]
             linear_bias = None if linear_bias is None else linear_bias[:V]
-        index = index_of_teachers(NAME, teacher_input, teacher_index, target, problem, shift)
+        index = index_of_teachers(
+            NAME, "teacher_input", teacher_input, teacher_index, target, problem, shift
+        )
         problem, index = with_index(problem, index, len(teachers.inputs))
         if is_autocast(input):
             teacher_dtype = torch.get_autocast_dtype(input.device.type)
@@ -251,7 +292,7 @@ class LinearDistillationLoss(nn.Module):
         num_classes: V.
         bias: whether the head has one.
         device, dtype: of the head.
-        chunk_rows, memory_budget: as in `linear_distillation`.
+        chunk_rows, memory_budget, return_stats: as in `linear_distillation`.
         options: the keywords of `sgp.DistillationLoss`.
 
     `token_weight`, `denominator` and `teacher_index` change from batch to batch: give them to the
@@ -268,17 +309,19 @@ class LinearDistillationLoss(nn.Module):
         dtype: torch.dtype | None = None,
         chunk_rows: int | None = None,
         memory_budget: int | None = None,
+        return_stats: bool = False,
         **options: Unpack[DivergenceOptions],
     ) -> None:
         super().__init__()
         name = "sgp.LinearDistillationLoss"
         check_size(name, "in_features", in_features)
         check_size(name, "num_classes", num_classes)
-        check_flags(name, bias=bias)
+        check_flags(name, bias=bias, return_stats=return_stats)
         check_sizes(name, chunk_rows, memory_budget)
         self.options = checked_options(name, options)
         self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
         self.chunk_rows, self.memory_budget = chunk_rows, memory_budget
+        self.return_stats = return_stats
 
     def forward(
         self,
@@ -293,15 +336,16 @@ class LinearDistillationLoss(nn.Module):
         teacher_index: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, TokenLogProbs]:
         """The loss of these hidden states; shapes and errors as in `linear_distillation`."""
-        return linear_distillation(
+        return linear_distillation(  # type: ignore[call-overload,misc,no-any-return]
             input, self.linear.weight, target, teacher_input, teacher_weight,
             linear_bias=self.linear.bias, teacher_bias=teacher_bias, token_weight=token_weight,
             denominator=denominator, teacher_index=teacher_index, chunk_rows=self.chunk_rows,
-            memory_budget=self.memory_budget, **self.options,
+            memory_budget=self.memory_budget, return_stats=self.return_stats, **self.options,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         """The options that were given."""
-        given = {"chunk_rows": self.chunk_rows, "memory_budget": self.memory_budget}
-        shown_ = {k: v for k, v in given.items() if v is not None} | dict(self.options)
-        return ", ".join(f"{k}={v!r}" for k, v in shown_.items())
+        sizes = {"chunk_rows": self.chunk_rows, "memory_budget": self.memory_budget}
+        given = {k: v for k, v in sizes.items() if v is not None} | dict(self.options)
+        given |= {"return_stats": True} if self.return_stats else {}
+        return ", ".join(f"{k}={v!r}" for k, v in given.items())

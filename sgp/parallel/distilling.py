@@ -8,7 +8,7 @@ from torch import Tensor
 from sgp.head.autograd import head_options
 from sgp.head.problem import Pieces, is_autocast
 from sgp.linear import head_loss
-from sgp.linear_distillation import teachers_of
+from sgp.linear_distilling import teachers_of
 from sgp.losses import token_statistics
 from sgp.parallel.autograd import DivergenceCall, ShardDivergence
 from sgp.parallel.problem import (

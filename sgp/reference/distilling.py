@@ -10,7 +10,8 @@ first V columns, which both have::
     loss       = r (divergence + weight of the cross-entropy * -log softmax(s)[target])
     mean       = sum(loss) / sum(r)                                          nothing times T^2
 
-Of an `sgp.TopK` q has k + 1 entries, of which the last is max(0, 1 - the others), over their sum;
+Of an `sgp.TopK` q has k + 1 entries, of which the last is max(2^-24, 1 - the others), over their
+sum (2^-53 of log-probabilities in float64);
 p's are the student's probabilities of the same tokens and of all others together. A row that lists
 all V tokens has no last entry.
 """
@@ -46,7 +47,7 @@ from sgp.rows.teachers import (
     teacher_heads,
     teacher_logits,
 )
-from sgp.rows.top_k import TopK
+from sgp.rows.top_k import TopK, rounding_of
 from sgp.selection import Selection
 
 
@@ -103,7 +104,7 @@ def distillation(
         given_rows = (teacher_logits(name, *item, input, target) for item in given.items())
         rows = [x.flatten(0, -2) for x in given_rows]
         V = min(x.shape[-1] for x in (logits, *rows))
-        index = index_of_teachers(name, teacher, teacher_index, target, problem, shift)
+        index = index_of_teachers(name, "teacher", teacher, teacher_index, target, problem, shift)
         of_row = torch.zeros_like(kept) if index is None else index[kept]
     logits, y = logits[kept][:, :V], problem.target[kept]
     s = score(logits, recipe)
@@ -226,7 +227,7 @@ def _relative_entropy(a: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
 def _buckets(teacher: TopK, log_p: Tensor) -> tuple[Tensor, Tensor]:
     """(M, k + 1) log-probabilities of the student and the teacher: the tokens, and the rest."""
     indices, log_q, valid = teacher.padded()
-    log_q = log_q.to(log_p.dtype)
+    rounding, log_q = rounding_of(log_q.dtype), log_q.to(log_p.dtype)
     valid = torch.ones_like(log_q, dtype=torch.bool) if valid is None else valid
     listed = torch.zeros_like(log_p, dtype=torch.int64).scatter_add(1, indices, valid.long()) > 0
     others = torch.where(listed, -math.inf, log_p)
@@ -234,6 +235,6 @@ def _buckets(teacher: TopK, log_p: Tensor) -> tuple[Tensor, Tensor]:
     rest = torch.where(some, others, 0).logsumexp(1, keepdim=True)
     of_student = torch.where(valid, log_p.gather(1, indices), -math.inf)
     mass = log_q.exp().sum(1, keepdim=True)
-    tail = torch.where(some, (1 - mass).clamp(min=0), 0)
+    tail = torch.where(some, (1 - mass).clamp(min=rounding), 0)
     of_teacher = torch.cat([log_q, tail.log()], 1) - (mass + tail).log()
     return torch.cat([of_student, torch.where(some, rest, -math.inf)], 1), of_teacher

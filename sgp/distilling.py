@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,36 @@ class DivergenceOptions(TypedDict, total=False):
     teacher_softcap: float | None
     teacher_logit_scale: float
     shift: bool | int
-    return_stats: bool
+
+
+class BatchOptions(DivergenceOptions, total=False):
+    """And those that do."""
+
+    token_weight: Tensor | None
+    denominator: float | Tensor | None
+    teacher_index: Tensor | None
+
+
+@overload
+def distillation(
+    input: Tensor,
+    teacher: Teacher,
+    target: Tensor | Selection,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[BatchOptions],
+) -> Tensor: ...
+
+
+@overload
+def distillation(
+    input: Tensor,
+    teacher: Teacher,
+    target: Tensor | Selection,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[BatchOptions],
+) -> tuple[Tensor, TokenLogProbs]: ...
 
 
 def distillation(
@@ -139,7 +168,7 @@ def distillation(
     nothing cancels where both are nearly certain or nearly equal is in `kernels/divergence.py`.
     """
     name = DISTILLATION
-    refuse_dtensors(name, input, teacher, target)
+    refuse_dtensors(name, input, teacher, target, token_weight, teacher_index)
     check_flags(name, return_stats=return_stats)
     ignore = -100 if ignore_index is None else ignore_index
     recipe = Recipe(ignore, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
@@ -164,7 +193,7 @@ def distillation(
         loss = reduce_rows(problem, rows, reduction, scale)
     else:
         teachers = [teacher_logits(name, *item, input, target) for item in given.items()]
-        index = index_of_teachers(name, teacher, teacher_index, target, problem, shift)
+        index = index_of_teachers(name, "teacher", teacher, teacher_index, target, problem, shift)
         problem, index = with_index(problem, index, len(teachers))
         if reduction == "mean":
             problem, scale = as_mean(name, problem, denominator)
@@ -270,9 +299,11 @@ class DistillationLoss(nn.Module):
     call.
     """
 
-    def __init__(self, **options: Unpack[DivergenceOptions]) -> None:
+    def __init__(self, *, return_stats: bool = False, **options: Unpack[DivergenceOptions]) -> None:
         super().__init__()
-        self.options = checked_options("sgp.DistillationLoss", options)
+        name = "sgp.DistillationLoss"
+        check_flags(name, return_stats=return_stats)
+        self.options, self.return_stats = checked_options(name, options), return_stats
 
     def forward(
         self,
@@ -285,14 +316,15 @@ class DistillationLoss(nn.Module):
         teacher_index: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, TokenLogProbs]:
         """The loss of these logits; shapes and errors as in `distillation`."""
-        return distillation(
+        return distillation(  # type: ignore[call-overload,misc,no-any-return]
             input, teacher, target, token_weight=token_weight, denominator=denominator,
-            teacher_index=teacher_index, **self.options,
+            teacher_index=teacher_index, return_stats=self.return_stats, **self.options,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         """The options that were given."""
-        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+        given = dict(self.options) | ({"return_stats": True} if self.return_stats else {})
+        return ", ".join(f"{k}={v!r}" for k, v in given.items())
 
 
 def checked_options(name: str, options: DivergenceOptions) -> DivergenceOptions:
@@ -322,6 +354,5 @@ def checked_options(name: str, options: DivergenceOptions) -> DivergenceOptions:
         options.get("teacher_logit_scale", 1.0),
     ).check(name)
     check_reduction(name, options.get("reduction", "mean"), None)
-    check_flags(name, return_stats=options.get("return_stats", False))
     tokens_ahead(name, options.get("shift", False), 1)
     return options
