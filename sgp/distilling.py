@@ -147,7 +147,8 @@ def distillation(
         softcap, logit_scale: of the student, as in `cross_entropy`; `teacher_softcap` and
             `teacher_logit_scale` of the teacher.
         teacher_index: which of several teachers a token has: integers of the target's shape, or
-            flattened (N,); `shift` moves them with the labels.
+            flattened (N,). `shift` moves them with the labels; beside a Selection, whose targets
+            have been moved already, they are those of the rows that predict the tokens.
         return_stats: return (loss, TokenLogProbs), detached: the student's at `temperature`.
 
     Returns:
@@ -155,7 +156,9 @@ def distillation(
 
     Cost: a kernel reads each kept logit of both twice and writes the gradient, three times for a
     "jsd"; once and twice without a gradient. Reductions other than "mean" and "sum" and float16
-    read them once more in backward. With a TopK the kept rows are copied, some at a time.
+    read them once more in backward. With a TopK the kept rows are copied, some at a time; labels
+    beside it cost one wait on a GPU, and `offsets` another one. Where two vocabularies are of
+    lengths that differ by no multiple of 8, accesses to memory are of single elements.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or constants that do not fit.

@@ -159,8 +159,8 @@ def linear_distillation(
     Source: as `distillation`; the pieces are those of `linear_cross_entropy`.
     """
     refuse_dtensors(
-        NAME, input, linear_weight, target, linear_bias, teacher_input, teacher_weight, teacher_bias,
-        token_weight, teacher_index,
+        NAME, input, linear_weight, target, linear_bias, teacher_input, teacher_weight,
+        teacher_bias, token_weight, teacher_index,
     )  # fmt: skip
     check_flags(NAME, return_stats=return_stats)
     ignore = -100 if ignore_index is None else ignore_index
@@ -177,7 +177,7 @@ def linear_distillation(
     )
     refuse_transforms(NAME, input, linear_weight, linear_bias)
     given = named_teachers(NAME, "teacher_input", teacher_input)
-    index, teacher_dtype = None, None
+    index, teacher_dtype, classes = None, None, 0
     if isinstance(given, TopK):
         _refuse_heads(teacher_weight, teacher_bias)
         refuse_with_top_k(NAME, options.of_teacher(recipe), teacher_index)
@@ -185,9 +185,7 @@ def linear_distillation(
     else:
         teachers = teachers_of(NAME, input, teacher_input, teacher_weight, teacher_bias)
         V = min(len(weight) for weight in teachers.weights)
-        if len(linear_weight) > V:
-            linear_weight = linear_weight[:V]
-            linear_bias = None if linear_bias is None else linear_bias[:V]
+        classes = V if len(linear_weight) > V else 0
         index = index_of_teachers(
             NAME, "teacher_input", teacher_input, teacher_index, target, problem, shift
         )
@@ -199,16 +197,24 @@ def linear_distillation(
         problem, scale = as_mean(NAME, problem, denominator)
     head = linear_head(linear_weight, linear_bias, target, problem)
     if isinstance(given, TopK):
-        kept, V = int(head.num_kept), len(linear_weight)
-        teachers = Teachers([], [], [], *listed_of(NAME, "teacher_input", given, kept, V, input))
+        teachers = _few_tokens(given, head)
     ends: list[int] = []
     if index is not None:
         head, ends = _by_teacher(head, index, len(teachers.inputs))
     wanted = Wanted(stats=return_stats, width=SAVED)
     chosen = head_options(problem.recipe, head, pieces, wanted, name=NAME)
-    call = chosen.call._replace(divergence=options, teacher_dtype=teacher_dtype, teacher_ends=ends)
+    call = chosen.call._replace(
+        divergence=options, classes=classes, teacher_dtype=teacher_dtype, teacher_ends=ends
+    )
     chosen = chosen._replace(call=call, teachers=teachers, may_hold=False)
     return head_loss(problem, head, scale, chosen, reduction)
+
+
+@not_compiled
+def _few_tokens(teacher: TopK, head: LinearHead) -> Teachers:
+    kept, V = int(head.num_kept), len(head.weight)
+    listed = listed_of(NAME, "teacher_input", teacher, kept, V, head.input)
+    return Teachers([], [], [], *listed)
 
 
 def _refuse_heads(weight: object, bias: object) -> None:

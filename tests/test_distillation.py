@@ -1025,3 +1025,70 @@ def test_a_shifted_selection_is_not_shifted_again():
         sgp.distillation(LOGITS, TEACHER, selection, shift=True)
     with pytest.raises(ValueError, match="carries its own weights"):
         sgp.distillation(LOGITS, TEACHER, selection, token_weight=torch.ones(3))
+
+
+@OF_KINDS
+@pytest.mark.parametrize("V", [5, 300, 5_000])
+@pytest.mark.parametrize("low", [-95.0, -200.0, -1e4, -1e9])
+def test_where_the_student_has_no_probability(low, V, kind, backend):
+    """The teacher's mass counts although the student's exponentials there vanish beside its own."""
+    student, teacher = torch.full((2, V), low), torch.full((2, V), -20.0)
+    student[:, V // 2] = 0.0
+    teacher[0, : V // 2], teacher[1, -1] = 0.0, 0.0
+    options = of_kind(kind, reduction="none")
+    ours = ours_of(student, teacher, torch.zeros(2, dtype=torch.int64), **options)
+    truth = results(
+        sgp.reference.distillation, student.double(), teacher.double(),
+        torch.zeros(2, dtype=torch.int64), **options,
+    )  # fmt: skip
+    torch.testing.assert_close(ours[0].double(), truth[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours[1].double(), truth[1], rtol=1e-5, atol=1e-7)
+
+
+def test_a_label_that_the_student_excludes(backend):
+    """Statistics are asked for, and the loss stays what it is: 0 times infinity does not count."""
+    student = torch.tensor([[0.0, -INF, 1.0]])
+    teacher = torch.tensor([[0.0, -INF, 2.0]])
+    loss, stats = sgp.distillation(student, teacher, torch.tensor([1]), return_stats=True)
+    assert loss == sgp.distillation(student, teacher, torch.tensor([1]))
+    assert loss.isfinite()
+    assert stats.log_prob[0] == -INF
+
+
+def test_a_score_of_infinity(backend):
+    student = torch.tensor([[0.0, INF, 1.0]])
+    _, stats = sgp.distillation(student, torch.zeros(1, 3), torch.tensor([0]), return_stats=True)
+    assert stats.lse[0] == INF
+
+
+@OF_KINDS
+@pytest.mark.parametrize("offset", [1e4, 1e6])
+def test_an_offset_of_all_scores_is_nothing_to_a_top_k(offset, kind):
+    plain = (torch.randn(4, 50) * 32).round() / 16  # a sum with 1e6 is exact
+    top = sgp.TopK(torch.tensor([[1, 2, 3]] * 4), torch.tensor([[0.3, 0.2, 0.1]] * 4).log())
+    options = of_kind(kind, cross_entropy_weight=0.3)
+    target = torch.tensor([0, 1, 2, 40])
+    expected = ours_of(plain, top, target, **options)
+    for value, exactly in zip(
+        ours_of(plain + offset, top, target, **options), expected, strict=True
+    ):
+        torch.testing.assert_close(value, exactly, rtol=1e-6, atol=1e-7)
+
+
+@OF_KINDS
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_statistics_beside_a_top_k(reduction, kind, backend):
+    student, teacher, target = models(6, 40)
+    top = top_of(teacher, target, 4)
+    plain = sgp.token_log_probs(student, target)
+    _, stats = sgp.distillation(
+        student, top, target, reduction=reduction, return_stats=True, **of_kind(kind)
+    )
+    hidden, head = torch.randn(6, 8), torch.randn(40, 8)
+    _, of_head = sgp.linear_distillation(
+        hidden, head, target, top, reduction=reduction, return_stats=True, **of_kind(kind)
+    )
+    of_logits = sgp.token_log_probs(hidden @ head.T, target)
+    for found, plain_ones in ((stats, plain), (of_head, of_logits)):
+        for name in ("log_prob", "entropy", "lse"):
+            torch.testing.assert_close(getattr(found, name), getattr(plain_ones, name))

@@ -164,6 +164,38 @@ def test_nearly_certain_of_the_same_class(tmp_path):
         torch.testing.assert_close(loss[:3].double(), exact[:3].detach(), rtol=1e-3, atol=1e-25)
 
 
+def far_apart(rank, world, backend):
+    """One rank holds only what the student excludes, and all that the teacher expects."""
+    os.environ["SGP_BACKEND"] = backend
+    found = {}
+    for low, kind in itertools.product((-200.0, -1e4), KINDS):
+        x, t = torch.full((2, V), low), torch.full((2, V), -20.0)
+        x[:, 0], t[0, 20:], t[1, 1] = 0.0, 0.0, 0.0
+        mine = parts_of(x.T, world, rank).T.contiguous().requires_grad_()
+        loss = sgp.parallel.distillation(
+            mine, parts_of(t.T, world, rank).T.contiguous(), torch.zeros(2, dtype=torch.int64),
+            divergence=kind, reduction="none",
+        )  # fmt: skip
+        loss.sum().backward()
+        found[low, kind] = [x, t, loss.detach(), mine.grad.T]
+    return found
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_where_the_student_has_no_probability(backend, tmp_path):
+    results = run_ranks(far_apart, 2, tmp_path, 2, backend)
+    for low, kind in results[0]:
+        x, t, loss, _ = results[0][low, kind]
+        leaf = x.double().requires_grad_()
+        exact = sgp.reference.distillation(
+            leaf, t.double(), torch.zeros(2, dtype=torch.int64), divergence=kind, reduction="none"
+        )
+        exact.sum().backward()
+        grad = torch.cat([found[low, kind][3] for found in results]).T
+        torch.testing.assert_close(loss.double(), exact.detach(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(grad.double(), leaf.grad, rtol=1e-5, atol=1e-7)
+
+
 def disagree(rank):
     """What ranks say that were not called alike, or hold other classes of either model."""
     (h, w, _, h_t, w_t, _), labels, _ = make()
@@ -177,7 +209,7 @@ def disagree(rank):
     return [
         call(own, theirs, divergence=("jsd", "reverse_kl")[rank]),
         call(own, w_t.tensor_split(2)[rank]),
-        call(own, theirs, beta=1.0),
+        call(own, theirs, divergence="jsd", beta=1.0),
         caught(lambda: sgp.parallel.linear_distillation(h, own, labels, [h_t], theirs)),
         caught(
             lambda: sgp.parallel.distillation(

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import sgp
 from sgp.rows import two_by_torch
+from sgp.tolerance import relative_error
 from sgp.train.memory import cpu_peak
 from tests.divergences import BETA, IGNORE, KINDS, ragged_of, top_of, wide
 from tests.oracle import in_float64
@@ -687,3 +688,50 @@ def test_errors(kwargs, error, words, name):
         assert str(caught.value).startswith(f"{name}: "), str(caught.value)
     for word in words:
         assert word in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize("which", ["hidden states", "head", "bias", "top k"])
+def test_a_teacher_that_changes_before_the_backward_is_noticed(which):
+    hidden, head = torch.randn(6, 8), torch.randn(11, 8, requires_grad=True)
+    target = torch.tensor([1, -100, 3, 4, -100, 0])
+    parts = {
+        "hidden states": torch.randn(6, 5),
+        "head": torch.randn(11, 5),
+        "bias": torch.randn(11),
+        "top k": torch.full((4, 2), -1.0),
+    }
+    if which == "top k":
+        given = {"teacher_input": sgp.TopK(torch.tensor([[1, 2]] * 4), parts[which])}
+    else:
+        names = ("teacher_input", "teacher_weight", "teacher_bias")
+        given = dict(zip(names, parts.values(), strict=False))
+    rows = sgp.linear_distillation(hidden.requires_grad_(), head, target, reduction="none", **given)
+    parts[which].mul_(3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        rows.sum().backward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("chunks", [{}, {"chunk_rows": 2}, {"memory_budget": 4_000}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_longer_vocabulary_of_the_student(dtype, chunks, reduction, backend):
+    """The gradient of its padding is zero, and is made in place."""
+    tensors = [torch.randn(6, 8), torch.randn(40, 8) / 3, torch.randn(40)]
+    target = torch.tensor([1, -100, 3, 4, -100, 0])
+    teacher = [torch.randn(6, 5).to(dtype), (torch.randn(33, 5) / 3).to(dtype)]
+    leaves = [x.to(dtype).requires_grad_() for x in tensors]
+    loss = sgp.linear_distillation(
+        *leaves[:2], target, *teacher, linear_bias=leaves[2], reduction=reduction, **chunks
+    )
+    loss.sum().backward()
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    truth = sgp.reference.linear_distillation(
+        *exact[:2], target, *(x.double() for x in teacher), linear_bias=exact[2],
+        reduction=reduction,
+    )  # fmt: skip
+    truth.sum().backward()
+    limit = 1e-5 if dtype == torch.float32 else 2e-2
+    for ours, other in zip(leaves, exact, strict=True):
+        assert relative_error(ours.grad, other.grad) < limit
+    assert (leaves[1].grad[33:] == 0).all()
+    assert (leaves[2].grad[33:] == 0).all()

@@ -87,7 +87,7 @@ def backward(
 
     Args:
         head: as in forward; its logits are computed again.
-        saved: (N, 3) of forward.
+        saved: (N, 3) of forward, more of them with a teacher.
         row_weight: (N,) row weight times upstream gradient of the loss (of -log_prob).
         upstream: those of the statistics.
         held: the logits of forward, which are used up.

@@ -112,6 +112,14 @@ class HeadOptions(NamedTuple):
         self.parameter.grad_added_to_main_grad = True  # type: ignore[union-attr]
         return weight.new_zeros(()).expand(weight.shape)
 
+    def without_teachers(self) -> HeadOptions:
+        """Without the tensors, which autograd saves."""
+        return self._replace(teachers=self.teachers.emptied())
+
+    def with_teachers(self, tensors: Sequence[Tensor | None]) -> HeadOptions:
+        """With them again."""
+        return self._replace(teachers=self.teachers.again(tensors))
+
     def _rows(self) -> RowOperations:
         return self.operations or ONE_DEVICE
 
@@ -342,7 +350,7 @@ def _times_upstream(
 
 
 class HeadRowLoss(Transformed):
-    """(losses (N,), 5 statistics (N,), saved (N, 3), d_input, held) of each row, times its weight.
+    """(losses (N,), 5 statistics (N,), saved, d_input, held) of each row, times its weight.
 
     Of the statistics the log-sum-exp is differentiable where the options ask for it.
     """
@@ -366,10 +374,12 @@ class HeadRowLoss(Transformed):
         constants = (log_prob, entropy, None if options.of_lse else lse, is_top1, argmax, *held)
         mark_constant(ctx, *constants, other, origin=origin)
         ctx.set_materialize_grads(False)
-        ctx.options, ctx.dtype = options, tensors[0].dtype
+        ctx.options, ctx.dtype = options.without_teachers(), tensors[0].dtype
         target = tensors[3]
         kept = (None, None, None, target, *(None,) * 4) if scaled else tensors
-        ctx.save_for_backward(*kept, saved, d_input, *held)
+        teachers = [] if scaled else options.teachers.tensors()
+        ctx.num_held = len(held)
+        ctx.save_for_backward(*kept, saved, d_input, *held, *teachers)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -389,8 +399,9 @@ class HeadRowLoss(Transformed):
             else:
                 r = loss_upstream(of_loss, row_weight, saved)
                 upstream = Upstream(contiguous(of_lse))
-                gradients = o.backward(
-                    _held(ctx, kept[10:], of_loss, of_lse), LinearHead(*tensors), saved, weight, r,
+                held, teachers = kept[10 : 10 + ctx.num_held], kept[10 + ctx.num_held :]
+                gradients = o.with_teachers(teachers).backward(
+                    _held(ctx, held, of_loss, of_lse), LinearHead(*tensors), saved, weight, r,
                     upstream,
                 )  # fmt: skip
         origin = d_input if o.is_scaled() else saved

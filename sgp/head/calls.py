@@ -41,6 +41,7 @@ class HeadCall(NamedTuple):
     into: bool = False  # the weight's gradient is added to a tensor of the caller's
     name: str = "sgp"  # of the function that was called, for messages
     divergence: Divergence = Divergence()  # from a teacher
+    classes: int = 0  # that student and teacher have; 0: all of the weight
     teacher_dtype: torch.dtype | None = None  # of its operands under autocast
     teacher_ends: list[int] = []  # noqa: RUF012  of kept rows that are in order of their teachers
 
@@ -61,7 +62,7 @@ class LinearHead(NamedTuple):
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
     target: Tensor  # (N,) int64
-    rows: Tensor  # (N,) int64: the kept rows, ascending, padded
+    rows: Tensor  # (N,) int64: the kept rows, ascending or teacher after teacher, padded
     num_kept: Tensor  # () int64 on the CPU: how many they are
 
     def detached(self) -> LinearHead:
@@ -77,12 +78,13 @@ class Head(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     target: Tensor
-    rows: Tensor  # (M,), ascending
+    rows: Tensor  # (M,), ascending or teacher after teacher
     class_weight: Tensor | None  # (V,)
     operations: RowOperations  # on rows of logits; target and class_weight are of all that it joins
     call: HeadCall
     into: Tensor | None = None  # (V, D) of the caller's, to which the weight's gradient is added
     teachers: Teachers = NO_TEACHERS
+    padding: int = 0  # rows of the weight behind those that are used, whose gradient is zero
 
     def at(self, part: slice) -> RowOperations:
         """The row operations for some kept rows."""
@@ -203,8 +205,15 @@ def new_gradients(head: LinearHead, call: HeadCall) -> Gradients:
     )
 
 
-def new(x: Tensor | None, needed: bool, dtype: torch.dtype, *, zero: bool = False) -> Tensor | None:
-    """A contiguous tensor of x's shape, where it is needed."""
+def new(
+    x: Tensor | None, needed: bool, dtype: torch.dtype, *, zero: bool = False, padding: int = 0
+) -> Tensor | None:
+    """A contiguous tensor of x's shape and `padding` rows of zeros, where it is needed."""
     if x is None or not needed:
         return None
-    return x.new_zeros(x.shape, dtype=dtype) if zero else x.new_empty(x.shape, dtype=dtype)
+    if not padding:
+        return x.new_zeros(x.shape, dtype=dtype) if zero else x.new_empty(x.shape, dtype=dtype)
+    found = new(x[:1].expand(len(x) + padding, *x.shape[1:]), needed, dtype, zero=zero)
+    assert found is not None, "it is needed"  # noqa: S101
+    found[len(x) :] = 0
+    return found

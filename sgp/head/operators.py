@@ -66,7 +66,7 @@ def forward(
     Where others hold columns too, all of them must call it alike; the head's weight and bias are
     one's own, its target and `weight` are of the whole vocabulary.
     """
-    V = operations.vocabulary(head.weight.shape[0])
+    V = operations.vocabulary(call.classes or head.weight.shape[0])
     if not call.divergence.is_on() or call.divergence.needs_label(stats=call.wanted.stats):
         check_targets(call.name_of(operations), head.target, V, call.recipe.ignore_index)
     with _without_autocast(head.input):
@@ -127,7 +127,12 @@ def _kept(
         operations = TeacherRows(
             operations, teachers, call.divergence, call.teacher_ends, call.teacher_dtype
         )
-    return Head(*head[:4], rows, weight, operations, call, teachers=teachers)
+    of_head, padding = head[:4], 0
+    if call.classes:
+        padding = len(head.weight) - call.classes
+        bias = None if head.bias is None else head.bias[: call.classes]
+        of_head = (head.input, head.weight[: call.classes], bias, head.target)
+    return Head(*of_head, rows, weight, operations, call, teachers=teachers, padding=padding)
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[object]:

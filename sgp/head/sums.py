@@ -28,7 +28,7 @@ class Sums:
         self.is_later = self.of_weight == exact and head.into is None and factors is not None
         self.d_input: Tensor | None = None
         self.d_weight: Tensor | None = None
-        self.d_bias = new(head.bias, needs.bias, exact, zero=True)
+        self.d_bias = new(head.bias, needs.bias, exact, zero=True, padding=head.padding)
         self.pending: Callable[[], None] | None = None
 
     def weighted(self, part: slice, hidden: Tensor) -> Tensor:
@@ -85,7 +85,9 @@ class Sums:
         into, needed = self.head.into, self.head.call.needs.weight
         self.d_weight = into
         if into is None:
-            self.d_weight = new(self.head.weight, needed, self.of_weight, zero=zero)
+            self.d_weight = new(
+                self.head.weight, needed, self.of_weight, zero=zero, padding=self.head.padding
+            )
         return into is None
 
     def add_weight(self, part: slice, g: Tensor, hidden: Tensor) -> None:
@@ -97,18 +99,18 @@ class Sums:
         self, columns: slice, part: slice, g: Tensor, weighted: Tensor, *, first: bool
     ) -> None:
         """Those of some columns; `first`: nothing is in their place yet."""
-        f = self.factors
+        f, V = self.factors, len(self.head.weight)
         factor = None if f is None or self.is_later else f.missing
         if self.d_weight is not None:
-            place = self.d_weight[columns]
+            place = self.d_weight[:V][columns]
             products.add_weight_gradient(g, weighted, place, first=first, factor=factor)
         if self.d_bias is None:
             return
         if f is None:
-            products.add_bias_gradient(g, self.d_bias[columns])
+            products.add_bias_gradient(g, self.d_bias[:V][columns])
         else:
             share = f.of_hidden[part, None].to(weighted.dtype)
-            place = self.d_bias[columns, None]
+            place = self.d_bias[:V][columns, None]
             products.add_weight_gradient(g, share, place, first=False, factor=factor)
 
     def finish(self) -> Gradients:

@@ -8,6 +8,7 @@ more. They have a buffer of their own, which is gone when the rows are done.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,27 @@ class Teachers(NamedTuple):
     def are_there(self) -> bool:
         """Whether there is one."""
         return bool(self.inputs) or self.indices is not None
+
+    def tensors(self) -> list[Tensor | None]:
+        """All that there is to save for a backward; `again` puts them together."""
+        if not self.are_there():
+            return []
+        return [*self[0], *self[1], *self[2], *self[3:]]
+
+    def again(self, tensors: Sequence[Tensor | None]) -> Teachers:
+        """The same of other `tensors`."""
+        if not tensors:
+            return NO_TEACHERS
+        a = len(self.inputs)
+        b, c = 2 * a, 2 * a + len(self.biases)
+        inputs, weights, biases = (
+            [x for x in part if x is not None] for part in (tensors[:a], tensors[a:b], tensors[b:c])
+        )
+        return Teachers(inputs, weights, biases, *tensors[c:])
+
+    def emptied(self) -> Teachers:
+        """As many, without memory."""
+        return self.again([None if x is None else x.new_empty(0) for x in self.tensors()])
 
     def width(self) -> int:
         """D_t, or the largest; 0 without a head."""
@@ -172,5 +194,5 @@ class TeacherRows:
 
 
 def operand_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """Of an operand where autocast, which leaves float64 alone, makes it `dtype`; None: it is off."""
+    """An operand's, where autocast makes it `dtype` (float64 aside); None: it is off."""
     return x.dtype if dtype is None or x.dtype == torch.float64 else dtype

@@ -40,43 +40,23 @@ class ShardTwoRows:
         out: RowOutputs,
     ) -> None:
         """Fill `out`, the same on every rank, and, unless it is None, `dlogits`."""
-        shard = self.shard
-        need_stats = out.statistics is not None
-        needs_label = divergence.needs_label(stats=need_stats)
-        own = self._sums(logits, teacher, target, recipe, divergence)
-        own[:, 0].masked_fill_(own[:, 1].isnan(), torch.nan)  # a kernel's maximum passes over NaN
-        own[:, 2].masked_fill_(own[:, 3].isnan(), torch.nan)
-        sent = [self._kept(own).t()]
-        if needs_label:
-            sent.append(self._score_of_target(logits, target, recipe)[None])
-        table = shard.gather(torch.cat(sent), "the exchange of row statistics")
-        width = own.shape[1]
-        joined = join(Sums(*table[:, :width].unbind(1)), divergence.kind)
-        sums = Sums(*(x[:, None] for x in joined))
-        numbers = Numbers.of(sums)
-        if divergence.kind == "jsd":
-            saved = self._put(target, torch.cat(sums, 1))
-            terms = implementation(logits).terms(logits, teacher, target, saved, recipe, divergence)
-            sent_terms = self._kept(terms).t().contiguous()
-            of_ranks = shard.gather(sent_terms, "the exchange of a mixture's terms").sum(0)
-            value, w = (x[:, None] for x in of_ranks)
-        else:
-            value, w = divergence_of(sums.w, numbers, divergence.kind)
-        sums, value = sums._replace(w=w), value.clamp(min=0)
+        sums, value, s_y = self._joined(
+            logits, teacher, target, recipe, divergence,
+            needs_label=divergence.needs_label(stats=out.statistics is not None),
+        )  # fmt: skip
         kept_target = self._kept(target)
         is_bad = torch.zeros_like(kept_target, dtype=torch.bool)
-        if shard.agreed is not None:
-            is_bad = is_bad | ~shard.agreed
-        if needs_label:
-            is_bad = is_bad | (kept_target < 0) | (kept_target >= shard.V)
-            s_y = table[:, width].sum(0)[:, None]  # 0 but for the rank that holds it
-            nll = (sums.top_1 - s_y) + sums.so_1.log1p()
+        if self.shard.agreed is not None:
+            is_bad = is_bad | ~self.shard.agreed
+        if s_y is not None:
+            is_bad = is_bad | (kept_target < 0) | (kept_target >= self.shard.V)
             if divergence.cross_entropy_weight:
+                nll = (sums.top_1 - s_y) + sums.so_1.log1p()
                 value = value + divergence.cross_entropy_weight * nll
-            if out.statistics is not None:
-                found = sums.statistics(numbers, s_y, recipe)
-                for whole, column in zip(out.statistics, found, strict=True):
-                    whole.copy_(self._put(target, column.squeeze(1)))
+        if s_y is not None and out.statistics is not None:
+            found = sums.statistics(Numbers.of(sums), s_y, recipe)
+            for whole, column in zip(out.statistics, found, strict=True):
+                whole.copy_(self._put(target, column.squeeze(1)))
         r = 1.0 if row_weight is None else self._kept(row_weight)
         loss = (r * value.squeeze(1)).masked_fill(is_bad, torch.nan)
         out.loss.copy_(self._put(target, loss))
@@ -84,13 +64,58 @@ class ShardTwoRows:
         if out.saved is not None:
             out.saved.copy_(saved)
         if dlogits is not None:
-            if scale is not None:
-                row_weight = scale * (
-                    torch.ones_like(out.loss) if row_weight is None else row_weight
-                )
-            self.backward(
-                logits, teacher, dlogits, target, Whose(), saved, row_weight, recipe, divergence
-            )
+            r = torch.ones_like(out.loss) if row_weight is None else row_weight
+            r = r if scale is None else scale * r
+            self.backward(logits, teacher, dlogits, target, Whose(), saved, r, recipe, divergence)
+
+    def _joined(
+        self,
+        logits: Tensor,
+        teacher: Tensor,
+        target: Tensor,
+        recipe: Recipe,
+        divergence: Divergence,
+        *,
+        needs_label: bool,
+    ) -> tuple[Sums, Tensor, Tensor | None]:
+        """(sums of whole rows, divergences, the target's scores at temperature 1), (M, 1) each."""
+        own = self._sums(logits, teacher, target, recipe, divergence)
+        own[:, 0].masked_fill_(own[:, 1].isnan(), torch.nan)  # a kernel's maximum passes over NaN
+        own[:, 2].masked_fill_(own[:, 3].isnan(), torch.nan)
+        sent = [self._kept(own).t()]
+        if needs_label:
+            sent.append(self._score_of_target(logits, target, recipe)[None])
+        table = self.shard.gather(torch.cat(sent), "the exchange of row statistics")
+        width = own.shape[1]
+        joined = join(Sums(*table[:, :width].unbind(1)), divergence.kind)
+        sums = Sums(*(x[:, None] for x in joined))
+        if divergence.kind == "jsd":
+            saved = self._put(target, torch.cat(sums, 1))
+            terms = self._terms(logits, teacher, target, saved, recipe, divergence)
+            of_kept = self._kept(terms).t().contiguous()
+            of_ranks = self.shard.gather(of_kept, "the exchange of a mixture's terms").sum(0)
+            value, w = (x[:, None] for x in of_ranks)
+        else:
+            value, w = divergence_of(sums.w, Numbers.of(sums), divergence.kind)
+        # The target's score is 0 but for the rank that holds it.
+        s_y = table[:, width].sum(0)[:, None] if needs_label else None
+        return sums._replace(w=w), value.clamp(min=0), s_y
+
+    def _terms(
+        self,
+        logits: Tensor,
+        teacher: Tensor,
+        target: Tensor,
+        saved: Tensor,
+        recipe: Recipe,
+        divergence: Divergence,
+    ) -> Tensor:
+        """(N, 2) of a jsd, over the columns of this rank."""
+        if not self.shard.size:
+            return saved.new_zeros(len(saved), 2)
+        arguments = (logits, teacher, target, saved, recipe, divergence)
+        found: Tensor = implementation(logits).terms(*arguments)
+        return found
 
     def backward(
         self,

@@ -25,6 +25,11 @@ def named_teachers(name: str, label: str, teacher: Teacher) -> TopK | dict[str, 
     if isinstance(teacher, (list, tuple)):
         if not teacher:
             raise ValueError(f"{name}: {label} is an empty list; expected a teacher or more")
+        if any(isinstance(x, TopK) for x in teacher):
+            raise TypeError(
+                f"{name}: {label} is a list with an sgp.TopK in it; one sgp.TopK has the rows of "
+                "all tokens, whichever teacher they are from"
+            )
         return {f"{label}[{number}]": x for number, x in enumerate(teacher)}
     if not isinstance(teacher, Tensor):
         raise TypeError(
@@ -95,8 +100,9 @@ def teacher_heads(
     several = isinstance(hidden, (list, tuple))
     if not several:
         hidden, weight, bias = [hidden], [weight], [bias]
-    elif bias is None:
-        bias = [None] * len(hidden)
+    else:
+        bias = [None] * len(hidden) if bias is None else bias
+        weight = [weight] * len(hidden) if isinstance(weight, Tensor) else weight  # one for all
     for label, values in (("teacher_weight", weight), ("teacher_bias", bias)):
         if not isinstance(values, (list, tuple)) or len(values) != len(hidden):
             kind = (
@@ -109,6 +115,11 @@ def teacher_heads(
     for number, parts in enumerate(zip(hidden, weight, bias, strict=True)):
         at = f"[{number}]" if several else ""
         names = (f"teacher_input{at}", f"teacher_weight{at}", f"teacher_bias{at}")
+        if parts[1] is None:
+            raise TypeError(
+                f"{name}: {names[1]} is None; expected (V_t, D_t) beside {names[0]}: only an "
+                "sgp.TopK goes without a head"
+            )
         for label, value in zip(names, parts, strict=True):
             if value is not None or label != names[2]:
                 _check_teacher(name, label, value, input)
