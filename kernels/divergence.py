@@ -95,9 +95,8 @@ def difference(b_z, b_other):
 def started(LANES: tl.constexpr):
     """What each lane knows before its first column.
 
-    Maximum and so of s, of t, of s at temperature 1; x; the teacher's score of a maximal column of
-    s, which is `lead` once the teacher's maximum is known; w, the running sum of a KL; and t_o, the
-    sum of e z of s.
+    Maximum and so of s, of t, of s at temperature 1; x; the teacher's score in a maximal column of
+    s, for the lead; w, the running sum of a KL; and t_o, the sum of e z of s.
     """
     top = tl.full([LANES], float("-inf"), tl.float32)
     zero = tl.zeros([LANES], tl.float32)
@@ -160,8 +159,8 @@ def accumulate(
         w = moved(w, shrink_t, step_t - step, so_t)
         w += tl.sum(tl.sum(tl.where(b_e_t == 0.0, 0.0, b_e_t * b_a), 2), 0)
     else:
-        # A score until all lanes have met: a difference would be rounded whenever the maxima move,
-        # and that of the maximal column itself must be exact.
+        # A score: a difference would be rounded whenever the maxima move, and that of the maximal
+        # column itself must be exact.
         before = (lead - finite_or_zero(top_t_new)) - step
         b_score = tl.where(b_z == 0.0, tl.reshape(b_s_t, SHAPE), float("-inf"))
         b_lead = tl.max(tl.max(b_score, 2), 0)
@@ -207,14 +206,14 @@ def row_of_lanes(carry, KIND: tl.constexpr):
     so_t, n_t, shrink_t, step_t = gathered(top_t_lane, so_t_lane, top_t)
     so_1, n_1, _, _ = gathered(top_1_lane, so_1_lane, top_1)
     x = moved_apart(x, shrink, shrink_t, step, step_t, so_lane)
-    lead_row = 0.0
+    of_row = 0.0
     if KIND == "forward_kl":
         w = moved(w, shrink_t, step_t - step, so_t_lane)
     else:
         origin_t = finite_or_zero(top_t)
-        lead_row = finite_or_zero(tl.max(tl.where(n > 0.0, lead, float("-inf")), 0)) - origin_t
+        of_row = finite_or_zero(tl.max(tl.where(n > 0.0, lead, float("-inf")), 0))
     if KIND == "reverse_kl":
-        w = moved(w, shrink, ((lead - origin_t) - step) - lead_row, so_lane)
+        w = moved(w, shrink, ((lead - origin_t) - step) - (of_row - origin_t), so_lane)
     t_o = moved(t_o, shrink, step, so_lane)
     so, n, so_t, n_t, so_1, n_1, x, w, t_o = tl.reduce(
         (so, n, so_t, n_t, so_1, n_1, x, w, t_o), 0, added
@@ -222,7 +221,7 @@ def row_of_lanes(carry, KIND: tl.constexpr):
     so += tl.maximum(n - 1.0, 0.0)
     so_t += tl.maximum(n_t - 1.0, 0.0)
     so_1 += tl.maximum(n_1 - 1.0, 0.0)
-    return top, so, top_t, so_t, top_1, so_1, x, lead_row, w, t_o
+    return top, so, top_t, so_t, top_1, so_1, x, of_row, w, t_o
 
 
 @triton.jit
@@ -237,6 +236,7 @@ def row_numbers(top, so, top_t, so_t, top_1, so_1, x, lead):
     inv_1 = 1.0 / (1.0 + so_1)
     grown = x * inv_d
     gap = tl.where(tl.abs(grown) < 0.3, log1p(grown), log1p(so_t) - log1p(so))
+    lead = lead - finite_or_zero(top_t)
     return top, inv_d, top_t, 1.0 / (1.0 + so_t), gap, lead, top_1, inv_1, so_1 * inv_1
 
 

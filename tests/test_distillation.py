@@ -460,7 +460,8 @@ def test_ignore_index(ignore_index, backend):
     ) if ignore_index is not None else None
     given = {"ignore_index": ignore_index, "return_stats": True}
     loss, stats = sgp.distillation(student, teacher, target, **given)
-    assert loss == sgp.distillation(student[~ignored], teacher[~ignored], target[~ignored])
+    alone = sgp.distillation(student[~ignored], teacher[~ignored], target[~ignored])
+    torch.testing.assert_close(loss, alone)  # rows of 9 begin elsewhere: the last bits differ
     assert (stats.log_prob[ignored] == 0).all()
 
 

@@ -15,7 +15,7 @@ from sgp.parallel.shard import Shard
 from sgp.rows.by_torch import Columns, RowOutputs, row_index, score_
 from sgp.rows.divergence import SAVED, Divergence
 from sgp.rows.recipe import Recipe, accumulation_dtype
-from sgp.rows.two_by_torch import Numbers, Sums, Whose, apart, divergence_of
+from sgp.rows.two_by_torch import Numbers, Sums, Whose, apart, divergence_of, finite_or_0
 from sgp.rows.two_rows import implementation
 
 
@@ -199,16 +199,15 @@ def join(parts: Sums, kind: str) -> Sums:
 
     more = apart(shrink, shrink_t, step_t - step) * (parts.so + 1)
     x = shrink_t * parts.x + torch.where(step > -torch.inf, more, 0)  # of ranks with columns
-    lead, w = parts.lead, parts.w
-    of_row = torch.zeros_like(top)
+    w, of_row = parts.w, torch.zeros_like(top)
     if kind == "forward_kl":
         w = moved(w, shrink_t, step_t - step, parts.so_t)
     else:
-        lead = torch.where(shrink > 0, lead + (step_t - step), 0)
-        of_row = lead.masked_fill(parts.top != top, -torch.inf).amax(0)
-        of_row = of_row.masked_fill(of_row == -torch.inf, 0)
+        origin_t = finite_or_0(top_t)
+        of_row = finite_or_0(parts.lead.masked_fill(parts.top != top, -torch.inf).amax(0))
     if kind == "reverse_kl":
-        w = moved(w, shrink, lead - of_row, parts.so)
+        further = ((parts.lead - origin_t) - step) - (of_row - origin_t)
+        w = moved(w, shrink, further, parts.so)
     t_o = moved(parts.t_o, shrink, step, parts.so)
     return Sums(top, so, top_t, so_t, top_1, so_1, x.sum(0), of_row, w.sum(0), t_o.sum(0))
 
@@ -216,7 +215,7 @@ def join(parts: Sums, kind: str) -> Sums:
 def _joined(top: Tensor, so: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(max, so) of the row (M,), and how each part (P, M) shrinks and moves."""
     whole = top.amax(0)
-    origin = whole.masked_fill(whole == -torch.inf, 0)
+    origin = finite_or_0(whole)
     step = top - origin
     shrink = step.exp()
     is_top = top == origin

@@ -11,8 +11,8 @@ from sgp.rows.recipe import Recipe, shown
 KINDS = ("forward_kl", "reverse_kl", "jsd")
 # Numbers a row that a backward or the other ranks need: maximum and sum without one maximal column
 # of the student's scores, of the teacher's, of the student's at temperature 1; what the teacher's
-# sum has more; the distance of both scores in the student's maximal column; what the gradient
-# subtracts (before it is known, a KL's running sum); the sum for the entropy.
+# sum has more; the teacher's score in the student's maximal column; what the gradient subtracts
+# (before it is known, a KL's running sum); the sum for the entropy.
 SAVED = 10
 
 

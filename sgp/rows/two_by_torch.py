@@ -48,7 +48,7 @@ class Sums(NamedTuple):
     top_1: Tensor
     so_1: Tensor
     x: Tensor  # d of the teacher less that of the student
-    lead: Tensor
+    lead: Tensor  # the teacher's score in a maximal column of the student's
     w: Tensor  # the running sum of a KL, later what the gradient subtracts
     t_o: Tensor
 
@@ -89,8 +89,8 @@ class Numbers(NamedTuple):
         grown = sums.x * inv_d
         gap = torch.where(grown.abs() < 0.3, grown.log1p(), so_t.log1p() - so.log1p())
         return Numbers(
-            sums.top, inv_d, sums.top_t, 1 / (1 + so_t), gap, sums.lead, sums.top_1, inv_1,
-            sums.so_1 * inv_1,
+            sums.top, inv_d, sums.top_t, 1 / (1 + so_t), gap, sums.lead - finite_or_0(sums.top_t),
+            sums.top_1, inv_1, sums.so_1 * inv_1,
         )  # fmt: skip
 
 
@@ -227,10 +227,9 @@ class _Pair(NamedTuple):
         if self.divergence.kind == "forward_kl":
             w = _sum_of(e_t, a)
         else:
-            lead = a.gather(1, self.s.argmax(1, keepdim=True))
-            lead = lead.masked_fill_(lead == -torch.inf, 0)
+            lead = finite_or_0(self.t.gather(1, self.s.argmax(1, keepdim=True)))
         if self.divergence.kind == "reverse_kl":
-            w = _sum_of(e, a - lead)
+            w = _sum_of(e, a - (lead - finite_or_0(top_t)))
         if need_entropy:
             t_o = _sum_of(e, z)
         top_1, so_1 = top, so
@@ -307,10 +306,15 @@ class Scored(NamedTuple):
         return self.pair.gradient(self.numbers, self.w, some, self.w.new_ones(()))
 
 
+def finite_or_0(x: Tensor) -> Tensor:
+    """What exponents are taken from: -inf stands for nothing."""
+    return x.masked_fill(x == -torch.inf, 0)
+
+
 def without_largest(s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(max, sum of exp(z) without one maximal column, z = s - max, exp(z))."""
     top = s.amax(1, keepdim=True)
-    z = s - top.masked_fill(top == -torch.inf, 0)
+    z = s - finite_or_0(top)
     e = z.exp()
     is_top = z == 0
     more = (is_top.sum(1, keepdim=True) - 1).clamp_(min=0)
