@@ -418,6 +418,8 @@ def main() -> int:
     today = dt.datetime.now(dt.timezone.utc).date().isoformat()
     path = arguments.output or files.RESULTS / f"memory-{described.slug}-{today}.json"
     files.must_be_writable(path)
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # nothing is timed there, and tensors are small
     records = study(device)
     found: dict[str, Any] = {
         "machine": described._asdict(),
