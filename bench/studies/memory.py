@@ -394,6 +394,7 @@ def show(records: list[dict[str, Any]]) -> Table:
     )
     for r in records:
         into = ", added" if r["into"] else ""
+        into += f", {r['teacher']}" if r["teacher"] else ""
         table.add_row(
             f"{r['dtype']}, {r['reduction']}{into}", r["needs"], f"{r['kept']:g}", r["way"],
             f"{r['planned'] / MIB:.2f}", f"{r['counted'] / MIB:.2f}", f"{r['by']:.3f}",
@@ -427,6 +428,9 @@ def main() -> int:
         "commit": machine.commit(),
         "versions": {"torch": torch.__version__},
         "size": dict(zip("NVD", LARGE if device.type == "cuda" else SIZE, strict=True)),
+        "size_with_teacher": dict(
+            zip("NVD", TAUGHT if device.type == "cpu" else LARGE, strict=True)
+        ),
         "records": records,
     }
     files.replace(path, json.dumps(found, indent=1) + "\n")
