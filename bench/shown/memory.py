@@ -260,7 +260,8 @@ def counted(up: str) -> str:
         f"autocast, with {size['N']} tokens, V = {gpu_tables.spaced(size['V'])} and "
         f"D = {size['D']}; {taught} of them with a teacher, with {wide['N']} tokens, "
         f"V = {gpu_tables.spaced(wide['V'])} and D = {wide['D']}. The farthest from its plan holds "
-        f"{100 * abs(largest['by'] - 1):.1f} % {over} ({largest['way']}, {largest['dtype']}), and {below}. `python -m bench memory`, "
+        f"{100 * abs(largest['by'] - 1):.1f} % {over} ({largest['way']}, {largest['dtype']}), and "
+        f"{below}. `python -m bench memory`, "
         f"{found['machine']['name']}, {found['date']}, torch {found['versions']['torch']} "
         f"([every record]({up}bench/results/{path.name}))."
     )

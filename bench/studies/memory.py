@@ -1,6 +1,6 @@
 """Peak memory of every way of the linear head: what the planner says, and what was counted.
 
-    python -m bench memory                # two minutes on two CPU cores; table and results file
+    python -m bench memory                # three minutes of a CPU core; table and results file
     python -m bench memory --device cuda  # 16 bits on a GPU, at a real size, and milliseconds
 
 A way is forced, one call is made forward and backward, and the most bytes that were held at once
