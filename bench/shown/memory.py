@@ -254,11 +254,14 @@ def counted(up: str) -> str:
         if fewest >= 1
         else f"the one that holds least has {fewest:.3f} times its plan"
     )
+    taught, wide = sum(r["teacher"] != "" for r in records), found["size_with_teacher"]
     return (
         f"On a CPU, {len(records)} cases were counted: every way in bf16, float16, float32 and "
         f"autocast, with {size['N']} tokens, V = {gpu_tables.spaced(size['V'])} and "
-        f"D = {size['D']}. The farthest from its plan holds {100 * abs(largest['by'] - 1):.1f} % "
-        f"{over} ({largest['way']}, {largest['dtype']}), and {below}. `python -m bench memory`, "
+        f"D = {size['D']}; {taught} of them with a teacher, with {wide['N']} tokens, "
+        f"V = {gpu_tables.spaced(wide['V'])} and D = {wide['D']}. The farthest from its plan holds "
+        f"{100 * abs(largest['by'] - 1):.1f} % {over} ({largest['way']}, {largest['dtype']}), and "
+        f"{below}. `python -m bench memory`, "
         f"{found['machine']['name']}, {found['date']}, torch {found['versions']['torch']} "
         f"([every record]({up}bench/results/{path.name}))."
     )

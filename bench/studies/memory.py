@@ -1,6 +1,6 @@
 """Peak memory of every way of the linear head: what the planner says, and what was counted.
 
-    python -m bench memory                # two minutes on two CPU cores; table and results file
+    python -m bench memory                # three minutes of a CPU core; table and results file
     python -m bench memory --device cuda  # 16 bits on a GPU, at a real size, and milliseconds
 
 A way is forced, one call is made forward and backward, and the most bytes that were held at once
@@ -394,6 +394,7 @@ def show(records: list[dict[str, Any]]) -> Table:
     )
     for r in records:
         into = ", added" if r["into"] else ""
+        into += f", {r['teacher']}" if r["teacher"] else ""
         table.add_row(
             f"{r['dtype']}, {r['reduction']}{into}", r["needs"], f"{r['kept']:g}", r["way"],
             f"{r['planned'] / MIB:.2f}", f"{r['counted'] / MIB:.2f}", f"{r['by']:.3f}",
@@ -418,6 +419,8 @@ def main() -> int:
     today = dt.datetime.now(dt.timezone.utc).date().isoformat()
     path = arguments.output or files.RESULTS / f"memory-{described.slug}-{today}.json"
     files.must_be_writable(path)
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # nothing is timed there, and tensors are small
     records = study(device)
     found: dict[str, Any] = {
         "machine": described._asdict(),
@@ -425,6 +428,9 @@ def main() -> int:
         "commit": machine.commit(),
         "versions": {"torch": torch.__version__},
         "size": dict(zip("NVD", LARGE if device.type == "cuda" else SIZE, strict=True)),
+        "size_with_teacher": dict(
+            zip("NVD", TAUGHT if device.type == "cpu" else LARGE, strict=True)
+        ),
         "records": records,
     }
     files.replace(path, json.dumps(found, indent=1) + "\n")
