@@ -455,13 +455,15 @@ def test_ignore_index(ignore_index, backend):
     ignored = target == IGNORE
     target[ignored] = IGNORE if ignore_index is None else ignore_index
     target[~ignored] = torch.tensor([5, 6, 7, 8])
-    check_distillation(
-        student, teacher, target, ignore_index=ignore_index, cross_entropy_weight=0.2
-    ) if ignore_index is not None else None
     given = {"ignore_index": ignore_index, "return_stats": True}
     loss, stats = sgp.distillation(student, teacher, target, **given)
+<<<<<<< HEAD
     alone = sgp.distillation(student[~ignored], teacher[~ignored], target[~ignored])
     torch.testing.assert_close(loss, alone)  # rows of 9 begin elsewhere: the last bits differ
+=======
+    kept = sgp.distillation(student[~ignored], teacher[~ignored], target[~ignored])
+    torch.testing.assert_close(loss, kept)
+>>>>>>> ref
     assert (stats.log_prob[ignored] == 0).all()
 
 

@@ -324,7 +324,7 @@ def test_probabilities_that_rounding_made_more_than_one_are_divided_by_their_sum
     assert log_probs.double().exp().sum() > 1
     loss = reference.distillation(s, sgp.TopK(torch.tensor([[0, 2]]), log_probs), torch.tensor([1]))
     log_p = s.log_softmax(-1)[0, [0, 2]]
-    close(loss, math.log(0.5) - 0.5 * log_p.sum())
+    close(loss, math.log(0.5) - 0.5 * log_p.sum(), 1e-5)  # but for the rounding that is the rest
 
 
 # -- several teachers, and the linear head ---------------------------------------------------------
