@@ -231,7 +231,7 @@ def two_rows_loss(
     Without `loss`, the sums of some columns alone, into `saved`.
     """
     quiet = loss is not None and stats is None
-    constants = _of_two_rows(V, (logits, teacher), dlogits, opts, on, quiet=quiet)
+    constants = _of_two_rows(V, (logits, teacher), dlogits, opts, on, kind, quiet=quiet)
     rows = (logits, teacher, dlogits, target, index, loss, saved, stats)
     arguments = (*rows, *opts, ignore_index, which, V)
     return Call(two_rows_forward, (target.numel(),), arguments, {"KIND": kind, **constants})
@@ -251,7 +251,7 @@ def two_rows_terms(
 ) -> Call:
     """What some columns add to the jsd of every row, from the sums of all columns."""
     arguments = (logits, teacher, target, saved, terms, *opts, ignore_index, V)
-    constants = _of_two_rows(V, (logits, teacher), None, opts, on)
+    constants = _of_two_rows(V, (logits, teacher), None, opts, on, "jsd")
     return Call(two_rows_mixture, (target.numel(),), arguments, constants)
 
 
@@ -271,7 +271,7 @@ def two_rows_gradient(
     on: Target | None = None,
 ) -> Call:
     """The gradient of every row of the teacher from what the forward saved."""
-    constants = _of_two_rows(V, (logits, teacher), dlogits, opts, on)
+    constants = _of_two_rows(V, (logits, teacher), dlogits, opts, on, kind)
     arguments = (logits, teacher, dlogits, target, index, saved, *opts, ignore_index, which, V)
     return Call(two_rows_backward, (target.numel(),), arguments, {"KIND": kind, **constants})
 
@@ -383,12 +383,14 @@ def _of_two_rows(
     dlogits: Matrix | None,
     opts: tuple[Options, Options, Pair],
     on: Target | None,
+    kind: str,
     *,
     quiet: bool = True,
 ) -> dict[str, Any]:
     """What a kernel of two rows is compiled with."""
     row = _row(V, opts[0], rows[0], dlogits, others=(rows[1],))
     light = row.light and opts[1].softcap is None and opts[2] == Pair()
+    light = light and kind == "forward_kl"
     row = row._replace(light=light, quiet=quiet)
     on = on or table.target_of(rows[0].ptr.device)
     line = table.two_rows(row, on)
