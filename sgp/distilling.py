@@ -21,6 +21,7 @@ from sgp.rows.recipe import Recipe
 from sgp.rows.reduction import check_reduction, reduce_rows
 from sgp.rows.teachers import (
     Teacher,
+    check_vocabulary,
     index_of_teachers,
     named_teachers,
     refuse_with_top_k,
@@ -178,11 +179,12 @@ def distillation(
     options = Divergence(
         divergence, beta, cross_entropy_weight, teacher_softcap, teacher_logit_scale
     ).check(name)
+    _check_layout(name, input, target, shift)
     problem = make_problem(name, input, target, None, token_weight, recipe, shift=shift)
     if problem.has_probabilities():
         raise TypeError(
-            f"{name}: target is {problem.target.dtype}; expected class indices, of which only "
-            "which are ignored need matter"
+            f"{name}: target is {problem.target.dtype}; expected class indices or a Selection; the "
+            "order is (input, teacher, target)"
         )
     denominator = check_reduction(name, reduction, denominator)
     given = named_teachers(name, "teacher", teacher)
@@ -196,12 +198,31 @@ def distillation(
         loss = reduce_rows(problem, rows, reduction, scale)
     else:
         teachers = [teacher_logits(name, *item, input, target) for item in given.items()]
+        for label, x in zip(given, teachers, strict=True):
+            check_vocabulary(name, label, x.shape[-1], problem.input.shape[-1])
         index = index_of_teachers(name, "teacher", teacher, teacher_index, target, problem, shift)
         problem, index = with_index(problem, index, len(teachers))
         if reduction == "mean":
             problem, scale = as_mean(name, problem, denominator)
         loss, stats = _row_losses(problem, teachers, index, options, reduction, scale, return_stats)
     return (loss, token_statistics(problem, stats, need_argmax=False)) if return_stats else loss
+
+
+def _check_layout(
+    name: str,
+    input: Tensor,  # noqa: A002
+    target: Tensor | Selection,
+    shift: bool | int,
+) -> None:
+    """Raise ValueError for labels beside logits (B, T, V), which have the vocabulary second."""
+    if not isinstance(target, Tensor) or not isinstance(input, Tensor) or input.dim() < 3:
+        return
+    if target.shape == input.shape[:-1] and target.shape != input.shape[:1] + input.shape[2:]:
+        raise ValueError(
+            f"{name}: input is {tuple(input.shape)} and target {tuple(target.shape)}; labels need "
+            "the vocabulary second, as in PyTorch. Where it is last, pass "
+            f"sgp.Selection.from_labels(target, shift={shift}) as target, without shift here"
+        )
 
 
 def _row_losses(
@@ -339,7 +360,8 @@ def checked_options(name: str, options: DivergenceOptions) -> DivergenceOptions:
     unknown = sorted(set(options) - set(DivergenceOptions.__annotations__))
     if unknown:
         raise TypeError(
-            f"{name}: there is no option {unknown[0]!r}; expected some of "
+            f"{name}: there is no option {unknown[0]!r} (what changes from batch to batch is an "
+            "argument of the call); expected some of "
             f"{', '.join(sorted(DivergenceOptions.__annotations__))}"
         )
     ignore = options.get("ignore_index")

@@ -30,6 +30,7 @@ from sgp.rows.recipe import Recipe
 from sgp.rows.reduction import check_reduction
 from sgp.rows.teachers import (
     Teacher,
+    check_vocabulary,
     index_of_teachers,
     named_teachers,
     refuse_with_top_k,
@@ -134,7 +135,7 @@ def linear_distillation(
         teacher_input: the teacher's hidden states (..., D_t), at the same tokens as `input`; or an
             `sgp.TopK`, without `teacher_weight`; or a list of several teachers' hidden states.
         teacher_weight: (V_t, D_t), in the dtype of `teacher_input` unless autocast is on, which
-            need not be that of `input`; a list for several teachers.
+            need not be that of `input`; a list for several teachers, or one for all of them.
         teacher_bias: (V_t,) or None; a list for several.
         chunk_rows: rows of float32 logits of either model at once.
         memory_budget: as in `linear_cross_entropy`, of both models' logits; no logits are held
@@ -184,6 +185,8 @@ def linear_distillation(
         teachers = Teachers()
     else:
         teachers = teachers_of(NAME, input, teacher_input, teacher_weight, teacher_bias)
+        for weight in teachers.weights:
+            check_vocabulary(NAME, "teacher_weight", len(weight), len(linear_weight))
         V = min(len(weight) for weight in teachers.weights)
         classes = V if len(linear_weight) > V else 0
         index = index_of_teachers(

@@ -15,6 +15,11 @@ BETA = 0.3
 HALVES = (torch.bfloat16, torch.float16)
 
 
+def of_kind(kind, **options):
+    """The options of a divergence, whose beta is a jsd's alone."""
+    return {"divergence": kind, **({"beta": BETA} if kind == "jsd" else {}), **options}
+
+
 def models(N, V, dtype=torch.float32, *, teacher_dtype=None, longer=0):
     """(student's logits, a teacher's that are something like them, labels); row 1 is ignored."""
     student = 2 * torch.randn(N, V)

@@ -22,6 +22,7 @@ from tests.divergences import (
     check_distillation,
     exact,
     models,
+    of_kind,
     ours_of,
     plain_rows,
     ragged_of,
@@ -52,10 +53,6 @@ OPTIONS = {
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(21)
-
-
-def of_kind(kind, **options):
-    return {"divergence": kind, "beta": BETA, **options}
 
 
 # -- options, reductions, dtypes, vocabularies -----------------------------------------------------

@@ -14,6 +14,7 @@ from tests.divergences import (
     KINDS,
     exact,
     models,
+    of_kind,
     plain_rows,
     ragged_of,
     top_of,
@@ -65,7 +66,7 @@ def test_options(option, kind):
     }  # fmt: skip
     of["all"] = {k: v for options in list(of.values()) for k, v in options.items()}
     options = of.get(option, {})
-    ours = reference.distillation(s, t, y, divergence=kind, beta=BETA, reduction="none", **options)
+    ours = reference.distillation(s, t, y, **of_kind(kind), reduction="none", **options)
     scores, theirs = s, t
     if "softcap" in options:
         scores, theirs = 3.0 * torch.tanh(-0.7 * s / 3.0), 5.0 * torch.tanh(1.3 * t / 5.0)
@@ -85,7 +86,7 @@ def test_exact_numbers(kind):
     s, t, _ = case()
     for temperature in (1.0, 0.5):
         loss = reference.distillation(
-            s, t, torch.zeros(6, dtype=torch.int64), divergence=kind, beta=BETA, reduction="none",
+            s, t, torch.zeros(6, dtype=torch.int64), **of_kind(kind), reduction="none",
             temperature=temperature,
         )  # fmt: skip
         (grad,) = gradients(loss.sum(), s)
@@ -140,8 +141,8 @@ def test_classes_of_probability_zero(kind):
     y = torch.zeros(3, dtype=torch.int64)
     both = torch.tensor([[False] * 5 + [True]])
     masked = [x.detach().masked_fill(both, -INF).requires_grad_() for x in (s, t)]
-    loss = reference.distillation(masked[0], masked[1], y, divergence=kind, beta=BETA)
-    cut = reference.distillation(s[:, :5], t[:, :5], y, divergence=kind, beta=BETA)
+    loss = reference.distillation(masked[0], masked[1], y, **of_kind(kind))
+    cut = reference.distillation(s[:, :5], t[:, :5], y, **of_kind(kind))
     close(loss, cut)
     grad = gradients(loss, masked[0])[0]
     close(grad, gradients(cut, s)[0])
@@ -149,7 +150,7 @@ def test_classes_of_probability_zero(kind):
     for side in ("student", "teacher"):
         x = masked[0] if side == "student" else s.detach().requires_grad_()
         theirs = masked[1] if side == "teacher" else t
-        loss = reference.distillation(x, theirs, y, divergence=kind, beta=BETA, reduction="none")
+        loss = reference.distillation(x, theirs, y, **of_kind(kind), reduction="none")
         infinite = (side, kind) in (("student", "forward_kl"), ("teacher", "reverse_kl"))
         assert loss.isinf().all() if infinite else loss.isfinite().all()
         if not infinite:

@@ -17,7 +17,7 @@ import sgp
 from sgp.rows import two_by_torch
 from sgp.tolerance import relative_error
 from sgp.train.memory import cpu_peak
-from tests.divergences import BETA, IGNORE, KINDS, ragged_of, top_of, wide
+from tests.divergences import IGNORE, KINDS, of_kind, ragged_of, top_of, wide
 from tests.oracle import in_float64
 from tests.test_linear import assert_right, cast, flops, leaves_of
 
@@ -57,10 +57,6 @@ def tensors():
 def teacher():
     """Another width, and a vocabulary that two rows pad."""
     return [torch.randn(shape) for shape in ((N, D_T), (V + 2, D_T), (V + 2,))]
-
-
-def of_kind(kind, **options):
-    return {"divergence": kind, "beta": BETA, **options}
 
 
 def run(function, tensors, teacher, target, upstream=None, needs=ALL, **options):

@@ -43,6 +43,11 @@ class Divergence(NamedTuple):
                 "share of the mixture of a 'jsd'. At 0 and 1 that is 0 for any two models: use "
                 "divergence='forward_kl' or 'reverse_kl'"
             )
+        if self.kind != "jsd" and self.beta != Divergence().beta:
+            raise ValueError(
+                f"{name}: beta = {self.beta} is of divergence='jsd' alone, and divergence is "
+                f"{self.kind!r}; pass divergence='jsd', or leave beta out"
+            )
         if not 0.0 <= self.cross_entropy_weight < math.inf:
             raise ValueError(
                 f"{name}: cross_entropy_weight = {self.cross_entropy_weight}; expected a finite "

@@ -79,6 +79,18 @@ def teacher_logits(
     return rows[None] if rows.dim() == 1 else rows.movedim(dim, -1)
 
 
+def check_vocabulary(name: str, label: str, columns: int, student: int) -> None:
+    """Raise ValueError where one vocabulary is not even half as long as the other.
+
+    That is no padding: hidden states in the place of logits, say.
+    """
+    if min(columns, student) * 2 < max(columns, student):
+        raise ValueError(
+            f"{name}: {label} has {columns} classes and the student {student}; expected the same "
+            "tokens, whose number may differ by padding"
+        )
+
+
 def _check_teacher(name: str, label: str, value: Tensor, input: Tensor) -> None:  # noqa: A002
     check_tensor(name, label, value)
     if value.dtype not in FLOATS:
@@ -103,6 +115,12 @@ def teacher_heads(
     else:
         bias = [None] * len(hidden) if bias is None else bias
         weight = [weight] * len(hidden) if isinstance(weight, Tensor) else weight  # one for all
+    if several and weight is None:
+        raise ValueError(
+            f"{name}: teacher_input is a list of {len(hidden)} teachers and teacher_weight None; "
+            f"expected a list of {len(hidden)} heads. For the most probable tokens of one, pass "
+            "sgp.TopK(indices, log_probs)"
+        )
     for label, values in (("teacher_weight", weight), ("teacher_bias", bias)):
         if not isinstance(values, (list, tuple)) or len(values) != len(hidden):
             kind = (
@@ -118,7 +136,7 @@ def teacher_heads(
         if parts[1] is None:
             raise TypeError(
                 f"{name}: {names[1]} is None; expected (V_t, D_t) beside {names[0]}: only an "
-                "sgp.TopK goes without a head"
+                "sgp.TopK goes without a head, and sgp.distillation takes a teacher's logits"
             )
         for label, value in zip(names, parts, strict=True):
             if value is not None or label != names[2]:

@@ -79,7 +79,10 @@ class TopK:
         check_tensor(NAME, "indices", self.indices)
         check_tensor(NAME, "log_probs", self.log_probs)
         if self.indices.dtype not in INTEGERS:
-            raise TypeError(f"{NAME}: indices is {self.indices.dtype}; expected integers")
+            raise TypeError(
+                f"{NAME}: indices is {self.indices.dtype}; expected integers (torch.topk returns "
+                "the values first, and here the indices are)"
+            )
         if self.log_probs.dtype not in FLOATS:
             raise TypeError(
                 f"{NAME}: log_probs is {self.log_probs.dtype}; expected float32, float64, "
