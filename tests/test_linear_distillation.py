@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 import sgp
-from sgp.rows import two_by_torch
+from sgp.rows import by_torch
 from sgp.tolerance import relative_error
 from sgp.train.memory import cpu_peak
 from tests.divergences import IGNORE, KINDS, of_kind, ragged_of, top_of, wide
@@ -592,7 +592,7 @@ def extra_peak(tokens, kept, chunk_rows, reduction):
     labels[torch.arange(kept) * (tokens // kept)] = 0
     selection = sgp.Selection.from_labels(labels)
     leaves = [hidden.requires_grad_(), head.requires_grad_()]
-    with mock.patch.object(two_by_torch, "CHUNK_ELEMENTS", 1 << 12), cpu_peak() as held:
+    with mock.patch.object(by_torch, "CHUNK_ELEMENTS", 1 << 12), cpu_peak() as held:
         loss = sgp.linear_distillation(
             *leaves, selection, theirs, their_head, chunk_rows=chunk_rows, reduction=reduction,
             divergence="jsd",
@@ -607,7 +607,7 @@ def test_peak_memory_grows_with_the_chunk_and_not_with_the_tokens(reduction):
     small, large = (extra_peak(1024, 128, rows, reduction) for rows in (32, 128))
     logits = 4 * 32 * 2048
     assert 2 * logits <= small < 4 * logits
-    assert 5 * logits < large - small < 9 * logits
+    assert 4 * logits < large - small < 8 * logits  # 6; at the peak some gradients are to come
     more = extra_peak(8192, 512, 32, reduction)
     gathered = 4 * (32 + 48) * 512
     assert more - small < 260 * 8192 + gathered, "numbers of each token, and nothing of V"
@@ -620,7 +620,7 @@ def test_a_budget_is_kept(reduction, budget):
     theirs, their_head = torch.randn(512, 24), torch.randn(2048, 24)
     labels = torch.randint(2048, (512,))
     leaves = [hidden.requires_grad_(), head.requires_grad_()]
-    with mock.patch.object(two_by_torch, "CHUNK_ELEMENTS", 1 << 13), cpu_peak() as held:
+    with mock.patch.object(by_torch, "CHUNK_ELEMENTS", 1 << 13), cpu_peak() as held:
         loss = sgp.linear_distillation(
             *leaves, labels, theirs, their_head, memory_budget=budget, reduction=reduction
         )
