@@ -199,7 +199,7 @@ TWO_ROWS = {
 }
 TWO_ROWS_HEAVY = {size: ((None, Line("streaming", 4_096, 512)),) for size in TWO_ROWS}
 TWO_ROWS_NARROW = Line("streaming", 2_048, 512)
-# With more than 2 columns of each a thread, masks spilled scalar registers on gfx942.
+# With more than 2 columns of each a thread, masks spilled scalar registers on gfx942. Not timed.
 TWO_ROWS_HIP = (
     Line("streaming", 256, 64),
     Line("streaming", 1_024, 256),

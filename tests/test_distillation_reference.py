@@ -277,7 +277,7 @@ def buckets_by_hand(s, t, top, kind):
 def test_buckets(k, kind):
     s, t, y = case()
     top = top_of(t, y, k, temperature=0.8)
-    options = {"divergence": kind, "beta": BETA, "temperature": 0.8}
+    options = of_kind(kind, temperature=0.8)
     loss = reference.distillation(s, top, y, reduction="sum", **options)
     kept = (y != IGNORE).nonzero().flatten()
     by_hand = sum(
@@ -294,7 +294,7 @@ def test_all_tokens_are_the_whole_distribution(kind):
     kept = t[y != IGNORE].log_softmax(-1)
     order = torch.stack([torch.randperm(9) for _ in kept])
     top = sgp.TopK(order, kept.gather(1, order))
-    options = {"divergence": kind, "beta": BETA}
+    options = of_kind(kind)
     loss, truth = (reference.distillation(s, x, y, **options) for x in (top, t))
     close(loss, truth)
     close(*(gradients(x, s)[0] for x in (loss, truth)))
@@ -306,7 +306,7 @@ def test_rows_of_different_lengths_are_each_their_own(kind):
     top = top_of(t, y, 4)
     lengths = [4, 0, 1, 2, 3]
     ragged = ragged_of(top, lengths)
-    options = {"divergence": kind, "beta": BETA, "reduction": "none"}
+    options = of_kind(kind, reduction="none")
     loss = reference.distillation(s, ragged, y, **options)
     kept = (y != IGNORE).nonzero().flatten()
     for j, (i, k) in enumerate(zip(kept, lengths, strict=True)):

@@ -647,7 +647,8 @@ ERRORS = [
     ({"teacher_input": torch.zeros(3, 2, 6)}, ValueError, ["teacher_input", "(3, 2, 6)", "(2, 3"]),
     ({"teacher_input": torch.zeros(2, 3, 6).long()}, TypeError, ["teacher_input", "int64"]),
     ({"teacher_input": {}}, TypeError, ["teacher_input", "dict", "TopK"]),
-    ({"teacher_input": [THEIRS]}, (TypeError, ValueError), ["teacher_weight", "list"]),
+    ({"teacher_input": [THEIRS]}, ValueError, ["list of 1", "teacher_index"]),
+    ({"teacher_input": [THEIRS], "teacher_weight": None}, ValueError, ["list of 1", "TopK"]),
     (LISTS, ValueError, ["teacher_index"]),
     (
         LISTS | {"teacher_index": INDEX, "teacher_weight": [THEIR_HEAD]},

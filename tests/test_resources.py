@@ -163,6 +163,7 @@ def test_a_sample_compiled_afresh_is_as_in_the_results(target, tmp_path):
         "backward",
         "factor",
         *kernel_cases.PROBABILITIES,
+        *kernel_cases.OF_TWO_ROWS,
     }
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", *FORCED)}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")

@@ -37,7 +37,9 @@ def options(
     divergence: str, reduction: str, token_weight: Tensor, *, everything: bool
 ) -> dict[str, Any]:
     """The keywords of a call."""
-    found: dict[str, Any] = {"divergence": divergence, "beta": BETA, "reduction": reduction}
+    found: dict[str, Any] = {"divergence": divergence, "reduction": reduction}
+    if divergence == "jsd":
+        found["beta"] = BETA
     return found | EVERYTHING | {"token_weight": token_weight} if everything else found
 
 
@@ -92,8 +94,8 @@ def _plain(
     teacher: list[Tensor],
     *arguments: Tensor,
     divergence: str,
-    beta: float,
     reduction: str,
+    beta: float = BETA,
     token_weight: Tensor | None = None,
     temperature: float = 1.0,
     cross_entropy_weight: float = 0.0,

@@ -6,7 +6,7 @@ import math
 import numbers
 from typing import NamedTuple
 
-from sgp.rows.recipe import Recipe, shown
+from sgp.rows.recipe import LARGEST, Recipe, shown
 
 KINDS = ("forward_kl", "reverse_kl", "jsd")
 # Numbers a row that a backward or the other ranks need: maximum and sum without one maximal column
@@ -37,6 +37,8 @@ class Divergence(NamedTuple):
             value = getattr(self, label)
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"{name}: {label} = {shown(value)}; expected a number")
+            if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+                raise ValueError(f"{name}: {label} is too large for a float")
         if self.kind == "jsd" and not 0.0 < self.beta < 1.0:
             raise ValueError(
                 f"{name}: beta = {self.beta}; expected a number between 0 and 1, the teacher's "
