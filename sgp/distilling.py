@@ -164,7 +164,8 @@ def distillation(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or constants that do not fit.
         IndexError: a target outside the vocabulary, where it matters, or a teacher that is not
-            there; on a CPU or with SGP_CHECK=1. On a GPU such a row's loss and gradient are NaN.
+            there; on a CPU or with SGP_CHECK=1. On a GPU such a row's loss and gradient are NaN;
+            with `return_stats` alone, its log-probability is.
         RuntimeError: a second backward through "mean" or "sum", a second derivative, `torch.func`
             transforms, float64 with SGP_BACKEND=triton.
 

@@ -1087,3 +1087,17 @@ def test_statistics_beside_a_top_k(reduction, kind, backend):
     for found, plain_ones in ((stats, plain), (of_head, of_logits)):
         for name in ("log_prob", "entropy", "lse"):
             torch.testing.assert_close(getattr(found, name), getattr(plain_ones, name))
+
+
+@pytest.mark.parametrize("gap", [15.0, 20.0, 30.0])
+def test_a_rest_keeps_its_digits(gap):
+    """1 - 0.9999999 has none left; expm1 of the log-probability has all."""
+    teacher = torch.zeros(1, 20, dtype=torch.float64)
+    teacher[0, 3] = gap
+    log_q = teacher.log_softmax(-1)
+    log_probs, indices = log_q.topk(5)
+    top, target = sgp.TopK(indices, log_probs), torch.tensor([0])
+    loss = sgp.distillation(torch.zeros(1, 20), top, target, divergence="reverse_kl")
+    rest = 15 / (19 + math.exp(gap))  # of the teacher's mass; of the student's it is 15 / 20
+    exactly = 0.75 * math.log(0.75 / rest) + sum((0.05 * (math.log(0.05) - log_probs[0])).tolist())
+    assert loss.item() == pytest.approx(exactly, rel=1e-6)

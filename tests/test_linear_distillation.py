@@ -732,3 +732,22 @@ def test_a_longer_vocabulary_of_the_student(dtype, chunks, reduction, backend):
         assert relative_error(ours.grad, other.grad) < limit
     assert (leaves[1].grad[33:] == 0).all()
     assert (leaves[2].grad[33:] == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 50.0])
+def test_float16_at_any_temperature(temperature, kind, monkeypatch):
+    """The gradient of the logits stays in its range, whatever divides the scores."""
+    monkeypatch.setenv("SGP_BACKEND", "torch")
+    tensors = [torch.randn(6, 8).half(), torch.randn(40, 8).half()]
+    teacher = [torch.randn(6, 5).half(), torch.randn(40, 5).half()]
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    options = of_kind(kind, temperature=temperature)
+    target = torch.tensor([1, -100, 3, 4, -100, 0])
+    sgp.linear_distillation(*leaves, target, *teacher, **options).backward()
+    exact = [x.double().requires_grad_() for x in tensors]
+    sgp.reference.linear_distillation(
+        *exact, target, *(x.double() for x in teacher), **options
+    ).backward()
+    for ours, other in zip(leaves, exact, strict=True):
+        assert (ours.grad - other.grad).norm() < 2e-3 * other.grad.norm()

@@ -322,7 +322,7 @@ def _wait(
     mark_constant(ctx, *constants, *others, origin=origin)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*gradients, target)
-    ctx.options = options
+    ctx.options = options.without_teachers()
     ctx.dtypes = tuple(None if x is None else x.dtype for x in head)
 
 

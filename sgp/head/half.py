@@ -109,7 +109,7 @@ def half_scale(
     r = recipe
     if divergence.is_on():
         slope = abs(r.logit_scale) * (
-            divergence.largest_gradient() / r.temperature**2 + divergence.cross_entropy_weight
+            divergence.largest_gradient(r.temperature) + divergence.cross_entropy_weight
         )
         return like.new_full((), HALF_RANGE / (slope or 1.0), dtype=torch.float32)
     slope = abs(r.logit_scale) / r.temperature  # at most: d(score) / d(logit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from sgp.head import chunks, products
@@ -85,8 +86,9 @@ class Sums:
         into, needed = self.head.into, self.head.call.needs.weight
         self.d_weight = into
         if into is None:
+            padding = self.head.padding if self.of_weight == self.dtypes[1] else 0
             self.d_weight = new(
-                self.head.weight, needed, self.of_weight, zero=zero, padding=self.head.padding
+                self.head.weight, needed, self.of_weight, zero=zero, padding=padding
             )
         return into is None
 
@@ -129,6 +131,15 @@ class Sums:
         of_weight, of_bias = self.dtypes[1:]
         return Gradients(
             self.d_input,
-            None if d_weight is None else cast(d_weight, of_weight),
+            None if d_weight is None else self._padded(d_weight, of_weight),
             None if d_bias is None else cast(d_bias, of_bias),
         )
+
+    def _padded(self, d_weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight's gradient in this dtype, with that of its padding."""
+        if not self.head.padding or d_weight.dtype == dtype:
+            return cast(d_weight, dtype)
+        found = new(self.head.weight, True, dtype, padding=self.head.padding)
+        assert found is not None, "it is needed"  # noqa: S101
+        found[: len(d_weight)] = d_weight
+        return found

@@ -192,12 +192,11 @@ def linear_distillation(
     shard = agree_on_teacher(
         name, group, shard, problem, int(head.num_kept), (weight, 0), sampled(weight), vocab_size
     )
-    bias = None if head.bias is None else head.bias[: shard.size]
-    head = head._replace(weight=head.weight[: shard.size], bias=bias)
+    classes = shard.size if shard.size < len(head.weight) else 0
     wanted = Wanted(stats=return_stats, width=SAVED)
     chosen = head_options(problem.recipe, head, pieces, wanted, ShardRows(shard), name=name)
     dtype = torch.get_autocast_dtype(input.device.type) if is_autocast(input) else None
-    call = chosen.call._replace(divergence=options, teacher_dtype=dtype)
+    call = chosen.call._replace(divergence=options, classes=classes, teacher_dtype=dtype)
     chosen = chosen._replace(call=call, teachers=teachers, may_hold=False)
     result = head_loss(problem, head, scale, chosen, reduction)
     if isinstance(result, Tensor):

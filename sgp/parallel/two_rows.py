@@ -48,11 +48,10 @@ class ShardTwoRows:
         is_bad = torch.zeros_like(kept_target, dtype=torch.bool)
         if self.shard.agreed is not None:
             is_bad = is_bad | ~self.shard.agreed
-        if s_y is not None:
+        if s_y is not None and divergence.cross_entropy_weight:
             is_bad = is_bad | (kept_target < 0) | (kept_target >= self.shard.V)
-            if divergence.cross_entropy_weight:
-                nll = (sums.top_1 - s_y) + sums.so_1.log1p()
-                value = value + divergence.cross_entropy_weight * nll
+            nll = (sums.top_1 - s_y) + sums.so_1.log1p()
+            value = value + divergence.cross_entropy_weight * nll
         if s_y is not None and out.statistics is not None:
             found = sums.statistics(Numbers.of(sums), s_y, recipe)
             for whole, column in zip(out.statistics, found, strict=True):

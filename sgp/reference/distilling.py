@@ -47,7 +47,7 @@ from sgp.rows.teachers import (
     teacher_heads,
     teacher_logits,
 )
-from sgp.rows.top_k import TopK, rounding_of
+from sgp.rows.top_k import TopK, rest_of
 from sgp.selection import Selection
 
 
@@ -227,7 +227,7 @@ def _relative_entropy(a: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
 def _buckets(teacher: TopK, log_p: Tensor) -> tuple[Tensor, Tensor]:
     """(M, k + 1) log-probabilities of the student and the teacher: the tokens, and the rest."""
     indices, log_q, valid = teacher.padded()
-    rounding, log_q = rounding_of(log_q.dtype), log_q.to(log_p.dtype)
+    left, log_q = rest_of(log_q, log_p.dtype).to(log_p.dtype), log_q.to(log_p.dtype)
     valid = torch.ones_like(log_q, dtype=torch.bool) if valid is None else valid
     listed = torch.zeros_like(log_p, dtype=torch.int64).scatter_add(1, indices, valid.long()) > 0
     others = torch.where(listed, -math.inf, log_p)
@@ -235,6 +235,6 @@ def _buckets(teacher: TopK, log_p: Tensor) -> tuple[Tensor, Tensor]:
     rest = torch.where(some, others, 0).logsumexp(1, keepdim=True)
     of_student = torch.where(valid, log_p.gather(1, indices), -math.inf)
     mass = log_q.exp().sum(1, keepdim=True)
-    tail = torch.where(some, (1 - mass).clamp(min=rounding), 0)
+    tail = torch.where(some, left, 0)
     of_teacher = torch.cat([log_q, tail.log()], 1) - (mass + tail).log()
     return torch.cat([of_student, torch.where(some, rest, -math.inf)], 1), of_teacher

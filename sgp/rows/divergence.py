@@ -86,16 +86,17 @@ class Divergence(NamedTuple):
             temperature=recipe.temperature,
         )
 
-    def largest_gradient(self) -> float:
-        """About the largest that a student's score gets at temperature 1.
+    def largest_gradient(self, temperature: float) -> float:
+        """About the largest that a student's logit gets.
 
         That of a reverse KL grows with the logarithm of a teacher's small probability: up to
         float16's range for one of exp(-65504), of a masked class. Of a mixture it is that of its
         least share.
         """
         if self.kind == "reverse_kl":
-            return 4096.0
-        return 1.0 if self.kind == "forward_kl" else 1.0 - math.log(min(self.beta, 1 - self.beta))
+            return 4096.0 / temperature**2  # whose logarithm is divided too
+        of_score = 1.0 - math.log(min(self.beta, 1 - self.beta)) if self.kind == "jsd" else 1.0
+        return of_score / temperature
 
     def of_student(self, recipe: Recipe) -> tuple[Recipe, bool]:
         """Its recipe at temperature 1; whether the cross-entropy needs sums of its own for that."""

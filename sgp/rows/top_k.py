@@ -26,12 +26,25 @@ ROUNDING = 2.0**-8
 
 
 def rounding_of(dtype: torch.dtype) -> float:
-    """What the rest of a teacher's mass is at least: 2^-24 of float32, 2^-53 of float64.
+    """What the rest of a teacher's mass is at least: 2^-53 of float64 entries, 2^-24 of others.
 
     Where a teacher is nearly certain, its probabilities add up to 1 by rounding. With nothing left
     for the other tokens a reverse KL would be infinite.
     """
     return torch.finfo(dtype).eps / 2
+
+
+def rest_of(log_probs: Tensor, dtype: torch.dtype) -> Tensor:
+    """(M, 1) in `dtype`, or a wider one: what the listed tokens (M, K) leave of a teacher's mass.
+
+    The largest probability is subtracted from 1 by expm1, which keeps the digits of a small rest.
+    """
+    wide = log_probs.to(torch.promote_types(log_probs.dtype, dtype))
+    if not wide.shape[1]:
+        return wide.new_ones(len(wide), 1)
+    largest, at = wide.max(1, keepdim=True)
+    others = wide.exp().scatter(1, at, 0).sum(1, keepdim=True)
+    return (-largest.expm1() - others).clamp(min=rounding_of(log_probs.dtype))
 
 
 class Padded(NamedTuple):

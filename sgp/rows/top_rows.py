@@ -28,7 +28,7 @@ from sgp.rows.by_torch import (
 from sgp.rows.divergence import Divergence
 from sgp.rows.operations import implementation
 from sgp.rows.recipe import Recipe, accumulation_dtype
-from sgp.rows.top_k import TopK, rounding_of
+from sgp.rows.top_k import TopK, rest_of
 from sgp.rows.two_by_torch import Scored, without_largest
 
 ELEMENTS = {True: 1 << 26, False: 1 << 20}  # of rows of logits at once, on a GPU or on a CPU
@@ -243,11 +243,11 @@ class _Chunk(NamedTuple):
     def scored(self, others: _Others, divergence: Divergence) -> Scored:
         """The k + 1 numbers of both, and how far they are from each other."""
         student = self.with_others(others, self.recipe.temperature)
-        log_q = self.listed.log_probs.to(student.dtype)
-        least = rounding_of(self.listed.log_probs.dtype)
-        rest = (1 - log_q.exp().sum(1)).clamp_(min=least)
-        rest = rest.masked_fill_(others.lse == -torch.inf, 0)
-        return Scored.of(student, torch.cat([log_q, rest.log()[:, None]], 1), divergence)
+        log_q = self.listed.log_probs
+        rest = rest_of(log_q, student.dtype)
+        rest = rest.masked_fill(others.lse[:, None] == -torch.inf, 0)
+        teacher = torch.cat([log_q, rest.log()], 1).to(student.dtype)
+        return Scored.of(student, teacher, divergence)
 
 
 def _of_target(chunk: _Chunk, others: _Others) -> _OfTarget:
