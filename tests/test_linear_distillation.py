@@ -750,4 +750,5 @@ def test_float16_at_any_temperature(temperature, kind, monkeypatch):
         *exact, target, *(x.double() for x in teacher), **options
     ).backward()
     for ours, other in zip(leaves, exact, strict=True):
-        assert (ours.grad - other.grad).norm() < 2e-3 * other.grad.norm()
+        least = 6e-8 * other.grad.numel() ** 0.5  # what float16 cannot hold
+        assert (ours.grad - other.grad).norm() < 2e-3 * other.grad.norm() + least
