@@ -332,6 +332,6 @@ def gallery(up: str) -> str:
 
 BLOCKS: dict[str, Callable[[str], str]] = {
     "recall": recall, "toy": toy, "distil": distil, "own": own_loss, "context": context,
-    "sft": sft, "gpu": gpu, "traffic": traffic, "two-rows": two_rows,
+    "sft": sft, "gpu": gpu, "traffic": traffic, "two-rows": two_rows, "distillation": distillation,
     "loops": loops, "train": train, "gallery": gallery,
 }  # fmt: skip
