@@ -612,7 +612,13 @@ def test_top_k(reduction, k, kind):
 def test_ragged_top_k(lengths, kind):
     student, teacher, target = models(6, 40)
     ragged = ragged_of(top_of(teacher, target, 4), lengths)
+    options = of_kind(kind, cross_entropy_weight=0.3, logit_scale=0.7)
     check_distillation(student, ragged, target, torch.randn(6), reduction="none", **of_kind(kind))
+    check_distillation(student, ragged, target, torch.randn(6), reduction="none", **options)
+    if sum(lengths):
+        first = ragged.padded().indices[:, 0]
+        labels = target.masked_scatter(target != IGNORE, first)  # in the list, where there is one
+        check_distillation(student, ragged, labels, torch.randn(6), reduction="none", **options)
     rows, grad = ours_of(student, ragged, target, reduction="none", **of_kind(kind))
     kept = (target != IGNORE).nonzero().flatten()
     without = kept[torch.tensor(lengths) == 0]
@@ -1101,3 +1107,27 @@ def test_a_rest_keeps_its_digits(gap):
     rest = 15 / (19 + math.exp(gap))  # of the teacher's mass; of the student's it is 15 / 20
     exactly = 0.75 * math.log(0.75 / rest) + sum((0.05 * (math.log(0.05) - log_probs[0])).tolist())
     assert loss.item() == pytest.approx(exactly, rel=1e-6)
+
+
+@OF_KINDS
+def test_many_columns_beside_one_that_is_nearly_certain(kind, backend):
+    """A thread's own columns add up before its maximum, which is left out of the sum."""
+    student = torch.randn(2, 3_000) - 20
+    teacher = student + 0.3 * torch.randn(2, 3_000)
+    student[:, 7], teacher[:, 7] = 5.0, 6.0
+    target = torch.tensor([7, 7])
+    options = of_kind(kind, reduction="none", cross_entropy_weight=0.5)
+    _, grad = ours_of(student, teacher, target, **options)
+    _, truth = results(
+        sgp.reference.distillation, student.double(), teacher.double(), target, **options
+    )
+    torch.testing.assert_close(grad[:, 7].double(), truth[:, 7], rtol=1e-4, atol=0)
+
+
+def test_a_mixture_in_float64():
+    student, teacher, target = models(6, 40, torch.float64)
+    options = of_kind("jsd", reduction="none")
+    ours = ours_of(student, teacher, target, **options)
+    truth = results(sgp.reference.distillation, student, teacher, target, **options)
+    for value, exactly in zip(ours, truth, strict=True):
+        torch.testing.assert_close(value, exactly, rtol=1e-12, atol=1e-14)

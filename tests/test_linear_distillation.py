@@ -736,9 +736,8 @@ def test_a_longer_vocabulary_of_the_student(dtype, chunks, reduction, backend):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 50.0])
-def test_float16_at_any_temperature(temperature, kind, monkeypatch):
+def test_float16_at_any_temperature(temperature, kind, backend):
     """The gradient of the logits stays in its range, whatever divides the scores."""
-    monkeypatch.setenv("SGP_BACKEND", "torch")
     tensors = [torch.randn(6, 8).half(), torch.randn(40, 8).half()]
     teacher = [torch.randn(6, 5).half(), torch.randn(40, 5).half()]
     leaves = [x.clone().requires_grad_() for x in tensors]
@@ -752,3 +751,26 @@ def test_float16_at_any_temperature(temperature, kind, monkeypatch):
     for ours, other in zip(leaves, exact, strict=True):
         least = 6e-8 * other.grad.numel() ** 0.5  # what float16 cannot hold
         assert (ours.grad - other.grad).norm() < 2e-3 * other.grad.norm() + least
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 2])
+def test_several_teachers_where_every_row_is_kept(chunk_rows):
+    """The rows are put in the order of their teachers, and their gradients back in their own."""
+    hidden, head = torch.randn(6, 8), torch.randn(11, 8)
+    target, index = torch.arange(6), torch.tensor([1, 0, 1, 1, 0, 0])
+    inputs = [torch.randn(6, 5), torch.randn(6, 3)]
+    weights = [torch.randn(11, 5), torch.randn(11, 3)]
+    leaf = hidden.clone().requires_grad_()
+    given = {"teacher_index": index, "reduction": "none"}
+    rows = sgp.linear_distillation(
+        leaf, head, target, inputs, weights, chunk_rows=chunk_rows, **given
+    )
+    rows.sum().backward()
+    exact = hidden.double().requires_grad_()
+    truth = sgp.reference.linear_distillation(
+        exact, head.double(), target, [x.double() for x in inputs],
+        [x.double() for x in weights], **given,
+    )  # fmt: skip
+    truth.sum().backward()
+    assert relative_error(rows, truth) < 1e-5
+    assert relative_error(leaf.grad, exact.grad) < 1e-5
