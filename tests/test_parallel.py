@@ -731,6 +731,7 @@ def test_the_same_part_is_refused_on_a_device(tmp_path):
 
 def die(rank, how):
     """Rank 1 leaves or does not come; the error of the others."""
+    distributed.barrier()  # all are connected: a rank that dies earlier fails the others' start
     if rank == 1:
         if how == "dies":
             os._exit(1)
