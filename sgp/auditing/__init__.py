@@ -11,24 +11,25 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sgp.auditing import findings
-from sgp.auditing.findings import Finding
+from sgp.auditing.checks import find
+from sgp.auditing.findings import Finding, Group, check_severity, grouped, ranges, settled
 from sgp.auditing.outcome import Token
 from sgp.auditing.report import AuditReport
 from sgp.auditing.trace import Trace, input_embeddings, trace
+from sgp.auditing.turns import Turns
 from sgp.auditing.view import NAME, View, read, suffixes
 from sgp.context import SHARDED
 from sgp.labels import IGNORE
 from sgp.selection import Selection
 
-__all__ = ["AuditReport", "Finding", "audit"]
+__all__ = ["AuditReport", "Finding", "Group", "audit", "grouped", "ranges"]
 
 OPTIONS = {"output_hidden_states": True, "use_cache": False}
 THROUGH = (  # keys that Hugging Face's models take without naming them in forward
@@ -43,6 +44,11 @@ def audit(
     *,
     selection: Selection | None = None,
     tokenizer: Any = None,
+    ignore: Sequence[str] = (),
+    severity: Mapping[str, str] | None = None,
+    autocast: torch.dtype | None = None,
+    max_length: int | None = None,
+    generate: int = 0,
 ) -> AuditReport:
     """Run one exact backward pass of a batch and report who got a gradient, and what is wrong.
 
@@ -63,6 +69,12 @@ def audit(
         selection: which tokens carry loss, in place of labels. The loss is its (weighted) mean.
         tokenizer: decodes tokens and knows the special ones; None: numbers, and no findings about
             special tokens and the end of text, which the model's generation_config adds to.
+        ignore: codes of findings, and patterns of parameters' names ("*.visual.*"), that no finding
+            is to be about.
+        severity: other severities than the table's, `{"no-eos": "warning"}`.
+        autocast: the dtype that training runs in; None: no autocast.
+        max_length: the window: sequences that reach it may have been cut, and then need no end.
+        generate: how many greedy answers to make in the batch's own contexts.
 
     Returns:
         The report: `.tokens`, `.grad_norm`, `.context_share`, `.cosine_detached`, `.findings`.
@@ -76,9 +88,11 @@ def audit(
         TypeError: if the batch is no mapping, the model takes no `output_hidden_states` or its
             parameters are sharded over processes.
     """
+    del autocast, generate
+    severities = check_severity(severity)
     model = _unwrapped(model)
     ends = ends_of(model) if tokenizer is not None else ()
-    view = read(batch, selection=selection, tokenizer=tokenizer, eos=ends)
+    view = read(batch, selection=selection, tokenizer=tokenizer, eos=ends, max_length=max_length)
     _check_model(model, view)
     device = _device(model)
     inputs = _inputs(model, batch, device, with_labels=selection is None)
@@ -109,13 +123,21 @@ def audit(
         loss=found.loss,
         context_share=found.context_share,
         cosine_detached=found.cosine_detached,
-        findings=findings.find(view),
+        findings=settled(find(view), ignore, severities),
         model_name=type(model).__name__,
+        view=view,
     )
 
 
 def look(
-    batch: Mapping[str, Any], *, tokenizer: Any = None, eos: tuple[int, ...] = ()
+    batch: Mapping[str, Any],
+    *,
+    tokenizer: Any = None,
+    eos: tuple[int, ...] = (),
+    max_length: int | None = None,
+    ignore: Sequence[str] = (),
+    severity: Mapping[str, str] | None = None,
+    turns: Turns | None = None,
 ) -> list[Finding]:
     """The findings of a batch's labels alone: no model, no gradient.
 
@@ -128,8 +150,12 @@ def look(
         batch: as for `audit`.
         tokenizer: as for `audit`.
         eos: tokens that end a text beside the tokenizer's (`ends_of` a model).
+        max_length: as for `audit`; ignore, severity too.
+        turns: what the tokenizer's chat template says, if it was asked before.
     """
-    return findings.find(read(batch, tokenizer=tokenizer, eos=eos))
+    del turns
+    view = read(batch, tokenizer=tokenizer, eos=eos, max_length=max_length)
+    return settled(find(view), ignore, check_severity(severity))
 
 
 # -- the model -------------------------------------------------------------------------------------

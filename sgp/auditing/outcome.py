@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from sgp.auditing.findings import Finding
+from sgp.auditing.view import View
 
 ROLES = {  # role: (style of a terminal, colour of a picture, what it is)
     "context": ("dim", "#9aa5b1", "carries no loss; a later token attends to it"),
@@ -44,6 +46,8 @@ class Outcome:
     cosine_detached: float | None
     findings: list[Finding]
     model_name: str
+    view: View
+    answers: tuple[Any, ...] = ()  # greedy ones, if they were asked for
 
     @property
     def errors(self) -> list[Finding]:

@@ -22,7 +22,7 @@ BOUNDARIES = ("cu_seqlens", "cu_seq_lens_q")
 
 @dataclass(frozen=True)
 class View:
-    """What is known of a batch before and, with the last five fields, after its backward pass."""
+    """What is known of a batch before and, from `loss` to `zero`, after its backward pass."""
 
     input_ids: Tensor  # (B, T)
     labels: Tensor  # (B, T): -100, or the token at its place if they are right; not shifted
@@ -42,6 +42,10 @@ class View:
     not_run: tuple[str, ...] = ()  # trainable, in a module that did not
     not_finite: tuple[str, ...] = ()
     zero: tuple[str, ...] = ()
+    tokenizer: Any = None  # decodes, for messages
+    bos: int | None = None
+    pad: int | None = None
+    max_length: int | None = None  # sequences that reach it may be cut
 
     @property
     def predicts(self) -> Tensor:
@@ -51,7 +55,7 @@ class View:
     @property
     def scored(self) -> Tensor:
         """(B, T) bool: tokens that the position before them has to predict."""
-        return _later(self.predicts)
+        return later(self.predicts)
 
     @property
     def sequence(self) -> Tensor:
@@ -65,6 +69,7 @@ def read(
     selection: Selection | None = None,
     tokenizer: Any = None,
     eos: tuple[int, ...] = (),
+    max_length: int | None = None,
 ) -> View:
     """Read a batch.
 
@@ -78,6 +83,7 @@ def read(
         selection: in place of labels.
         tokenizer: has `eos_token_id`, `all_special_ids` and, if it pads, `pad_token_id`.
         eos: further tokens that end a text.
+        max_length: the window: sequences that reach it may have been cut.
 
     Raises:
         ValueError: without labels and selection, or if shapes disagree.
@@ -89,7 +95,7 @@ def read(
         own = getattr(tokenizer, "eos_token_id", None)
         end |= {own} if isinstance(own, int) else set(own or ())
         special = set(getattr(tokenizer, "all_special_ids", ())) - end
-    attended, starts = _attended_and_starts(batch, input_ids, _pad(tokenizer), end)
+    attended, starts = _attended_and_starts(batch, input_ids, _id(tokenizer, "pad_token_id"), end)
     if selection is not None and selection.boundaries is not None:
         _mark(starts, selection.boundaries[: selection.num_sequences])
     return View(
@@ -101,6 +107,10 @@ def read(
         outputs=_outputs(batch, attended),
         special=frozenset(special),
         eos=frozenset(end),
+        tokenizer=tokenizer,
+        bos=_id(tokenizer, "bos_token_id"),
+        pad=_id(tokenizer, "pad_token_id"),
+        max_length=max_length,
     )
 
 
@@ -108,12 +118,12 @@ def suffixes(view: View) -> Tensor | None:
     """(B, T) bool from the first predictor on, if every row is context, output, nothing scored."""
     begun = view.predicts.long().cumsum(1) > 0
     ahead = view.scored.flip(1).long().cumsum(1).flip(1) > 0  # after the last, no gradient is
-    holes = _later(begun) & view.attended & ~view.scored & ahead
+    holes = later(begun) & view.attended & ~view.scored & ahead
     inner = view.starts & (view.attended.long().cumsum(1) > 1)
     return None if bool(holes.any()) or bool(inner.any()) else begun
 
 
-def _later(x: Tensor) -> Tensor:
+def later(x: Tensor) -> Tensor:
     """What was at t, at t + 1."""
     found = torch.zeros_like(x)
     found[:, 1:] = x[:, :-1]
@@ -214,9 +224,9 @@ def _last_before(attended: Tensor) -> Tensor:
     return found
 
 
-def _pad(tokenizer: Any) -> int | None:
-    pad = getattr(tokenizer, "pad_token_id", None)
-    return pad if isinstance(pad, int) else None
+def _id(tokenizer: Any, name: str) -> int | None:
+    found = getattr(tokenizer, name, None)
+    return found if isinstance(found, int) else None
 
 
 def _padding_at_the_end(input_ids: Tensor, pad: int | None, eos: set[int]) -> Tensor:
@@ -224,7 +234,7 @@ def _padding_at_the_end(input_ids: Tensor, pad: int | None, eos: set[int]) -> Te
     if pad is None:
         return torch.zeros_like(input_ids, dtype=torch.bool)
     found = (input_ids == pad).flip(1).long().cumprod(1).flip(1) > 0
-    return found & _later(found) if pad in eos else found  # the first of them ends the text
+    return found & later(found) if pad in eos else found  # the first of them ends the text
 
 
 def _by_row(x: Any, input_ids: Tensor) -> Tensor | None:
