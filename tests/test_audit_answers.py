@@ -1,5 +1,6 @@
 """Greedy answers in a batch's own contexts: what is said, whether it ends, what stays as it was."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -105,7 +106,7 @@ def test_rows_without_a_context_or_without_loss_have_none():
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
-def test_generate_and_the_loop_say_the_same(name, monkeypatch):
+def test_generate_and_the_loop_say_the_same(name):
     """With the model's own cache, or once for each token; at the window's end both stop."""
     model, batch = make(name), make_batch()
     view = read(batch, tokenizer=Words())
@@ -121,7 +122,8 @@ def test_generate_and_the_loop_say_the_same(name, monkeypatch):
     by_generate = answer(model, view, Words(), B)
     assert by_generate == answer(Bare(), view, Words(), B)
     assert len(by_generate) == B
-    monkeypatch.setattr(model.config, "max_position_embeddings", CONTEXTS[0] + 2)
+    model.config = copy.deepcopy(model.config)  # which other tests share
+    model.config.max_position_embeddings = CONTEXTS[0] + 2
     short = answer(model, view, Words(), B)
     assert [a.tokens for a in short] == [2, 6, 0]
     assert short == answer(Bare(), view, Words(), B)
