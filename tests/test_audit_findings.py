@@ -84,7 +84,7 @@ def special(c):
 
 
 def no_end(c):
-    c.labels[0, -1] = c.ids[0, -1] = 9
+    c.labels[1, LENGTHS[1] - 1] = c.ids[1, LENGTHS[1] - 1] = 9
 
 
 def context_too(c):
@@ -129,7 +129,7 @@ PLANTS = {  # code: (the fault, the row where it is; None: everywhere)
     "nan": (not_a_number, 0),
     "padding-scored": (padding, 1),
     "special-scored": (special, 0),
-    "no-eos": (no_end, 0),
+    "no-eos": (no_end, 1),
     "all-scored": (context_too, 0),
     "module-not-run": (unused_tower, None),
     "zero-gradient": (adapter, None),
@@ -214,7 +214,7 @@ def test_seams_are_found_however_they_are_said(way):
     assert seen(batch) == {"crosses-boundary"}
     labels[0, 9] = labels[0, 8] = -100
     found = look(batch, tokenizer=Tokenizer())
-    assert [(f.code, f.where) for f in found] == [("no-eos", "row 0, token 7")], "of each sequence"
+    assert [(f.code, f.where) for f in found] == [("turn-end-unscored", "row 0, token 8")]
 
 
 def test_ends_of_text(model, batch):

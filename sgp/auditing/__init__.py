@@ -153,8 +153,7 @@ def look(
         max_length: as for `audit`; ignore, severity too.
         turns: what the tokenizer's chat template says, if it was asked before.
     """
-    del turns
-    view = read(batch, tokenizer=tokenizer, eos=eos, max_length=max_length)
+    view = read(batch, tokenizer=tokenizer, eos=eos, max_length=max_length, turns=turns)
     return settled(find(view), ignore, check_severity(severity))
 
 

@@ -6,12 +6,13 @@ Everything that a batch can say about itself is read here, once, whatever its ke
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sgp.auditing.turns import Turns, learn, own_ends
 from sgp.labels import IGNORE
 from sgp.selection import Selection
 
@@ -30,8 +31,8 @@ class View:
     attended: Tensor  # (B, T) bool: not padding
     starts: Tensor  # (B, T) bool: the first token of a row or of a packed sequence
     outputs: Tensor | None  # (B, T) bool: which tokens are output, if the batch says so
-    special: frozenset[int]  # token ids of the tokenizer's special tokens, end of text aside
-    eos: frozenset[int]
+    special: frozenset[int]  # tokens that are no part of an answer: begin of text, media, headers
+    eos: frozenset[int]  # the ends of a text or a turn
     loss: float | None = None  # what was differentiated
     own_loss: bool = False  # it is the model's, not the mean over targets
     vocabulary: int | None = None
@@ -46,6 +47,7 @@ class View:
     bos: int | None = None
     pad: int | None = None
     max_length: int | None = None  # sequences that reach it may be cut
+    turns: Turns = field(default_factory=Turns)  # what the chat template says
 
     @property
     def predicts(self) -> Tensor:
@@ -70,6 +72,7 @@ def read(
     tokenizer: Any = None,
     eos: tuple[int, ...] = (),
     max_length: int | None = None,
+    turns: Turns | None = None,
 ) -> View:
     """Read a batch.
 
@@ -84,17 +87,15 @@ def read(
         tokenizer: has `eos_token_id`, `all_special_ids` and, if it pads, `pad_token_id`.
         eos: further tokens that end a text.
         max_length: the window: sequences that reach it may have been cut.
+        turns: what the tokenizer's chat template says; None: it is asked.
 
     Raises:
         ValueError: without labels and selection, or if shapes disagree.
         TypeError: if the batch is no mapping, or has tokens or labels that are no tensor of ids.
     """
     input_ids, labels, targets = _tokens(batch, selection)
-    end, special = set(eos), set[int]()
-    if tokenizer is not None:
-        own = getattr(tokenizer, "eos_token_id", None)
-        end |= {own} if isinstance(own, int) else set(own or ())
-        special = set(getattr(tokenizer, "all_special_ids", ())) - end
+    turns = learn(tokenizer) if turns is None else turns
+    end = {*eos, *own_ends(tokenizer), *turns.ends}
     attended, starts = _attended_and_starts(batch, input_ids, _id(tokenizer, "pad_token_id"), end)
     if selection is not None and selection.boundaries is not None:
         _mark(starts, selection.boundaries[: selection.num_sequences])
@@ -105,12 +106,13 @@ def read(
         attended=attended,
         starts=starts & attended,
         outputs=_outputs(batch, attended),
-        special=frozenset(special),
+        special=turns.unlearned - end,
         eos=frozenset(end),
         tokenizer=tokenizer,
         bos=_id(tokenizer, "bos_token_id"),
         pad=_id(tokenizer, "pad_token_id"),
         max_length=max_length,
+        turns=turns,
     )
 
 
