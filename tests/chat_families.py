@@ -14,8 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 TEXT = """Where is the key? Under the mat. And the door? It is open. Be brief. What is the weather
-in Rome? 18 degrees It is 18 degrees. They asked before. A door has two states. system user assistant
-tool model {"name": "get_weather", "arguments": {"city": "Rome"}} USER: ASSISTANT: analysis final"""
+in Rome? 18 degrees It is 18 degrees. They asked before. A door has two states. system user tool
+assistant model {"name": "get_weather", "arguments": {"city": "Rome"}} USER: ASSISTANT: final"""
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 ASKED = (
@@ -529,8 +529,10 @@ FAMILIES["gpt-oss"] = Family(  # channels: an answer has several parts, each wit
     '{"city": "Rome"}<|call|>',
     thoughts=(
         "<|channel|>final<|message|>Under the mat.<|end|>",
-        "<|channel|>analysis<|message|>A door has two states.<|end|>"
-        + "<|start|>assistant<|channel|>final<|message|>It is open.<|return|>",
+        (
+            "<|channel|>analysis<|message|>A door has two states.<|end|>"
+            "<|start|>assistant<|channel|>final<|message|>It is open.<|return|>"
+        ),
     ),
     thinking_key="thinking",
     template="""
