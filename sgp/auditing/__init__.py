@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from sgp.auditing.checks import find
 from sgp.auditing.findings import Finding, Group, check_severity, grouped, ranges, settled
+from sgp.auditing.leaks import find_leaks, packed
 from sgp.auditing.outcome import Token
 from sgp.auditing.report import AuditReport
-from sgp.auditing.trace import Trace, input_embeddings, trace
+from sgp.auditing.trace import OF_LOSS, Trace, gradient_at, input_embeddings, trace
 from sgp.auditing.turns import Turns
 from sgp.auditing.view import NAME, View, read, suffixes
 from sgp.context import SHARDED
@@ -88,7 +89,7 @@ def audit(
         TypeError: if the batch is no mapping, the model takes no `output_hidden_states` or its
             parameters are sharded over processes.
     """
-    del autocast, generate
+    del generate
     severities = check_severity(severity)
     model = _unwrapped(model)
     ends = ends_of(model) if tokenizer is not None else ()
@@ -103,6 +104,7 @@ def audit(
         view.targets.to(device),
         outputs.to(device) if outputs is not None else None,
         selection,
+        autocast,
     )
     view = replace(
         view,
@@ -117,6 +119,15 @@ def audit(
         not_finite=found.not_finite,
         zero=found.zero,
     )
+    if packed(view):
+        view = replace(
+            view,
+            leaks=find_leaks(
+                view,
+                found.grad_norm,
+                lambda targets: gradient_at(model, inputs, targets, autocast),
+            ),
+        )
     return AuditReport(
         tokens=_tokens(view, found, tokenizer),
         grad_norm=found.grad_norm,
@@ -239,9 +250,8 @@ def _inputs(
         known |= set(THROUGH) | {"output_hidden_states", "use_cache"}
         if hasattr(model, "get_base_model"):  # PEFT's forward passes on what it does not name
             known |= _takes(model.get_base_model())[0]  # type: ignore[operator]
-    of_loss = {"labels", "shift_labels", "num_items_in_batch"}
     if not with_labels or batch.get("labels") is None:
-        known -= of_loss
+        known -= set(OF_LOSS)
     kept = {k: v for k, v in batch.items() if k in known}
     kept |= {k: v for k, v in OPTIONS.items() if k in known}
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kept.items()}
