@@ -19,7 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from sgp.auditing.checks import find
-from sgp.auditing.findings import Finding, Group, check_severity, grouped, ranges, settled
+from sgp.auditing.findings import (
+    Finding,
+    Group,
+    check_ignored,
+    check_severity,
+    grouped,
+    ranges,
+    settled,
+)
 from sgp.auditing.leaks import find_leaks, packed
 from sgp.auditing.outcome import Token
 from sgp.auditing.report import AuditReport
@@ -70,8 +78,8 @@ def audit(
         selection: which tokens carry loss, in place of labels. The loss is its (weighted) mean.
         tokenizer: decodes tokens and knows the special ones; None: numbers, and no findings about
             special tokens and the end of text, which the model's generation_config adds to.
-        ignore: codes of findings, and patterns of parameters' names ("*.visual.*"), that no finding
-            is to be about.
+        ignore: codes of findings, and patterns of parameters' names ("*.visual.*", "lm_head"), that
+            no finding is to be about.
         severity: other severities than the table's, `{"no-eos": "warning"}`.
         autocast: the dtype that training runs in; None: no autocast.
         max_length: the window: sequences that reach it may have been cut, and then need no end.
@@ -84,14 +92,15 @@ def audit(
         layer's gradient was seen; parts.py says when.
 
     Raises:
-        ValueError: without labels and selection, if shapes disagree, or a token is outside the
-            model's vocabulary.
+        ValueError: without labels and selection, if shapes disagree, a token is outside the model's
+            vocabulary, or a word of `ignore` or `severity` means nothing.
         TypeError: if the batch is no mapping, the model takes no `output_hidden_states` or its
             parameters are sharded over processes.
     """
     del generate
     severities = check_severity(severity)
     model = _unwrapped(model)
+    ignored = check_ignored(ignore, [name for name, _ in model.named_parameters()])
     ends = ends_of(model) if tokenizer is not None else ()
     view = read(batch, selection=selection, tokenizer=tokenizer, eos=ends, max_length=max_length)
     _check_model(model, view)
@@ -106,6 +115,10 @@ def audit(
         selection,
         autocast,
     )
+
+    def kept(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for name in names if not ignored(name))
+
     view = replace(
         view,
         loss=found.loss,
@@ -114,10 +127,10 @@ def audit(
         log_prob=found.log_prob,
         logit_grad_norm=found.logit_grad_norm,
         measured=found.measured,
-        without_gradient=found.without_gradient,
-        not_run=found.not_run,
-        not_finite=found.not_finite,
-        zero=found.zero,
+        without_gradient=kept(found.without_gradient),
+        not_run=kept(found.not_run),
+        not_finite=kept(found.not_finite),
+        zero=kept(found.zero),
     )
     if packed(view):
         view = replace(
@@ -164,6 +177,7 @@ def look(
         max_length: as for `audit`; ignore, severity too.
         turns: what the tokenizer's chat template says, if it was asked before.
     """
+    check_ignored(ignore)
     view = read(batch, tokenizer=tokenizer, eos=eos, max_length=max_length, turns=turns)
     return settled(find(view), ignore, check_severity(severity))
 
