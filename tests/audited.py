@@ -26,7 +26,16 @@ CONFIGS = {
     "qwen3": Qwen3Config(**SIZE),
     "gemma3": Gemma3TextConfig(**SIZE, query_pre_attn_scalar=8),
     "gpt2": GPT2Config(
-        vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        vocab_size=V,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
     ),
 }
 CONTEXTS, LENGTHS = (6, 2, 11), (17, 12, 14)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sgp.auditing import masks
-from sgp.auditing.findings import SEVERITY, Finding
+from sgp.auditing.findings import SEVERITY, Finding, ranges
 from sgp.auditing.turns import text_of
 from sgp.auditing.view import View
 
@@ -232,6 +232,23 @@ def _all_scored(view: View) -> Tensor:
 # -- the gradient ----------------------------------------------------------------------------------
 
 
+def leaks(view: View) -> Iterator[Finding]:
+    """A packed sequence sees itself alone."""
+    for leak in view.leaks:
+        first, last = leak.span
+        others = f"sequence{'s' * (len(leak.reached) > 1)} {ranges(leak.reached)}"
+        yield _of(
+            "attends-across-boundary",
+            f"row {leak.row}, the loss of sequence {leak.sequence} (tokens {first} to {last}) has "
+            f"gradient at the tokens of {others}",
+            "the loss of a packed sequence has gradient at the tokens of other sequences: the "
+            "model attends across their seams. Leave out an attention_mask of ones beside "
+            "position_ids, give a mask of pairs, or do not pack for this model",
+            leak.row,
+            leak.tokens,
+        )
+
+
 def context_logits(view: View) -> Iterator[Finding]:
     """No gradient starts where nothing is predicted."""
     if view.logit_grad_norm is None:
@@ -271,11 +288,20 @@ def missing(view: View) -> Iterator[Finding]:
 def not_measured(view: View) -> Iterator[Finding]:
     """Hidden states that take no part in the graph have no gradient, not one of zero."""
     if view.measured is not None and not bool(view.measured.all()):
-        layers = (~view.measured).nonzero()[:, 0].tolist()
+        layers = ranges((~view.measured).nonzero()[:, 0].tolist())
         yield _of(
             "not-measured",
             "",
-            f"the hidden states of layers {layers} are not part of the graph (0: the embeddings)",
+            f"the hidden states of layers {layers} are not part of the graph (0: the embeddings): "
+            "nothing before them is trained, or they were made without a graph",
+        )
+    inner = view.measured is not None and bool(view.measured[:-1].any())
+    if view.measured is not None and not inner and bool((view.starts.sum(1) > 1).any()):
+        yield _of(
+            "not-measured",
+            "",
+            "whether packed sequences attend to one another: no hidden state before the last layer "
+            "is part of the graph",
         )
 
 
@@ -325,7 +351,8 @@ def _parameters(names: tuple[str, ...]) -> str:
 
 
 CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
-    labels_and_inputs, first_output, no_targets, boundaries, context_logits, missing, not_a_number,
+    labels_and_inputs, first_output, no_targets, boundaries, leaks, context_logits, missing,
+    not_a_number,
     ends, padding, special, other_turns, doubled, everything, not_measured, other_loss,
     worse_than_uniform,
 )  # fmt: skip

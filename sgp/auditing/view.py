@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +21,19 @@ OUTPUT_MASKS = ("completion_mask", "assistant_masks", "assistant_mask")
 BOUNDARIES = ("cu_seqlens", "cu_seq_lens_q")
 
 
+class Leak(NamedTuple):
+    """A sequence of a packed row whose loss has gradient at other sequences' tokens."""
+
+    row: int
+    sequence: int  # its number within the row
+    span: tuple[int, int]  # its first and last token
+    reached: tuple[int, ...]  # the other sequences
+    tokens: tuple[int, ...]  # of theirs, those with gradient
+
+
 @dataclass(frozen=True)
 class View:
-    """What is known of a batch before and, from `loss` to `zero`, after its backward pass."""
+    """What is known of a batch before and, from `loss` to `leaks`, after its backward pass."""
 
     input_ids: Tensor  # (B, T)
     labels: Tensor  # (B, T): -100, or the token at its place if they are right; not shifted
@@ -43,6 +53,7 @@ class View:
     not_run: tuple[str, ...] = ()  # trainable, in a module that did not
     not_finite: tuple[str, ...] = ()
     zero: tuple[str, ...] = ()
+    leaks: tuple[Leak, ...] = ()
     tokenizer: Any = None  # decodes, for messages
     bos: int | None = None
     pad: int | None = None
@@ -99,6 +110,9 @@ def read(
     attended, starts = _attended_and_starts(batch, input_ids, _id(tokenizer, "pad_token_id"), end)
     if selection is not None and selection.boundaries is not None:
         _mark(starts, selection.boundaries[: selection.num_sequences])
+    begin = _id(tokenizer, "bos_token_id")
+    if begin is not None and begin not in end and not turns.several_begins:
+        _mark_begins(starts, attended, input_ids == begin)
     return View(
         input_ids=input_ids,
         labels=labels,
@@ -109,7 +123,7 @@ def read(
         special=turns.unlearned - end,
         eos=frozenset(end),
         tokenizer=tokenizer,
-        bos=_id(tokenizer, "bos_token_id"),
+        bos=begin,
         pad=_id(tokenizer, "pad_token_id"),
         max_length=max_length,
         turns=turns,
@@ -206,9 +220,7 @@ def _attended_and_starts(
         starts |= known & (mask != mask.gather(1, at))  # numbered sequences
     if pairs is not None:
         starts |= known & ~pairs.gather(2, at[:, :, None])[:, :, 0]
-    positions = _by_row(batch.get("position_ids"), input_ids)
-    if positions is not None:
-        starts |= known & (positions <= positions.gather(1, at))
+    starts |= known & _falls(batch.get("position_ids"), input_ids, at)
     numbers = _by_row(batch.get("seq_idx"), input_ids)
     if numbers is not None:
         starts |= known & (numbers != numbers.gather(1, at))
@@ -216,6 +228,27 @@ def _attended_and_starts(
         if isinstance(batch.get(name), Tensor) and batch[name].dim() == 1:
             _mark(starts, batch[name])
     return attended, starts
+
+
+def _falls(positions: Any, input_ids: Tensor, before: Tensor) -> Tensor:
+    """(B, T) bool: where positions begin again.
+
+    Several axes are those of vision models, (3, B, T), or (4, B, T) with the text's first. Patches
+    of an image share an axis and fall back on another; a sequence falls back on all.
+    """
+    no = torch.zeros_like(input_ids, dtype=torch.bool)
+    if not isinstance(positions, Tensor) or positions.dim() not in (2, 3):
+        return no
+    axes = positions.cpu() if positions.dim() == 3 else positions.cpu()[None]
+    B, T = input_ids.shape
+    if axes.shape[1] not in (1, B) or axes.shape[2] != T or len(axes) not in (1, 3, 4):
+        return no
+    axes = axes.expand(-1, B, T)
+    if len(axes) != 3:
+        return axes[0] <= axes[0].gather(1, before)
+    earlier = axes.gather(2, before.expand_as(axes))
+    zero = (axes == 0).all(0) & (axes <= earlier).all(0)
+    return zero | (axes < earlier).all(0)
 
 
 def _last_before(attended: Tensor) -> Tensor:
@@ -248,6 +281,13 @@ def _by_row(x: Any, input_ids: Tensor) -> Tensor | None:
 def _mark(starts: Tensor, boundaries: Tensor) -> None:
     at = boundaries.cpu().long()
     starts.view(-1)[at[(at >= 0) & (at < starts.numel())]] = True
+
+
+def _mark_begins(starts: Tensor, attended: Tensor, begins: Tensor) -> None:
+    """Begins of text within a row are seams, where nothing else says any in it."""
+    silent = (starts & attended).sum(1) <= 1
+    inner = begins & attended & ~later(begins) & later(attended)
+    starts |= inner & silent[:, None] & begins.gather(1, attended.long().argmax(1)[:, None])
 
 
 def _outputs(batch: Mapping[str, Any], attended: Tensor) -> Tensor | None:
