@@ -215,8 +215,8 @@ def test_a_users_words_that_carry_loss_are_told(name):
     at = turn_of(name, batch, "And the door?")
     batch["labels"][0, at] = batch["input_ids"][0, at]
     found = look(batch, tokenizer=tokenizer_of(name), eos=stops_of(name))
-    if name in ROLES_ARE_TEXT:
-        assert found == []
+    if name in ROLES_ARE_TEXT:  # Zephyr's questions end like its answers
+        assert [f.code for f in found] == ["turn-end-unscored"] * (name == "zephyr")
         return
     (finding,) = found
     assert (finding.code, finding.severity) == ("other-turns-scored", "warning")
