@@ -16,11 +16,14 @@ BLANKS = 2  # tokens of white space between an answer and its end, at most
 
 
 def shifted_twice(view: View) -> Tensor:
-    """(B,) bool: labels are the next token's, all but one of them at least."""
+    """(B,) bool: labels are the next token's, but for one, or one of each sequence."""
     marked = view.labels != IGNORE
     ahead = torch.zeros_like(marked)
     ahead[:, :-1] = marked[:, :-1] & (view.labels[:, :-1] == view.input_ids[:, 1:])
+    inner = torch.zeros_like(marked)  # of the last token of a sequence no next one is known
+    inner[:, :-1] = marked[:, :-1] & view.attended[:, 1:] & ~view.starts[:, 1:]
     enough = ahead.sum(1) >= (marked.sum(1) - 1).clamp(min=1)
+    enough |= inner.any(1) & ~(inner & ~ahead).any(1)
     return differing(view).any(1) & ~itself(view) & enough
 
 
@@ -70,7 +73,13 @@ def unscored_ends(view: View) -> Tensor:
     ends, scored = is_end(view), view.scored
     free = ~scored & view.attended & ~view.starts
     ended = scored & (ends | later(scored & ends))  # a template may write one token more
-    at = later(scored & ~ended) & free
+    answered = scored & ~ended
+    at = later(answered) & free
+    if not bool(at.any()):
+        return at
+    turn = roles(view)
+    if turn is not None:  # what is scored of others' turns is no answer
+        at &= later(answered & (_of_assistant(view, turn) | (turn == 0)))
     found = at & ends
     for steps in range(1, BLANKS + 1):
         at = later(at & _blank(view, at & ~ends)) & free
@@ -120,6 +129,11 @@ def roles(view: View) -> Tensor | None:
     return begun.gather(1, at)
 
 
+def _of_assistant(view: View, turn: Tensor) -> Tensor:
+    numbers = [n for n, (role, _) in enumerate(view.turns.headers, 1) if role == "assistant"]
+    return torch.isin(turn, torch.tensor(numbers))
+
+
 def others_scored(view: View) -> dict[str, Tensor]:
     """By role: tokens with loss in turns that are not the assistant's; a stop token aside."""
     found = roles(view)
@@ -141,9 +155,7 @@ def special_scored(view: View) -> Tensor:
     found = view.scored & view.attended & torch.isin(view.labels, ids)
     turn = roles(view)
     if turn is not None and bool(found.any()):
-        assistant = torch.zeros_like(found)
-        for number, (role, _) in enumerate(view.turns.headers, 1):
-            assistant |= (turn == number) & (role == "assistant")
+        assistant = _of_assistant(view, turn)
         begin = torch.zeros_like(found) if view.bos is None else view.labels == view.bos
         found &= ~(assistant & later(assistant & view.scored)) | begin
     return found

@@ -215,13 +215,14 @@ class _Asked:
         whole = self.from_end(to_assistant, ends)
         assistant = self.starts(_prefix(start, whole) or whole, thinks=False)
         user = self.starts(self.from_end(to_user, ends))
-        if not assistant or not user:
+        if not assistant or not user or assistant == user:
             return []
         found = [("assistant", assistant), ("user", user)]
+        begin = (getattr(self.tokenizer, "bos_token_id", None),)
         system = self.between([{"role": "system", "content": WORDS[4]}, *_chat()[:2]])
         if system is not None:
             of_system = self.starts(self.from_end(system[0], ends))
-            if of_system and of_system[: len(user)] != user:
+            if of_system not in ((), begin) and of_system[: len(user)] != user:
                 found.append(("system", of_system))
         found += self.of_tools(found, ends)
         return found
@@ -237,7 +238,10 @@ class _Asked:
             return []
         to_result = self.from_end(text[text.rfind(WORDS[4]) : text.find(WORDS[3])], ends)
         to_answer = self.from_end(text[text.find(WORDS[3]) : text.find(answer)], ends)
-        tool = self.starts(to_result.partition("find")[0])
+        to_result = to_result.partition("find")[0]
+        tool = self.starts(to_result)
+        if tool == dict(others)["user"]:  # a user's turn with a mark of its own
+            tool = self.starts(to_result, words=r"[^\"{]*")
         back = self.starts(to_answer, thinks=False)
         if not tool or not back or any(ids[: len(tool)] == tool for _, ids in others):
             return []
@@ -246,12 +250,17 @@ class _Asked:
         return [("tool", tool), *([] if known else [("assistant", back)])]
 
     def from_end(self, text: str, ends: frozenset[int]) -> str:
-        """What follows the last end of a turn in a text."""
-        at = [m.end() for m in self.pattern.finditer(text) if self.added[m.group()] in ends]
-        return text[max(at, default=0) :].lstrip()
+        """What follows the last end of a turn in a text, or the end, if that begins the next."""
+        found = [m for m in self.pattern.finditer(text) if self.added[m.group()] in ends]
+        if not found:
+            return text
+        after = text[found[-1].end() :]
+        return after if self.pattern.search(after) else text[found[-1].start() :]
 
-    def starts(self, text: str, *, thinks: bool = True) -> tuple[int, ...]:
-        """The tokens of a header, from its first added token but begin of text on."""
+    def starts(
+        self, text: str, *, thinks: bool = True, words: str = r"[^\s\"{]*"
+    ) -> tuple[int, ...]:
+        """The tokens of a header: its added ones but begin of text, and `words` after the last."""
         found = list(self.pattern.finditer(text))
         if len(found) > 1 and found[0].group() == getattr(self.tokenizer, "bos_token", None):
             found = found[1:]
@@ -260,7 +269,10 @@ class _Asked:
         if not thinks:
             marks = [m.start() for m in found[1:] if THOUGHT.search(m.group())]
             text = text[: min(marks, default=len(text))]
-        return tuple(self.ids(text[found[0].start() :].rstrip()))
+        last = [m.end() for m in found if m.end() <= len(text)][-1]
+        word = re.match(words, text[last:])  # a role's name may end a header, no content
+        end = last + (word.end() if word else 0)
+        return tuple(self.ids(text[found[0].start() : end].rstrip()))
 
 
 def _prefix(one: str, other: str) -> str:
