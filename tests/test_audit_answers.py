@@ -174,3 +174,20 @@ def test_what_is_trained_in_is_said():
     assert after.generated == after.expected
     assert after.ends
     assert after.tokens == T - CONTEXTS[0]
+
+
+def test_an_audit_answers_if_it_is_asked():
+    model, batch = make("llama").train(), make_batch()
+    assert sgp.audit(model, batch, tokenizer=Words()).answers == ()
+    report = sgp.audit(model, batch, tokenizer=Words(), generate=2)
+    assert report.answers == answer(model, report.view, Words(), 2)
+    assert [a.row for a in report.answers] == [0, 1]
+    assert len(sgp.audit(model, batch, generate=9).answers) == B
+
+
+def test_answers_in_the_dtype_that_is_asked_for():
+    model, batch, seen = make("llama"), make_batch(), []
+    layer = model.model.layers[0].mlp.down_proj
+    layer.register_forward_hook(lambda *args: seen.append(args[-1].dtype))
+    answer(model, read(batch, tokenizer=Words()), Words(), 1, torch.bfloat16)
+    assert set(seen) == {torch.bfloat16}

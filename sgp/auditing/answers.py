@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,13 @@ class Answer:
     tokens: int  # generated, the end included
 
 
-def answer(model: nn.Module, view: View, tokenizer: Any, number: int) -> tuple[Answer, ...]:
+def answer(
+    model: nn.Module,
+    view: View,
+    tokenizer: Any,
+    number: int,
+    autocast: torch.dtype | None = None,
+) -> tuple[Answer, ...]:
     """Answer the contexts of the first rows that carry loss, greedily.
 
     A context is a row's first sequence up to its first token with loss; the answer ends with an
@@ -44,9 +50,12 @@ def answer(model: nn.Module, view: View, tokenizer: Any, number: int) -> tuple[A
         view: of the batch.
         tokenizer: decodes; None: numbers.
         number: of answers, at most; rows without a context or without loss have none.
+        autocast: the dtype of the forward passes; None: as it is.
     """
     found: list[Answer] = []
-    with _answering(model):
+    if number < 1:
+        return ()
+    with _answering(model, autocast):
         for row, context, expected in _contexts(view):
             if len(found) == number:
                 break
@@ -79,11 +88,13 @@ def _contexts(view: View) -> Iterator[tuple[int, list[int], list[int]]]:
 
 
 @contextmanager
-def _answering(model: nn.Module) -> Iterator[None]:
+def _answering(model: nn.Module, autocast: torch.dtype | None) -> Iterator[None]:
     """In eval mode, without gradients, on a random state of its own."""
     modes = {module: module.training for module in model.modules()}
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(sorted(i for i in devices if i is not None)), torch.no_grad():
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    kind = next((p.device.type for p in model.parameters()), "cpu")
+    cast = torch.autocast(kind, dtype=autocast) if autocast is not None else nullcontext()
+    with torch.random.fork_rng([d.index for d in devices]), torch.no_grad(), cast:
         model.eval()
         try:
             yield

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
+from sgp.auditing.answers import Answer
 from sgp.auditing.findings import Finding
 from sgp.auditing.view import View
 
@@ -47,7 +47,7 @@ class Outcome:
     findings: list[Finding]
     model_name: str
     view: View
-    answers: tuple[Any, ...] = ()  # greedy ones, if they were asked for
+    answers: tuple[Answer, ...] = ()  # greedy ones, if they were asked for
 
     @property
     def errors(self) -> list[Finding]:
