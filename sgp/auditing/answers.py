@@ -39,7 +39,8 @@ def answer(
     A context is a row's first sequence up to its first token with loss; the answer ends with an
     end of text or of a turn, or 16 tokens after the expected one. The model answers in eval mode
     and without gradients; its modes and the random state are then as before. `generate` is used
-    where the model has it, else its forward, once for each token.
+    where the model has it, else its forward, once for each token. Images and sound are not passed
+    on.
 
     Example:
         >>> for a in answer(model, report.view, tokenizer, 4):  # doctest: +SKIP
@@ -110,7 +111,7 @@ def _greedy(model: nn.Module, context: list[int], most: int, ends: frozenset[int
     most = min(most, _window(model, len(context) + most) - len(context))
     if most < 1:
         return []
-    if hasattr(model, "generate"):
+    if hasattr(model, "generate") and not _is_prompted(model):
         return _generated(model, ids, most, ends)
     for _ in range(most):
         ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
@@ -118,6 +119,11 @@ def _greedy(model: nn.Module, context: list[int], most: int, ends: frozenset[int
             break
     found: list[int] = ids[0, len(context) :].tolist()
     return found
+
+
+def _is_prompted(model: nn.Module) -> bool:
+    """Whether PEFT puts virtual tokens before a text: in a cache, `generate` may lose them."""
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
 
 
 def _window(model: nn.Module, default: int) -> int:
