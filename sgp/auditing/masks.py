@@ -72,6 +72,7 @@ def unscored_ends(view: View) -> Tensor:
         return torch.zeros_like(view.attended)
     ends, scored = is_end(view), view.scored
     free = ~scored & view.attended & ~view.starts
+    scored = scored & ~shifted_twice(view)[:, None]  # whose answers stand elsewhere
     ended = scored & (ends | later(scored & ends))  # a template may write one token more
     answered = scored & ~ended
     at = later(answered) & free
