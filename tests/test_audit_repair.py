@@ -228,6 +228,20 @@ def test_a_packed_row_is_cut_however_it_says_where(key):
     assert found.changes == {"crosses-boundary": 1}
 
 
+def test_scored_padding_of_a_packed_row_is_counted_once():
+    """Between two sequences and behind them."""
+    batch = batch_of([1, 5, 2, 0, 1, 7, 2, 0, 0], [-100, 5, 2, 0, -100, 7, 2, 0, 0])
+    batch["attention_mask"] = torch.tensor([[1, 1, 1, 0, 2, 2, 2, 0, 0]])
+    found = mended(batch)
+    assert [row["labels"] for row in found.rows] == [[-100, 5, 2], [-100, 7, 2]]
+    assert found.changes == {"padding-scored": 1}
+    assert found.labels == {"padding-scored": 3}
+    first = batch | {"labels": torch.tensor([[-100, 5, 2, -100, 1, 7, 2, -100, -100]])}
+    found = mended(first)  # which the padding before it would have to predict
+    assert [row["labels"] for row in found.rows] == [[-100, 5, 2], [-100, 7, 2]]
+    assert found.labels == {"padding-scored": 1}
+
+
 def test_what_the_first_column_has_is_nobodys_loss_and_stays():
     """`labels = input_ids.clone()`."""
     found = mended(batch_of([1, 5, 6, 2], [1, 5, 6, 2]))
