@@ -91,6 +91,55 @@ def test_tokenizers_of_few_words(eos):
     assert codes(batch, Bare(eos)) == expected
 
 
+class Processor:
+    """As of a vision model: the template is its own, the tokens are its tokenizer's."""
+
+    chat_template = CHATML
+
+    def __init__(self):
+        self.tokenizer = chat_tokenizer(None)
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids)
+
+
+def test_a_processor_has_a_tokenizer():
+    assert learn(Processor()) == learn(chat_tokenizer())
+    batch = make_chat(*CHATTED)
+    assert codes(batch, Processor()) == set()
+    batch["labels"][0, ends(batch)] = -100
+    assert codes(batch, Processor()) == {"turn-end-unscored"}
+
+
+class Raises:
+    """A tokenizer that cannot be asked."""
+
+    chat_template, eos_token_id, all_special_ids = CHATML, EOS, (0, 1, EOS)
+
+    def __init__(self, text):
+        self.text = text
+
+    def decode(self, ids):
+        return str(ids[0])
+
+    def get_added_vocab(self):
+        return {"<|im_start|>": START, "<|im_end|>": END}
+
+    def apply_chat_template(self, messages, **_):
+        if self.text:
+            return "".join(f"<|im_start|>{m['role']} {m['content']}<|im_end|>" for m in messages)
+        raise RuntimeError("no")
+
+    def __call__(self, text, **_):
+        raise NotImplementedError(text)
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_a_tokenizer_that_raises_is_not_asked_again(text):
+    assert learn(Raises(text)).headers == ()
+    assert codes(make_chat(*CHATTED), Raises(text)) == {"no-eos"}
+
+
 # -- ends ------------------------------------------------------------------------------------------
 
 
@@ -142,6 +191,9 @@ def test_what_a_template_writes_after_an_end_is_none():
     assert found(batch) == []
     batch["labels"][0, ends(batch)[-1]] = -100
     assert codes(batch) == {"turn-end-unscored"}
+    ids = torch.tensor([[9, 10, END, 7, EOS]])  # a line break is learned too, and no more
+    labels = torch.tensor([[-100, 10, END, 7, -100]])
+    assert found({"input_ids": ids, "labels": labels}) == []
 
 
 def test_an_end_that_begins_the_next_message():
