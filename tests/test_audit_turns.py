@@ -162,6 +162,16 @@ def test_a_turn_of_which_nothing_carries_loss_needs_no_end():
     assert found(batch) == []
 
 
+def test_a_sequence_that_begins_with_an_end():
+    """GPT-2's begin of text is its end; that of the next sequence is not this one's."""
+    ids = torch.tensor([[EOS, 9, 10, 11, EOS, 12, 13, EOS]])
+    labels = torch.tensor([[-100, -100, 10, 11, -100, -100, 13, EOS]])
+    batch = {"input_ids": ids, "labels": labels}
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    assert codes({**batch, "position_ids": positions}, Tokenizer()) == {"no-eos"}
+    assert codes(batch, Tokenizer()) == {"turn-end-unscored"}
+
+
 def test_white_space_before_an_end():
     """A template may write a blank there; more than two tokens of it are no template's."""
 
