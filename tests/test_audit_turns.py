@@ -304,6 +304,8 @@ def test_a_text_without_turns_has_no_others():
     ids = torch.tensor([[1, 20, 21, 22, 23, EOS]])
     labels = torch.where(torch.arange(6) > 2, ids, -100)
     assert found({"input_ids": ids, "labels": labels}) == []
+    labels[0, -1] = -100
+    assert found({"input_ids": ids, "labels": labels}) == [("turn-end-unscored", "error", (5,))]
 
 
 def test_roles_begin_anew_in_a_packed_row():
