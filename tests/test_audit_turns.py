@@ -334,6 +334,16 @@ def test_special_tokens_that_are_no_part_of_an_answer(token):
     assert repr(CHAT[token]) in finding.message
 
 
+def test_the_header_of_an_answer_that_goes_on_is_the_models_own():
+    """As of gpt-oss, whose thoughts and answer are two messages; not after a question."""
+    batch = make_chat(("user", [9]), ("assistant", [10]), ("assistant", [11]), ("user", [12]))
+    second = slice(8, 10)
+    batch["labels"][0, second] = batch["input_ids"][0, second] = torch.tensor([START, ASSISTANT])
+    assert found(batch) == []
+    batch["labels"][0, 12] = START
+    assert codes(batch) == {"other-turns-scored", "special-scored"}
+
+
 def test_marks_within_an_answer_are_its_own():
     """Tools, thoughts, and whatever else someone adds."""
     marks = ["<tool_call>", "</tool_call>", "<think>", "</think>", "<|python_tag|>", "<extra>"]
@@ -398,8 +408,16 @@ def test_one_token_that_begins_ends_and_pads():
         for mask in ({}, {"attention_mask": torch.ones_like(batch["input_ids"])}):
             labels = torch.where(torch.arange(len(ids)) > 4, -100, batch["labels"])
             assert codes({**batch, **mask, "labels": labels}, one) == set(), (ids, mask)
+        assert codes({**batch, "labels": labels}, begins(bos=EOS, pad=0)) <= {"turn-end-unscored"}
     assert codes(text(EOS, EOS, 10, 11, EOS), one) == {"doubled-special"}
     assert codes(text(EOS, 9, 10, 11, EOS, EOS), begins(bos=EOS)) == {"doubled-special"}
+
+
+def test_padding_on_the_left_by_the_begin_of_text():
+    """Many are padding, which no mask says; two are doubled."""
+    pads = begins(pad=1)
+    assert codes(text(1, 1, 10, 11, EOS), pads) == {"doubled-special"}
+    assert codes(text(1, 1, 1, 1, 10, 11, EOS, scored=5), pads) == set()
 
 
 def test_padding_of_a_packed_row_is_not_doubled():
@@ -410,5 +428,5 @@ def test_padding_of_a_packed_row_is_not_doubled():
             collate = sgp.Collator(packed=True, pad_to_multiple_of=step, pad_token_id=pad)
             batch = collate(examples)
             del batch["selection"]
-            for tokenizer in (begins(pad=pad), begins(bos=EOS, pad=pad)):
+            for tokenizer in (begins(pad=pad), begins(EOS, pad=pad), begins(EOS, pad=None)):
                 assert codes(batch, tokenizer) == set(), (pad, step)
