@@ -1,16 +1,33 @@
 """Every finding is planted and found, and absent from a batch that is right."""
 
+import dataclasses
 import inspect
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import sgp
-from sgp.auditing import findings, look
+from sgp.auditing import look
+from sgp.auditing.checks import find
+from sgp.auditing.findings import SEVERITY, grouped, ranges
 from sgp.auditing.view import read, suffixes
-from tests.audited import CONTEXTS, EOS, LENGTHS, B, T, Tokenizer, V, make, make_batch
+from tests.audited import (
+    CONTEXTS,
+    EOS,
+    LENGTHS,
+    B,
+    T,
+    Tokenizer,
+    V,
+    chat_tokenizer,
+    make,
+    make_batch,
+    make_chat,
+)
 
 
 @pytest.fixture
@@ -59,6 +76,31 @@ class OtherLoss:
         return out
 
 
+def attended_over_the_seam(c):
+    """transformers looks at the mask alone, if there is one."""
+    packed(c)
+    c.labels[0, 9] = -100
+
+
+def end_masked(c):
+    c.labels[1, LENGTHS[1] - 1] = -100
+
+
+def question_scored(c):
+    chat = (("user", [9, 10]), ("assistant", [11]), ("user", [12]), ("assistant", [13]))
+    c.batch.clear()
+    c.batch.update(make_chat(*chat))
+    c.batch["labels"][0, 3] = 10
+    return chat_tokenizer()
+
+
+def doubled_begin(c):
+    c.ids[0, :2] = 1
+    tokenizer = Tokenizer()
+    tokenizer.bos_token_id = 1
+    return tokenizer
+
+
 def loss_of_everything(c):
     """A gradient at every position."""
     c.model.forward = OtherLoss(c.model.forward, lambda out: out.logits.logsumexp(-1).mean())
@@ -82,7 +124,7 @@ def special(c):
 
 
 def no_end(c):
-    c.labels[0, -1] = c.ids[0, -1] = 9
+    c.labels[1, LENGTHS[1] - 1] = c.ids[1, LENGTHS[1] - 1] = 9
 
 
 def context_too(c):
@@ -122,12 +164,16 @@ PLANTS = {  # code: (the fault, the row where it is; None: everywhere)
     "first-output-untrained": (first_output_lost, 0),
     "no-targets": (nothing_scored, 2),
     "crosses-boundary": (packed, 0),
+    "attends-across-boundary": (attended_over_the_seam, 0),
+    "turn-end-unscored": (end_masked, 1),
+    "other-turns-scored": (question_scored, 0),
+    "doubled-special": (doubled_begin, 0),
     "context-logit-gradient": (loss_of_everything, 0),
     "missing-gradient": (detached_layer, None),
     "nan": (not_a_number, 0),
     "padding-scored": (padding, 1),
     "special-scored": (special, 0),
-    "no-eos": (no_end, 0),
+    "no-eos": (no_end, 1),
     "all-scored": (context_too, 0),
     "module-not-run": (unused_tower, None),
     "zero-gradient": (adapter, None),
@@ -135,20 +181,31 @@ PLANTS = {  # code: (the fault, the row where it is; None: everywhere)
     "another-loss": (auxiliary, None),
     "worse-than-uniform": (confident, None),
 }
-SEVERITY = {"error": findings.ERRORS, "warning": findings.WARNINGS, "note": findings.NOTES}
 
 
-@pytest.mark.parametrize("code", [*findings.ERRORS, *findings.WARNINGS, *findings.NOTES])
+@pytest.mark.parametrize("code", PLANTS)
 def test_a_planted_fault_is_found(code, model, batch):
     fault, row = PLANTS[code]
-    fault(SimpleNamespace(model=model, ids=batch["input_ids"], labels=batch["labels"], batch=batch))
-    report = sgp.audit(model, batch, tokenizer=Tokenizer())
+    parts = SimpleNamespace(
+        model=model, ids=batch["input_ids"], labels=batch["labels"], batch=batch
+    )
+    tokenizer = fault(parts) or Tokenizer()
+    report = sgp.audit(model, batch, tokenizer=tokenizer)
     found = [finding for finding in report.findings if finding.code == code]
     assert found, report.findings
-    assert code in SEVERITY[found[0].severity]
+    assert found[0].severity == SEVERITY[code]
     assert found[0].message
     assert found[0].where.startswith("" if row is None else f"row {row}")
-    assert bool(report.errors) == (code in findings.ERRORS)
+    assert bool(report.errors) == (SEVERITY[code] == "error")
+    assert found[0].row == row
+
+
+def test_the_table_of_severities_is_whole():
+    """As the documentation's, in its order."""
+    text = (Path(__file__).parents[1] / "docs/how-to/audit.md").read_text()
+    rows = re.findall(r"^\| `([\w-]+)` \| (\w+) \|", text, re.MULTILINE)
+    assert rows == list(SEVERITY.items())
+    assert set(PLANTS) == set(SEVERITY)
 
 
 # -- what is no fault ------------------------------------------------------------------------------
@@ -213,7 +270,7 @@ def test_seams_are_found_however_they_are_said(way):
     assert seen(batch) == {"crosses-boundary"}
     labels[0, 9] = labels[0, 8] = -100
     found = look(batch, tokenizer=Tokenizer())
-    assert [(f.code, f.where) for f in found] == [("no-eos", "row 0, token 7")], "of each sequence"
+    assert [(f.code, f.where) for f in found] == [("turn-end-unscored", "row 0, token 8")]
 
 
 def test_ends_of_text(model, batch):
@@ -287,11 +344,13 @@ def test_targets_that_nothing_shifts(batch, given, last_only):
         view = read(batch, selection=sgp.Selection.from_labels(labels))
     else:
         view = read({**batch, "shift_labels": labels})
-    found = [f for f in findings.find(view) if f.code == "labels-not-the-inputs"]
+    found = [f for f in find(view) if f.code == "labels-not-the-inputs"]
     assert [int(f.where.split()[1].strip(",")) for f in found] == rows
     assert all("predict itself" in f.message for f in found)
     right = read(batch, selection=sgp.Selection.from_labels(labels, shift=True))
-    assert not [f for f in findings.find(right) if f.code in findings.ERRORS[:2]]
+    assert not [
+        f for f in find(right) if f.code in ("labels-shifted-twice", "labels-not-the-inputs")
+    ]
 
 
 def test_a_token_that_repeats_is_shifted():
@@ -389,3 +448,62 @@ def test_a_gradient_that_is_not_finite_although_the_loss_is(model, batch):
     assert [f.where for f in found] == [""]
     assert "model.layers.0.mlp.gate_proj.weight" in found[0].message
     assert report.errors == found
+
+
+def test_labels_shifted_twice_are_one_fault(batch):
+    """Their ends stand one token behind what carries loss."""
+    batch["labels"] = batch["labels"].roll(-1, 1)
+    assert seen(batch) == {"labels-shifted-twice"}
+
+
+def test_labels_shifted_twice_in_a_packed_row():
+    """One label of each sequence has no next token."""
+    ids = torch.arange(3, 15)[None]
+    batch = {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 3] * 3])}
+    labels = ids.roll(-1, 1)
+    labels[0, [3, 7, 11]] = 40
+    kinds = {"labels-shifted-twice", "labels-not-the-inputs"}
+    assert seen({**batch, "labels": labels}) & kinds == {"labels-shifted-twice"}
+    labels[0, 1] = 40
+    assert seen({**batch, "labels": labels}) & kinds == {"labels-not-the-inputs"}
+
+
+def test_an_output_is_what_both_masks_say(batch):
+    """A completion that begins with a tool's turn has no lost output."""
+    batch["completion_mask"] = batch["assistant_masks"] = (batch["labels"] != -100).long()
+    assert seen(batch) == set()
+    batch["completion_mask"] = batch["completion_mask"].clone()
+    batch["completion_mask"][0, CONTEXTS[0] - 2 : CONTEXTS[0]] = 1
+    assert seen(batch) == set()
+    del batch["assistant_masks"]
+    assert seen(batch) == {"first-output-untrained"}
+
+
+def test_what_many_rows_share_is_one_group(batch):
+    batch["labels"][:2] = -100
+    found = look(batch)
+    (group,) = grouped(found)
+    assert (group.code, group.severity, group.rows) == ("no-targets", "error", (0, 1))
+    assert group.findings == tuple(found)
+    assert str(group).startswith("error: no-targets (2 rows, 0 to 1): no token carries loss")
+    (one,) = grouped(found[:1])
+    assert str(one) == str(found[0])
+    twice = [found[0], dataclasses.replace(found[0], where="row 0, again")]
+    assert str(grouped(twice)[0]).startswith("error: no-targets (row 0, 2 times): ")
+    whole = [dataclasses.replace(f, severity="note") for f in found]
+    assert len(grouped([found[0], *whole])) == 2
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        ([], ""),
+        ([3], "3"),
+        (range(21, 51), "21 to 50"),
+        ([9, 8, 7, 6, 5, 2, 0, 0], "0, 2, 5 to 9"),
+        (range(0, 20, 2), "0, 2, 4, 6, 8, 10, ..."),
+        (range(0, 12, 2), "0, 2, 4, 6, 8, 10"),
+    ],
+)
+def test_ranges(numbers, expected):
+    assert ranges(numbers) == expected

@@ -3,7 +3,7 @@
 `view.py` reads the batch, `trace.py` is the backward pass seen from inside (`parts.py` the two
 parts of the linear layers' gradient, `untouched.py` what it leaves as it was), `findings.py` has
 what can be wrong, `outcome.py` what came out of it all, and `report.py` shows it (`page.py`,
-`plot.py`).
+`plot.py`). `repair.py` mends labels, and `answers.py` has what the model would say.
 """
 
 from __future__ import annotations
@@ -11,24 +11,35 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sgp.auditing import findings
-from sgp.auditing.findings import Finding
+from sgp.auditing.answers import answer
+from sgp.auditing.checks import find
+from sgp.auditing.findings import (
+    Finding,
+    Group,
+    check_ignored,
+    check_severity,
+    grouped,
+    ranges,
+    settled,
+)
+from sgp.auditing.leaks import find_leaks, packed
 from sgp.auditing.outcome import Token
 from sgp.auditing.report import AuditReport
-from sgp.auditing.trace import Trace, input_embeddings, trace
+from sgp.auditing.trace import OF_LOSS, Trace, gradient_at, input_embeddings, trace
+from sgp.auditing.turns import Turns
 from sgp.auditing.view import NAME, View, read, suffixes
 from sgp.context import SHARDED
 from sgp.labels import IGNORE
 from sgp.selection import Selection
 
-__all__ = ["AuditReport", "Finding", "audit"]
+__all__ = ["AuditReport", "Finding", "Group", "audit", "grouped", "ranges"]
 
 OPTIONS = {"output_hidden_states": True, "use_cache": False}
 THROUGH = (  # keys that Hugging Face's models take without naming them in forward
@@ -43,6 +54,11 @@ def audit(
     *,
     selection: Selection | None = None,
     tokenizer: Any = None,
+    ignore: Sequence[str] = (),
+    severity: Mapping[str, str] | None = None,
+    autocast: torch.dtype | None = None,
+    max_length: int | None = None,
+    generate: int = 0,
 ) -> AuditReport:
     """Run one exact backward pass of a batch and report who got a gradient, and what is wrong.
 
@@ -63,22 +79,32 @@ def audit(
         selection: which tokens carry loss, in place of labels. The loss is its (weighted) mean.
         tokenizer: decodes tokens and knows the special ones; None: numbers, and no findings about
             special tokens and the end of text, which the model's generation_config adds to.
+        ignore: codes of findings, and patterns of parameters' names ("*.visual.*", "lm_head"), that
+            no finding is to be about.
+        severity: other severities than the table's, `{"no-eos": "warning"}`.
+        autocast: the dtype that training runs in; None: no autocast.
+        max_length: the window: sequences that reach it may have been cut, and then need no end.
+        generate: how many greedy answers to make in the batch's own contexts (answers.py), at most
+            one a row.
 
     Returns:
-        The report: `.tokens`, `.grad_norm`, `.context_share`, `.cosine_detached`, `.findings`.
+        The report: `.tokens`, `.grad_norm`, `.context_share`, `.cosine_detached`, `.findings`,
+        `.answers`.
         `context_share` and `cosine_detached` are None where a row is not context, then output
         (the two parts of the gradient are then not defined), and where not all of a linear
         layer's gradient was seen; parts.py says when.
 
     Raises:
-        ValueError: without labels and selection, if shapes disagree, or a token is outside the
-            model's vocabulary.
+        ValueError: without labels and selection, if shapes disagree, a token is outside the model's
+            vocabulary, or a word of `ignore` or `severity` means nothing.
         TypeError: if the batch is no mapping, the model takes no `output_hidden_states` or its
             parameters are sharded over processes.
     """
+    severities = check_severity(severity)
     model = _unwrapped(model)
+    ignored = check_ignored(ignore, [name for name, _ in model.named_parameters()])
     ends = ends_of(model) if tokenizer is not None else ()
-    view = read(batch, selection=selection, tokenizer=tokenizer, eos=ends)
+    view = read(batch, selection=selection, tokenizer=tokenizer, eos=ends, max_length=max_length)
     _check_model(model, view)
     device = _device(model)
     inputs = _inputs(model, batch, device, with_labels=selection is None)
@@ -89,7 +115,12 @@ def audit(
         view.targets.to(device),
         outputs.to(device) if outputs is not None else None,
         selection,
+        autocast,
     )
+
+    def kept(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for name in names if not ignored(name))
+
     view = replace(
         view,
         loss=found.loss,
@@ -98,24 +129,42 @@ def audit(
         log_prob=found.log_prob,
         logit_grad_norm=found.logit_grad_norm,
         measured=found.measured,
-        without_gradient=found.without_gradient,
-        not_run=found.not_run,
-        not_finite=found.not_finite,
-        zero=found.zero,
+        without_gradient=kept(found.without_gradient),
+        not_run=kept(found.not_run),
+        not_finite=kept(found.not_finite),
+        zero=kept(found.zero),
     )
+    if packed(view):
+        view = replace(
+            view,
+            leaks=find_leaks(
+                view,
+                found.grad_norm,
+                lambda targets: gradient_at(model, inputs, targets, autocast),
+            ),
+        )
     return AuditReport(
         tokens=_tokens(view, found, tokenizer),
         grad_norm=found.grad_norm,
         loss=found.loss,
         context_share=found.context_share,
         cosine_detached=found.cosine_detached,
-        findings=findings.find(view),
+        findings=settled(find(view), ignore, severities),
         model_name=type(model).__name__,
+        view=view,
+        answers=answer(model, view, tokenizer, generate, autocast),
     )
 
 
 def look(
-    batch: Mapping[str, Any], *, tokenizer: Any = None, eos: tuple[int, ...] = ()
+    batch: Mapping[str, Any],
+    *,
+    tokenizer: Any = None,
+    eos: tuple[int, ...] = (),
+    max_length: int | None = None,
+    ignore: Sequence[str] = (),
+    severity: Mapping[str, str] | None = None,
+    turns: Turns | None = None,
 ) -> list[Finding]:
     """The findings of a batch's labels alone: no model, no gradient.
 
@@ -128,8 +177,12 @@ def look(
         batch: as for `audit`.
         tokenizer: as for `audit`.
         eos: tokens that end a text beside the tokenizer's (`ends_of` a model).
+        max_length: as for `audit`; ignore, severity too.
+        turns: what the tokenizer's chat template says, if it was asked before.
     """
-    return findings.find(read(batch, tokenizer=tokenizer, eos=eos))
+    check_ignored(ignore)
+    view = read(batch, tokenizer=tokenizer, eos=eos, max_length=max_length, turns=turns)
+    return settled(find(view), ignore, check_severity(severity))
 
 
 # -- the model -------------------------------------------------------------------------------------
@@ -214,9 +267,8 @@ def _inputs(
         known |= set(THROUGH) | {"output_hidden_states", "use_cache"}
         if hasattr(model, "get_base_model"):  # PEFT's forward passes on what it does not name
             known |= _takes(model.get_base_model())[0]  # type: ignore[operator]
-    of_loss = {"labels", "shift_labels", "num_items_in_batch"}
     if not with_labels or batch.get("labels") is None:
-        known -= of_loss
+        known -= set(OF_LOSS)
     kept = {k: v for k, v in batch.items() if k in known}
     kept |= {k: v for k, v in OPTIONS.items() if k in known}
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kept.items()}

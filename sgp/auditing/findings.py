@@ -1,35 +1,47 @@
-"""What can be wrong with a batch, and what a look at it and at its gradient says.
+"""A finding, how bad each kind is, and one line for what many rows share.
 
-Each check is a function of a `View` of one batch; its finding names where it is. An error is a
-fault of mask or gradient; a warning may be meant; a note is worth knowing.
+An error is a fault of mask or gradient; a warning may be meant; a note is worth knowing.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
+from sgp.auditing.view import NAME
 
-from sgp.auditing.view import View
-from sgp.labels import IGNORE
-
-ERRORS = (
-    "labels-shifted-twice",
-    "labels-not-the-inputs",
-    "first-output-untrained",
-    "no-targets",
-    "crosses-boundary",
-    "context-logit-gradient",
-    "missing-gradient",
-    "nan",
-)
-WARNINGS = ("padding-scored", "special-scored", "no-eos", "all-scored")
-NOTES = ("module-not-run", "zero-gradient", "not-measured", "another-loss", "worse-than-uniform")
-OF_THE_GRADIENT = ("context-logit-gradient", "missing-gradient", "nan", *NOTES)
+SEVERITY = {  # of every code, in the order of the documentation's table
+    "labels-shifted-twice": "error",
+    "labels-not-the-inputs": "error",
+    "first-output-untrained": "error",
+    "no-targets": "error",
+    "crosses-boundary": "error",
+    "attends-across-boundary": "error",
+    "turn-end-unscored": "error",
+    "no-eos": "error",
+    "context-logit-gradient": "error",
+    "missing-gradient": "error",
+    "nan": "error",
+    "padding-scored": "warning",
+    "special-scored": "warning",
+    "other-turns-scored": "warning",
+    "doubled-special": "warning",
+    "all-scored": "warning",
+    "module-not-run": "note",
+    "zero-gradient": "note",
+    "not-measured": "note",
+    "another-loss": "note",
+    "worse-than-uniform": "note",
+}
+LEVELS = ("error", "warning", "note")
+OF_THE_GRADIENT = (
+    "attends-across-boundary", "context-logit-gradient", "missing-gradient", "nan",
+    "module-not-run", "zero-gradient", "not-measured", "another-loss", "worse-than-uniform",
+)  # fmt: skip
 """What only a backward pass can say."""
+SHOWN = 6  # ranges of rows or lines that are written out
 
 
 @dataclass(frozen=True)
@@ -38,267 +50,124 @@ class Finding:
 
     code: str
     severity: str  # "error" | "warning" | "note"
-    where: str  # "row 3, tokens 5 to 9"; "" for the whole batch
+    where: str  # "row 3, 5 tokens, 5 to 9"; "" for the whole batch
     message: str
+    row: int | None = None  # of the batch; None: of the whole batch
+    tokens: tuple[int, ...] = ()  # the positions that are meant, within the row
 
     def __str__(self) -> str:
         place = f" ({self.where})" if self.where else ""
         return f"{self.severity}: {self.code}{place}: {self.message}"
 
 
-def find(view: View) -> list[Finding]:
-    """Every finding, errors first."""
-    order = {"error": 0, "warning": 1, "note": 2}
-    found = [finding for check in CHECKS for finding in check(view)]
-    return sorted(found, key=lambda finding: order[finding.severity])
+class Group(NamedTuple):
+    """What one fault looks like in all the rows that have it."""
+
+    code: str
+    severity: str
+    message: str
+    rows: tuple[int, ...]
+    findings: tuple[Finding, ...]
+
+    def __str__(self) -> str:
+        if len(self.findings) == 1:
+            return str(self.findings[0])
+        place = f" ({len(self.rows)} rows, {ranges(self.rows)})" if len(self.rows) > 1 else ""
+        if len(self.rows) == 1:
+            place = f" (row {self.rows[0]}, {len(self.findings)} times)"
+        return f"{self.severity}: {self.code}{place}: {self.message}"
 
 
-def _severity(code: str) -> str:
-    return "error" if code in ERRORS else "warning" if code in WARNINGS else "note"
+def grouped(findings: Iterable[Finding]) -> list[Group]:
+    """One group for each code, severity and message, in the order of their first findings.
+
+    Example:
+        >>> a = Finding("nan", "error", "row 0", "not finite", row=0)
+        >>> b = Finding("nan", "error", "row 1", "not finite", row=1)
+        >>> [str(group) for group in grouped([a, b])]
+        ['error: nan (2 rows, 0 to 1): not finite']
+    """
+    found: dict[tuple[str, str, str], list[Finding]] = {}
+    for finding in findings:
+        key = (finding.code, finding.severity, finding.message)
+        found.setdefault(key, []).append(finding)
+    return [
+        Group(
+            *key, rows=tuple(sorted({f.row for f in of if f.row is not None})), findings=tuple(of)
+        )
+        for key, of in found.items()
+    ]
 
 
-def _of(code: str, where: str, message: str) -> Finding:
-    return Finding(code, _severity(code), where, message)
+def ranges(numbers: Iterable[int]) -> str:
+    """Numbers as ranges, the first few of them.
 
-
-def _rows(mask: Tensor) -> list[int]:
-    return mask.any(1).nonzero()[:, 0].tolist()
-
-
-def _place(mask: Tensor, row: int) -> str:
-    at = mask[row].nonzero()[:, 0].tolist()
-    tokens = f"token {at[0]}" if len(at) == 1 else f"{len(at)} tokens, {at[0]} to {at[-1]}"
-    return f"row {row}, {tokens}"
-
-
-# -- the labels ------------------------------------------------------------------------------------
-
-
-def labels_and_inputs(view: View) -> Iterator[Finding]:
-    """Labels are the inputs themselves: the model, or the loss, shifts them."""
-    marked = view.labels != IGNORE
-    differ = marked & (view.labels != view.input_ids)
-    ahead = torch.zeros_like(differ)
-    ahead[:, :-1] = marked[:, :-1] & (view.labels[:, :-1] == view.input_ids[:, 1:])
-    following = torch.zeros_like(differ)
-    following[:, :-1] = view.targets[:, :-1] == view.input_ids[:, 1:]
-    others = view.predicts & (view.targets != view.input_ids)
-    itself = ~others.any(1) & (view.predicts & ~following).any(1)  # not just a token repeated
-    for row in _rows(differ | itself[:, None]):
-        scored = int(marked[row].sum())
-        if bool(itself[row]):
-            yield _of(
-                "labels-not-the-inputs",
-                _place(view.predicts, row),
-                "each token is trained to predict itself: nothing shifts these labels. Pass "
-                "shift=True, or targets that are the next token's",
-            )
-        elif int(ahead[row].sum()) >= max(1, scored - 1):
-            yield _of(
-                "labels-shifted-twice",
-                _place(differ, row),
-                "labels are the next token's; the loss moves them once more, so every token is "
-                "trained to predict the one after the next. Pass labels that are not shifted",
-            )
+    Example:
+        >>> ranges([0, 2, 5, 6, 7, 8, 9])
+        '0, 2, 5 to 9'
+    """
+    found: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
         else:
-            yield _of(
-                "labels-not-the-inputs",
-                _place(differ, row),
-                "a label is neither -100 nor the token at its place: it was made from another "
-                "sequence, or from one that was padded or cut in another way",
+            found.append([number, number])
+    shown = [f"{a} to {b}" if a < b else str(a) for a, b in found[:SHOWN]]
+    return ", ".join(shown + ["..."] * (len(found) > SHOWN))
+
+
+def check_severity(severity: Mapping[str, str] | None) -> dict[str, str]:
+    """The severities that were asked for.
+
+    Raises:
+        ValueError: a code or a severity that there is not.
+    """
+    given = dict(severity or {})
+    for code, level in given.items():
+        if code not in SEVERITY:
+            raise ValueError(f"{NAME}: severity of {code!r}; the codes are {', '.join(SEVERITY)}")
+        if level not in LEVELS:
+            raise ValueError(f"{NAME}: severity {level!r} of {code}; expected {', '.join(LEVELS)}")
+    return given
+
+
+def check_ignored(
+    ignore: Collection[str], names: Collection[str] | None = None
+) -> Callable[[str], bool]:
+    """Which parameters no finding is to be about: those of the words that are no codes.
+
+    Args:
+        ignore: codes and patterns of parameters' or modules' names.
+        names: of the parameters; None: there is no model, and patterns are taken as they are.
+
+    Raises:
+        ValueError: a word that is neither a code nor a pattern that fits a parameter.
+        TypeError: one word alone.
+    """
+    if isinstance(ignore, str):
+        raise TypeError(f"{NAME}: ignore is {ignore!r}; expected a list of such words")
+    patterns = [word for word in ignore if word not in SEVERITY]
+
+    def ignored(name: str) -> bool:
+        return any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*") for p in patterns)
+
+    for word in patterns:
+        fits = any(fnmatchcase(n, word) or fnmatchcase(n, f"{word}.*") for n in names or ())
+        if not fits and (names is not None or not set(word) & set("*?[.")):
+            raise ValueError(
+                f"{NAME}: ignore has {word!r}, which is no finding and fits no parameter; the "
+                f"codes are {', '.join(SEVERITY)}"
             )
+    return ignored
 
 
-def first_output(view: View) -> Iterator[Finding]:
-    """The first output token is predicted by the last context token."""
-    if view.outputs is None:
-        return
-    lost = view.outputs & ~view.scored & view.attended & ~view.starts  # a start has no predictor
-    lost[:, 1:] &= ~view.outputs[:, :-1] | view.starts[:, :-1]
-    for row in _rows(lost):
-        yield _of(
-            "first-output-untrained",
-            _place(lost, row),
-            "the mask marks this token as output and it has no label: the mask was applied to the "
-            "predicting position, or the last context token was cut off",
-        )
-
-
-def no_targets(view: View) -> Iterator[Finding]:
-    """A row without loss costs a forward pass and trains nothing."""
-    empty = (~view.predicts.any(1)).nonzero()[:, 0].tolist()
-    for row in empty:
-        yield _of(
-            "no-targets",
-            f"row {row}",
-            "no token carries loss: the output is empty, was cut off, or its mask was lost",
-        )
-
-
-def boundaries(view: View) -> Iterator[Finding]:
-    """The first token of a packed sequence is not predicted from the one before it."""
-    crossed = view.scored & view.starts
-    crossed[:, 1:] &= view.attended[:, :-1]
-    for row in _rows(crossed):
-        yield _of(
-            "crosses-boundary",
-            _place(crossed, row),
-            "the first token of a packed sequence carries loss: the last token of another "
-            "sequence would have to predict it. Set its label to -100, or pass cu_seqlens",
-        )
-
-
-def padding(view: View) -> Iterator[Finding]:
-    """Padding carries no loss."""
-    wrong = view.scored & ~view.attended
-    for row in _rows(wrong):
-        yield _of("padding-scored", _place(wrong, row), "padding carries loss")
-    early = view.predicts & ~view.attended
-    early[:, :-1] &= view.attended[:, 1:]
-    for row in _rows(early):
-        yield _of(
-            "padding-scored",
-            _place(early, row),
-            "padding, on the left or between sequences, has to predict the token after it; set "
-            "that token's label to -100",
-        )
-
-
-def special(view: View) -> Iterator[Finding]:
-    """Begin-of-text, image and role tokens are rarely meant to be learned."""
-    ids = torch.tensor(sorted(view.special), dtype=view.input_ids.dtype)
-    wrong = view.scored & view.attended & torch.isin(view.labels, ids)
-    for row in _rows(wrong):
-        names = sorted(set(view.labels[row][wrong[row]].tolist()))
-        yield _of("special-scored", _place(wrong, row), f"special tokens {names} carry loss")
-
-
-def end_of_text(view: View) -> Iterator[Finding]:
-    """A model that never sees the end of an output does not learn to stop."""
-    if not view.eos:
-        return
-    for row in _rows(view.scored):
-        at = view.scored[row].nonzero()[:, 0]
-        of = view.sequence[row][at]
-        for number in of.unique().tolist():
-            last = at[of == number][-2:]  # a template may write a line break after the end
-            ids = view.labels[row, last].tolist()
-            if not view.eos & set(ids):
-                yield _of(
-                    "no-eos",
-                    f"row {row}, token {int(last[-1])}",
-                    f"the last token with loss is {ids[-1]}, not an end of text "
-                    f"({sorted(view.eos)}): cut off, never appended, or the mask sits one token "
-                    "early",
-                )
-
-
-def everything(view: View) -> Iterator[Finding]:
-    """Context that carries loss."""
-    candidates = view.attended & ~view.starts
-    whole = (view.scored | ~candidates).all(1) & candidates.any(1)
-    for row in whole.nonzero()[:, 0].tolist():
-        yield _of("all-scored", f"row {row}", "every token carries loss, the context included")
-
-
-# -- the gradient ----------------------------------------------------------------------------------
-
-
-def context_logits(view: View) -> Iterator[Finding]:
-    """No gradient starts where nothing is predicted."""
-    if view.logit_grad_norm is None:
-        return
-    wrong = (view.logit_grad_norm > 0) & ~view.predicts
-    for row in _rows(wrong):
-        yield _of(
-            "context-logit-gradient",
-            _place(wrong, row),
-            "the logits of positions that predict no scored token have a gradient",
-        )
-
-
-def missing(view: View) -> Iterator[Finding]:
-    """A trainable parameter that the loss does not reach."""
-    if view.without_gradient:
-        yield _of(
-            "missing-gradient",
-            "",
-            f"{_parameters(view.without_gradient)}, trainable, got no gradient from a module that "
-            "ran: its output is detached, or leads nowhere",
-        )
-    if view.not_run:
-        yield _of(
-            "module-not-run",
-            "",
-            f"{_parameters(view.not_run)}, trainable, in a module that this batch did not run",
-        )
-    if view.zero:
-        yield _of(
-            "zero-gradient",
-            "",
-            f"{_parameters(view.zero)}, trainable, with a gradient of exactly zero (LoRA's A has "
-            "one until its B has moved)",
-        )
-
-
-def not_measured(view: View) -> Iterator[Finding]:
-    """Hidden states that take no part in the graph have no gradient, not one of zero."""
-    if view.measured is not None and not bool(view.measured.all()):
-        layers = (~view.measured).nonzero()[:, 0].tolist()
-        yield _of(
-            "not-measured",
-            "",
-            f"the hidden states of layers {layers} are not part of the graph (0: the embeddings)",
-        )
-
-
-def other_loss(view: View) -> Iterator[Finding]:
-    """The model's loss need not be the mean over the targets that the labels say."""
-    if view.loss is None or view.log_prob is None or not view.own_loss:
-        return
-    mean = -float(view.log_prob[view.predicts].mean()) if bool(view.predicts.any()) else 0.0
-    if abs(view.loss - mean) > 0.01 * max(1.0, abs(mean)):  # NaN is another finding
-        yield _of(
-            "another-loss",
-            "",
-            f"the model's loss is {view.loss:.4f}, the mean over the targets {mean:.4f} nats: an "
-            "auxiliary loss, another divisor, or labels that the model shifts in another way",
-        )
-
-
-def worse_than_uniform(view: View) -> Iterator[Finding]:
-    """A trained model is better than a guess."""
-    if view.log_prob is None or view.vocabulary is None or not bool(view.predicts.any()):
-        return
-    mean, uniform = -float(view.log_prob[view.predicts].mean()), math.log(view.vocabulary)
-    if mean > uniform + 1:
-        yield _of(
-            "worse-than-uniform",
-            "",
-            f"the targets have a mean loss of {mean:.2f} nats; a uniform guess has "
-            f"log {view.vocabulary} = {uniform:.2f}. Is it the model's tokenizer?",
-        )
-
-
-def not_a_number(view: View) -> Iterator[Finding]:
-    """A loss or a gradient that is not finite."""
-    if view.log_prob is not None:
-        wrong = ~view.log_prob.isfinite() & view.predicts
-        for row in _rows(wrong):
-            yield _of("nan", _place(wrong, row), "the loss of these predictions is not finite")
-    if view.not_finite:
-        yield _of("nan", "", f"{_parameters(view.not_finite)} with a gradient that is not finite")
-    if view.loss is not None and not math.isfinite(view.loss):
-        yield _of("nan", "", f"the loss is {view.loss}")
-
-
-def _parameters(names: tuple[str, ...]) -> str:
-    """'2 parameters (a, b) are'; the first three names."""
-    many = f"{len(names)} parameters" if len(names) > 1 else "1 parameter"
-    return f"{many} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-
-
-CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
-    labels_and_inputs, first_output, no_targets, boundaries, context_logits, missing, not_a_number,
-    padding, special, end_of_text, everything, not_measured, other_loss, worse_than_uniform,
-)  # fmt: skip
+def settled(
+    findings: Iterable[Finding], ignore: Collection[str], severity: Mapping[str, str]
+) -> list[Finding]:
+    """Without the codes that are ignored, with the severities asked for, errors first."""
+    found = [
+        replace(f, severity=severity[f.code]) if f.code in severity else f
+        for f in findings
+        if f.code not in ignore
+    ]
+    return sorted(found, key=lambda finding: LEVELS.index(finding.severity))

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sgp.auditing.answers import Answer
 from sgp.auditing.findings import Finding
+from sgp.auditing.view import View
 
 ROLES = {  # role: (style of a terminal, colour of a picture, what it is)
     "context": ("dim", "#9aa5b1", "carries no loss; a later token attends to it"),
@@ -44,6 +46,8 @@ class Outcome:
     cosine_detached: float | None
     findings: list[Finding]
     model_name: str
+    view: View
+    answers: tuple[Answer, ...] = ()  # greedy ones, if they were asked for
 
     @property
     def errors(self) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""Leave a model as it was: parameters, gradients, hooks, modes and random state."""
+"""Leave a model as it was: parameters, buffers, gradients, hooks, modes and random state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ CAPTURING = "_output_capturing_hooks_installed"  # transformers' mark of its rec
 
 @contextmanager
 def untouched(model: nn.Module, visit: Callable[[str, nn.Parameter], None]) -> Iterator[None]:
-    """Evaluation mode and gradients on inside; afterwards everything as before.
+    """Training mode and gradients on inside; afterwards everything as before.
+
+    A model that is in training mode at its top keeps the modes of its modules. One that is patched
+    (`sgp.huggingface.patch`) makes all logits in evaluation only, so that its outermost module is
+    told that it evaluates; what is inside of it trains.
 
     `visit(name, parameter)` is called when a trainable parameter's gradient is complete; then the
     gradient is dropped, so that never more than one is held. The parameter's own hooks for that
@@ -25,6 +29,8 @@ def untouched(model: nn.Module, visit: Callable[[str, nn.Parameter], None]) -> I
     gradients = {name: p.grad for name, p in named.items()}
     hooks = {name: dict(p._post_accumulate_grad_hooks or {}) for name, p in named.items()}  # noqa: SLF001  (there is no public list of them)
     recording = _recording(model)
+    moving = (b for b in model.buffers() if b.is_floating_point() or b.numel() == 1)
+    buffers = [(b, b.detach().clone()) for b in moving]  # as a batch norm's; no packed weights
     random = torch.random.fork_rng(list({p.device for p in named.values() if p.is_cuda}))
     handles = []
     for name, p in named.items():
@@ -34,7 +40,10 @@ def untouched(model: nn.Module, visit: Callable[[str, nn.Parameter], None]) -> I
             handles.append(p.register_post_accumulate_grad_hook(_drop(name, visit)))
     try:
         with random, torch.inference_mode(mode=False), torch.enable_grad():
-            model.eval()
+            if not model.training:
+                model.train()
+            for module in filter(_is_patched, modes):
+                module.training = False
             yield
     finally:
         for handle in handles:
@@ -44,7 +53,21 @@ def untouched(model: nn.Module, visit: Callable[[str, nn.Parameter], None]) -> I
             _replace(p, hooks[name])
         for module, mode in modes.items():
             module.training = mode
+        _restore(buffers)
         _forget_recording(model, recording)
+
+
+def _is_patched(module: nn.Module) -> bool:
+    """Whether the loss of this model is a patch's, which stands higher and is known by its form."""
+    owner = getattr(vars(module).get("_loss_function"), "__self__", None)
+    return hasattr(owner, "memory_budget") and hasattr(owner, "selective")
+
+
+@torch.no_grad()
+def _restore(buffers: list[tuple[Tensor, Tensor]]) -> None:
+    for buffer, before in buffers:
+        if buffer.shape == before.shape and not torch.equal(buffer, before):
+            buffer.copy_(before)
 
 
 def _drop(name: str, visit: Callable[[str, nn.Parameter], None]) -> Any:
