@@ -263,8 +263,8 @@ def video():
         (torch.tensor([4, 5, 6, 2, 3, 4]).repeat(3, 1, 1), [0, 3]),  # it was cut at its start
         (torch.cat([positions((9,))[None], torch.arange(T).repeat(3, 1, 1)]), [0, 9]),
     ],
-    ids=["1,T", "3,B,T", "4,B,T", "image", "video", "text-axis", "text-axis-seam", "one", "ones", "cut",
-         "text-axis-alone"],
+    ids=["1,T", "3,B,T", "4,B,T", "image", "video", "text-axis", "text-axis-seam", "one", "ones",
+         "cut", "text-axis-alone"],
 )  # fmt: skip
 def test_seams_of_every_layout(given, expected):
     length = given.shape[-1]
