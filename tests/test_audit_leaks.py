@@ -260,8 +260,11 @@ def video():
         (torch.cat([positions((9,))[None], with_image()]), [0, 9]),
         (torch.arange(T)[None, None].repeat(3, 1, 1), [0]),
         (torch.zeros(3, 1, 4, dtype=torch.long), [0, 1, 2, 3]),
+        (torch.tensor([4, 5, 6, 2, 3, 4]).repeat(3, 1, 1), [0, 3]),  # it was cut at its start
+        (torch.cat([positions((9,))[None], torch.arange(T).repeat(3, 1, 1)]), [0, 9]),
     ],
-    ids=["1,T", "3,B,T", "4,B,T", "image", "video", "text-axis", "text-axis-seam", "one", "ones"],
+    ids=["1,T", "3,B,T", "4,B,T", "image", "video", "text-axis", "text-axis-seam", "one", "ones",
+         "cut", "text-axis-alone"],
 )  # fmt: skip
 def test_seams_of_every_layout(given, expected):
     length = given.shape[-1]
