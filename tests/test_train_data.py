@@ -335,7 +335,9 @@ def test_empty_prompt_needs_a_token_before_its_output(begin, end, context):
 # -- batches ----------------------------------------------------------------------------------
 
 tokens = st.lists(st.integers(1, 50), min_size=1, max_size=6)
-examples = st.lists(st.builds(Example, tokens, tokens, st.just("")), min_size=1, max_size=5)
+examples = st.lists(
+    st.builds(Example, tokens, tokens, st.just(""), st.none()), min_size=1, max_size=5
+)
 
 
 @given(examples)
