@@ -14,11 +14,11 @@ from sgp.train.tokenizer import cache_folder, load_or_train, wrap
 
 _WINDOW = 128
 CHAT = (  # of the tokenizer that is trained here, which has two special tokens
-    "{% if tools %}tools: {{ tools | tojson }}\n{% endif %}"
+    "{% if tools %}tools: {{ tools | tojson }}{{ '\\n' }}{% endif %}"
     "{% for message in messages %}{{ message['role'] }}: "
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] or '' }}"
     "{% if message['tool_calls'] %}{{ message['tool_calls'] | tojson }}{% endif %}{{ eos_token }}"
-    "{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}\n{% endfor %}"
+    "{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
