@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import sgp
@@ -266,6 +266,45 @@ def test_a_first_token_alone_carries_no_loss():
     with pytest.warns(UserWarning, match=r"examples \[1\] of 2 carry no loss"):
         found = sgp.Collator()([ROW, {"input_ids": [5, 6], "labels": [5, -100]}])
     assert found["selection"].sequence.tolist() == [0] * 4
+
+
+@pytest.fixture(scope="module")
+def beginning(tokenizer):
+    """A tokenizer that puts a begin of text before what it is given."""
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
+        **SIGNS | {"bos_token": "<s>"},
+    )
+    made.add_tokens(["<s>"], special_tokens=True)
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", made.bos_token_id)]
+    )
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "packed"),
+    [(kind, packed) for kind in ("text", "prompt", "tokens") for packed in (False, True)]
+    + [("packed", True)],
+)
+def test_a_doubled_begin_of_text_is_said_once_for_each_batch(kind, packed, beginning):
+    bos = beginning.bos_token_id
+    rows = {
+        "text": [{"text": "hello"}, {"text": "<s> hello"}],
+        "prompt": [{"prompt": f"{begin} why", "completion": " it"} for begin in ("", "<s>")],
+        "tokens": [{"input_ids": [*begin, 6, bos, bos], "labels": [-100] * len(begin) + [6, -100,
+                    -100]} for begin in ([bos], [bos, bos])],
+        "packed": [{"input_ids": [bos, 6, *begin, 7, 8], "seq_lengths": [2, 2 + len(begin)],
+                    "labels": [-100, 6, *[-100] * len(begin), 7, 8]}
+                   for begin in ([bos], [bos] * 2)],
+    }[kind]  # fmt: skip
+    with pytest.warns(
+        UserWarning, match=r"examples \[1\] of 2 begin with two begin-of-.*'<s> ?<s>'"
+    ):
+        sgp.Collator(beginning, packed=packed)(rows)
+    sgp.Collator(beginning, packed=packed)(rows[:1])  # warnings are errors here
+    if kind in ("tokens", "packed"):
+        sgp.Collator(packed=packed)(rows)  # no one says what begins a text
 
 
 def test_what_is_cut_off_is_said(tokenizer):
@@ -559,6 +598,19 @@ def test_a_patched_model_takes_the_batch(mode, packed):
     assert model(**batch).loss.item() == pytest.approx(stock.item(), rel=2e-5)
     model.eval()
     assert model(**batch).loss.item() == pytest.approx(stock.item(), rel=2e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("step", [None, 4])
+def test_a_batch_without_its_selection(packed, step):
+    """Everything else is there, and a model can be given all of it."""
+    rows = EXAMPLES["labels"]
+    whole = sgp.Collator(packed=packed, pad_to_multiple_of=step)(rows)
+    bare = sgp.Collator(packed=packed, pad_to_multiple_of=step, selection=False)(rows)
+    assert whole.keys() - bare.keys() == {"selection"}
+    for name, column in bare.items():
+        assert isinstance(column, torch.Tensor)
+        assert torch.equal(column, whole[name]), name
 
 
 def test_workers_carry_the_selection():

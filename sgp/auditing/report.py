@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sgp.auditing.outcome import ROLES, Outcome, Token
 from sgp.auditing.page import to_html
 from sgp.auditing.plot import plot
+from sgp.auditing.repair import Repair, repair
 
 if TYPE_CHECKING:  # rich is imported where it prints
     from rich.console import Console
@@ -103,6 +104,10 @@ class AuditReport(Outcome):
     def to_html(self, path: str | Path) -> Path:
         """Write one self-contained page (page.py)."""
         return to_html(self, path)
+
+    def repair(self) -> Repair:
+        """What can be mended in the batch's labels without a guess (repair.py)."""
+        return repair(self.view)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it; not finite numbers as None."""

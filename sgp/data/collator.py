@@ -41,6 +41,8 @@ class Collator:
         context_loss: prompts and the other side's turns carry loss too.
         assistant_only_loss: of a completion, only what the chat template marks as the assistant's
             carries loss, and not the results of tools, which stand between. TRL's name.
+        selection: whether the batch has its Selection; False leaves tensors alone, as a loop wants
+            that puts batches together or sends them on. The labels say the same.
 
     A packed row is one sequence to a model with a cache, and to models whose attention knows no
     `position_ids`: a patched model and the Trainer go without a cache, and a patched model refuses
@@ -67,9 +69,10 @@ class Collator:
             accelerate would cut up; `context_loss` with `assistant_only_loss`.
 
     Warns:
-        where a sequence carries no loss, or has labels that are its next tokens already, once for
-        each batch; where examples have columns that the batch will not have and a model might want
-        (images, arrays, lists of numbers; not names, texts or single numbers), once for each.
+        where a sequence carries no loss, has labels that are its next tokens already, or begins
+        with two begin-of-text tokens, once for each batch; where examples have columns that the
+        batch will not have and a model might want (images, arrays, lists of numbers; not names,
+        texts or single numbers), once for each.
     """
 
     tokenizer: Any = None
@@ -79,6 +82,7 @@ class Collator:
     pad_token_id: int | None = None
     context_loss: bool = False
     assistant_only_loss: bool = False
+    selection: bool = True
     _dispatched: bool = field(default=False, init=False, repr=False, compare=False)
     _said: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
@@ -106,6 +110,7 @@ class Collator:
             "shifts labels, and the selection is shifted here: each token would be trained to "
             "predict the one after the next. Give labels[t] = input_ids[t]",
         )
+        self._warn_of_doubled(found)
         self._warn_of_columns(examples)
         rows = [row for rows in found for row in rows]
         dispatched = self._dispatched or _dispatching()
@@ -115,9 +120,11 @@ class Collator:
                 "batch up for the others, which a packed row does not survive. Let each process "
                 "read its own: accelerator_config={'dispatch_batches': False}, or packed=False"
             )
-        batch = self._pack(rows) if self.packed else self._pad(rows)
-        if dispatched:  # which concatenates tensors, and nothing else
-            del batch["selection"]
+        batch, boundaries = self._pack(rows) if self.packed else self._pad(rows)
+        if self.selection and not dispatched:  # accelerate concatenates tensors, and nothing else
+            batch["selection"] = Selection.from_labels(
+                batch["labels"], shift=True, cu_seqlens=boundaries
+            )
         return batch
 
     def _rows(self, number: int, example: Mapping[str, Any]) -> list[Row]:
@@ -145,6 +152,21 @@ class Collator:
         if numbers:
             warn(f"{NAME}: examples {numbers} of {len(found)} {what}")
 
+    def _warn_of_doubled(self, found: list[list[Row]]) -> None:
+        """The begin of a text that a template has made, and the one that the tokenizer adds."""
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        twice = [bos, bos]
+        numbers = [
+            n for n, rows in enumerate(found) if any(row.input_ids[:2] == twice for row in rows)
+        ]
+        if bos is not None and numbers:
+            text = self.tokenizer.decode(twice)
+            warn(
+                f"{NAME}: examples {numbers} of {len(found)} begin with two begin-of-text tokens, "
+                f"{text!r}: the text has one, and the tokenizer adds another. Leave it out of the "
+                "text, or give messages in place of a text that a template has made"
+            )
+
     def _warn_of_columns(self, examples: Sequence[Mapping[str, Any]]) -> None:
         """Name what is left out and could be a model's input."""
         lost = {
@@ -161,37 +183,34 @@ class Collator:
                 "them to the batch; if not, remove_columns of the data ends this warning"
             )
 
-    def _pad(self, rows: list[Row]) -> dict[str, Any]:
+    def _pad(self, rows: list[Row]) -> tuple[dict[str, Any], None]:
         T = self._rounded(max(len(row.input_ids) for row in rows))
         lengths = torch.tensor([len(row.input_ids) for row in rows])
         attended = torch.arange(T) < lengths[:, None]
-        labels = torch.tensor([_filled(row.labels, T, IGNORE) for row in rows])
-        return {
+        batch = {
             "input_ids": torch.tensor([_filled(r.input_ids, T, self._padding) for r in rows]),
-            "labels": labels,
+            "labels": torch.tensor([_filled(row.labels, T, IGNORE) for row in rows]),
             "attention_mask": attended.long(),
             "position_ids": torch.arange(T) * attended,
-            "selection": Selection.from_labels(labels, shift=True),
         }
+        return batch, None
 
-    def _pack(self, rows: list[Row]) -> dict[str, Any]:
+    def _pack(self, rows: list[Row]) -> tuple[dict[str, Any], torch.Tensor]:
+        """The batch, and where its sequences begin and end, padding left out."""
         ends = torch.tensor([0, *(len(row.input_ids) for row in rows)]).cumsum(0)
         N = self._rounded(int(ends[-1]))
         ids = [x for row in rows for x in row.input_ids]
         labels = [x for row in rows for x in (IGNORE, *row.labels[1:])]
         positions = [t for row in rows for t in range(len(row.input_ids))]
         rest = list(range(N - len(ids)))  # padding is a sequence of its own, and no one's
-        found = torch.tensor([_filled(labels, N, IGNORE)])
-        selection = Selection.from_labels(found, shift=True, cu_seqlens=ends)
-        if rest:
-            ends = torch.cat([ends, ends.new_tensor([N])])
-        return {
+        with_padding = torch.cat([ends, ends.new_tensor([N])]) if rest else ends
+        batch = {
             "input_ids": torch.tensor([_filled(ids, N, self._padding)]),
-            "labels": found,
+            "labels": torch.tensor([_filled(labels, N, IGNORE)]),
             "position_ids": torch.tensor([positions + rest]),
-            "cu_seqlens": ends.int(),
-            "selection": selection,
+            "cu_seqlens": with_padding.int(),
         }
+        return batch, ends
 
     def _rounded(self, length: int) -> int:
         step = self.pad_to_multiple_of or 1

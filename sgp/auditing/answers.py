@@ -1,0 +1,138 @@
+"""What a model would say in a batch's own contexts, and whether it stops where the labels do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgp.auditing.view import View
+
+BEYOND = 16
+"""Tokens that an answer may have beyond the expected one."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy answer to the context of one row."""
+
+    row: int
+    expected: str  # the first run of tokens with loss
+    generated: str
+    ends: bool  # with an end of text or of a turn
+    tokens: int  # generated, the end included
+
+
+def answer(model: nn.Module, view: View, tokenizer: Any, number: int) -> tuple[Answer, ...]:
+    """Answer the contexts of the first rows that carry loss, greedily.
+
+    A context is a row's first sequence up to its first token with loss; the answer ends with an
+    end of text or of a turn, or 16 tokens after the expected one. The model answers in eval mode
+    and without gradients; its modes and the random state are then as before. `generate` is used
+    where the model has it, else its forward, once for each token.
+
+    Example:
+        >>> for a in answer(model, report.view, tokenizer, 4):  # doctest: +SKIP
+        ...     print(a.generated, a.ends)
+
+    Args:
+        model: as for `sgp.audit`.
+        view: of the batch.
+        tokenizer: decodes; None: numbers.
+        number: of answers, at most; rows without a context or without loss have none.
+    """
+    found: list[Answer] = []
+    with _answering(model):
+        for row, context, expected in _contexts(view):
+            if len(found) == number:
+                break
+            said = _greedy(model, context, len(expected) + BEYOND, view.eos)
+            found.append(
+                Answer(
+                    row,
+                    _text(tokenizer, expected),
+                    _text(tokenizer, said),
+                    ends=bool(said) and said[-1] in view.eos,
+                    tokens=len(said),
+                )
+            )
+    return tuple(found)
+
+
+def _contexts(view: View) -> Iterator[tuple[int, list[int], list[int]]]:
+    """Of each row that has both: the row, its context and what is expected after it."""
+    scored, sequence = view.scored & view.attended, view.sequence
+    for row in scored.any(1).nonzero()[:, 0].tolist():
+        at = scored[row].nonzero()[:, 0]
+        first = int(at[0])
+        same = view.attended[row] & (sequence[row] == sequence[row, first])
+        before = same & (torch.arange(len(same)) < first)
+        ahead = (same & scored[row])[first:]
+        length = int(ahead.long().cumprod(0).sum())
+        if bool(before.any()):
+            ids = view.input_ids[row]
+            yield row, ids[before].tolist(), ids[first : first + length].tolist()
+
+
+@contextmanager
+def _answering(model: nn.Module) -> Iterator[None]:
+    """In eval mode, without gradients, on a random state of its own."""
+    modes = {module: module.training for module in model.modules()}
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(sorted(i for i in devices if i is not None)), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def _greedy(model: nn.Module, context: list[int], most: int, ends: frozenset[int]) -> list[int]:
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    first = next((embeddings or model).parameters(), None)
+    ids = torch.tensor([context], device=first.device if first is not None else "cpu")
+    most = min(most, _window(model, len(context) + most) - len(context))
+    if most < 1:
+        return []
+    if hasattr(model, "generate"):
+        return _generated(model, ids, most, ends)
+    for _ in range(most):
+        ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+        if int(ids[0, -1]) in ends:
+            break
+    found: list[int] = ids[0, len(context) :].tolist()
+    return found
+
+
+def _window(model: nn.Module, default: int) -> int:
+    """The positions that a model has, by its configuration."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()  # type: ignore[union-attr]
+    found = getattr(config, "max_position_embeddings", None)
+    return found if isinstance(found, int) else default
+
+
+def _generated(model: nn.Module, ids: Tensor, most: int, ends: frozenset[int]) -> list[int]:
+    from transformers import GenerationConfig  # noqa: PLC0415
+
+    options = GenerationConfig(
+        max_new_tokens=most,
+        do_sample=False,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=min(ends, default=0),
+    )
+    found = model.generate(  # type: ignore[operator]
+        input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=options
+    )
+    said: list[int] = found[0, ids.shape[1] :].tolist()
+    return said
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    return " ".join(map(str, ids)) if tokenizer is None else str(tokenizer.decode(ids))
