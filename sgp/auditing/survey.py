@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sgp.auditing.colors import visible
 from sgp.auditing.findings import LEVELS, SEVERITY, Finding, ranges
 from sgp.labels import IGNORE
 
@@ -76,7 +77,7 @@ class Survey:
         *,
         key: str = "",
         backward: bool = False,
-    ) -> None:
+    ) -> Entry | None:
         """Note a finding of a line; `text` is asked for the first few alone.
 
         Args:
@@ -85,9 +86,12 @@ class Survey:
             text: the sample's.
             key: what the findings of one entry share, in place of their message.
             backward: whether the backward pass found it.
+
+        Returns:
+            Its entry; None where it is ignored.
         """
         if finding.code in self.ignore:
-            return
+            return None
         name = (finding.code, key or finding.message, backward)
         entry = self._entries.get(name)
         if entry is None:
@@ -99,10 +103,15 @@ class Survey:
         if len(entry.samples) < SAMPLES:
             where = finding.where.partition(", ")[2] if finding.row is not None else finding.where
             entry.samples.append(Sample(line, where, text()))
+        return entry
 
     def note(self, code: str, message: str, line: int, text: Callable[[], str] = str) -> None:
         """Note one of `OF_FILES`."""
         self.add(Finding(code, OF_FILES[code], "", message), line, text)
+
+    def keep(self, entry: Entry) -> None:
+        """Take an entry over from another survey."""
+        self._entries[entry.code, entry.message, entry.backward] = entry
 
     @property
     def entries(self) -> list[Entry]:
@@ -195,7 +204,7 @@ def shown(
             pieces.append(f"[{text}]" if scored else text)
             start = t + 1
     words = ["..."] * (first > 0) + pieces + ["..."] * (end < len(ids))
-    return " ".join(words).replace("\n", "\\n").replace("\t", "\\t")
+    return visible(" ".join(words))
 
 
 def _runs(lines: Iterable[int]) -> list[list[int]]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from sgp.auditing import audit, ends_of, look, vocabulary_of
+from sgp.auditing import audit, ends_of, vocabulary_of
 from sgp.auditing.findings import LEVELS, OF_THE_GRADIENT, SEVERITY
 from sgp.auditing.report import AuditReport
 from sgp.auditing.survey import OF_FILES, Survey, known_codes
@@ -29,9 +31,10 @@ from sgp.commands.audit_rows import (
     chunks,
     describe,
 )
-from sgp.commands.console import Steady
+from sgp.commands.console import steady
 from sgp.data.reading import EXPECTED, Reading, UnreadableError
 from sgp.interrupt import Interrupted, StopRequest
+from sgp.labels import IGNORE
 from sgp.train.errors import UserError
 from sgp.train.model import load, tiny_llama
 from sgp.train.output import check_folder, require, writing
@@ -51,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
             cannot be.
         Interrupted: Ctrl-C; says what was written.
     """
-    console, errors = Steady(), Steady(stderr=True)
+    console, errors = steady(), steady(stderr=True)
     require("transformers", "tokenizers", *(["matplotlib"] if arguments.out else []))
     if arguments.out:
         check_folder(arguments.out, files=FILES)
@@ -84,23 +87,20 @@ class _Job:
     survey: Survey
     maker: Maker
     model: Any  # None until the tiny Llama is made
-    ends: tuple[int, ...]
     ignored: list[str]  # of --ignore, what a batch can have, and patterns of modules
-    severity: dict[str, str]  # of what a batch can have
-    chosen: dict[int, Sample] = field(default_factory=dict)  # with findings, by their line
+    marked: dict[int, Sample] = field(default_factory=dict)  # with findings, by their line
     clean: list[Sample] = field(default_factory=list)
     rows: list[Sample] = field(default_factory=list)  # of the backward pass
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """For `look` and `audit`."""
-        return {"tokenizer": self.maker.tokenizer, "severity": self.severity}
 
     @property
     def most(self) -> int:
         """Tokens of a row in the backward pass."""
         window = self.maker.window
         return self.arguments.max_length or (min(LONGEST, window) if window else LONGEST)
+
+    def reaches_loss(self, sample: Sample) -> bool:
+        """Whether the backward pass would see loss in a row."""
+        return any(x != IGNORE for x in sample.columns["labels"][1 : self.most])
 
 
 def _job(arguments: argparse.Namespace) -> _Job:
@@ -129,11 +129,17 @@ def _job(arguments: argparse.Namespace) -> _Job:
         arguments,
         reading,
         Survey(reading.name, ignore=words, severity=severity),
-        Maker(tokenizer, vocabulary, owner, _window(arguments, model)),
+        Maker(
+            tokenizer,
+            vocabulary,
+            owner,
+            _window(arguments, model),
+            {code: level for code, level in severity.items() if code in SEVERITY},
+            ends_of(model) if model is not None and tokenizer is not None else (),
+            learn(tokenizer),
+        ),
         model,
-        ends_of(model) if model is not None and tokenizer is not None else (),
         [word for word in words if word not in OF_FILES],
-        {code: level for code, level in severity.items() if code in SEVERITY},
     )
 
 
@@ -159,7 +165,7 @@ def _tokenizer(name: str) -> Any:
 
 def _window(arguments: argparse.Namespace, model: Any) -> int | None:
     given: int | None = arguments.max_length
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     most = getattr(text, "max_position_embeddings", None)
     if not isinstance(most, int):
@@ -174,52 +180,32 @@ def _window(arguments: argparse.Namespace, model: Any) -> int | None:
 # -- every line ------------------------------------------------------------------------------------
 
 
-def _survey(job: _Job, advance: Any, *, repair: Path | None) -> Mended | None:
+def _survey(job: _Job, advance: Callable[[], None], *, repair: Path | None) -> Mended | None:
     """Look at the labels of every line; the rows with findings are kept for a closer look."""
-    survey, turns = job.survey, learn(job.maker.tokenizer)
-    mended = Mended(job.maker, survey, job.options, job.ends) if repair else None
-    for samples in chunks(job.reading, job.maker, survey):
+    survey, maker, most = job.survey, job.maker, job.arguments.rows
+    mended = Mended(maker, survey, repair) if repair else None
+    for samples in chunks(job.reading, maker, survey):
         survey.unit = job.reading.unit
-        for group in batches(samples, ordered=repair is not None):
-            batch = batch_of(group)
-            found = look(
-                batch,
-                eos=job.ends,
-                turns=turns,
-                max_length=job.maker.window,
-                **job.options,
-            )
-            marked = _told(job, group, found)
-            if mended:
-                mended.add(batch, group)
-            _keep_clean(job, [x for n, x in enumerate(group) if n not in marked])
+        found = [pair for group in batches(samples) for pair in maker.look(group)]
+        found.sort(key=lambda pair: pair[0].line)
+        marked = {sample.line: sample for sample in samples if sample.noted}
+        for sample, finding in found:
+            entry = survey.add(finding, sample.line, describe(sample, finding, maker))
+            if entry is not None and len(entry.lines) <= most:
+                marked[sample.line] = sample
+        if len(job.marked) < CANDIDATES * most:
+            job.marked |= marked
+        faulty = {sample.line for sample, _ in found} | set(marked)
+        clean = (sample for sample in samples if sample.line not in faulty)
+        job.clean += islice(filter(job.reaches_loss, clean), most - len(job.clean))
+        if mended:
+            for group in batches(samples, ordered=True):
+                mended.add(group)
         advance()
     survey.unit = job.reading.unit
     if not survey.samples:
         raise UserError(_nothing_usable(job))
     return mended
-
-
-def _told(job: _Job, group: list[Sample], findings: list[Any]) -> set[int]:
-    """Tell the survey; the rows that have a finding."""
-    marked = set()
-    for finding in sorted(findings, key=lambda finding: group[finding.row].line):
-        sample = group[finding.row]
-        if finding.code == "no-eos" and sample.cut:  # completion-cut says it
-            continue
-        job.survey.add(finding, sample.line, describe(sample, finding, job.maker))
-        if finding.code in job.survey.ignore:
-            continue
-        marked.add(finding.row)
-        if len(job.chosen) < CANDIDATES * job.arguments.rows:
-            job.chosen.setdefault(sample.line, sample)
-    return marked
-
-
-def _keep_clean(job: _Job, samples: list[Sample]) -> None:
-    if len(job.clean) < job.arguments.rows or job.clean[-1].line > samples[0].line:
-        with_loss = [x for x in samples if any(y != -100 for y in x.columns["labels"][: job.most])]
-        job.clean = sorted(job.clean + with_loss)[: job.arguments.rows]
 
 
 def _nothing_usable(job: _Job) -> str:
@@ -234,3 +220,112 @@ def _nothing_usable(job: _Job) -> str:
 def _first(entry: Any) -> str:
     text = entry.samples[0].text
     return f"{entry.message} ({text})" if text else entry.message
+
+
+@contextmanager
+def _bar(console: Console, reading: Reading) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal while a file is read, by its bytes; yields what moves it."""
+    columns = (
+        TextColumn(f"reading {escape(reading.name)}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    off = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=off) as progress:
+        task = progress.add_task("reading", total=None)
+
+        def advance() -> None:
+            progress.update(task, total=reading.size, completed=reading.done)
+
+        yield advance
+
+
+# -- the closer look -------------------------------------------------------------------------------
+
+
+def _closer_look(job: _Job) -> AuditReport:
+    """One backward pass of the rows with findings, or else of the first that carry loss."""
+    job.rows = _chosen(job)
+    batch = batch_of([row.columns for row in job.rows], most=job.most)
+    if job.model is None:
+        largest = int(max(batch["input_ids"].max(), batch["labels"].max()))
+        job.model = tiny_llama(1 + max(1, largest), job.most, seed=0)
+    model = job.model.to("cuda") if torch.cuda.is_available() else job.model
+    arguments, maker = job.arguments, job.maker
+    try:
+        report = audit(
+            model,
+            batch,
+            tokenizer=maker.tokenizer,
+            ignore=job.ignored,
+            severity=maker.severity,
+            autocast=DTYPES.get(arguments.autocast),
+            max_length=job.most,
+            generate=arguments.generate,
+        )
+    except Exception as error:  # a foreign model raises what it likes
+        whose = f"--model {arguments.model}" if arguments.model else "the tiny Llama"
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{whose}: {type(error).__name__}: {reason}") from error
+    for finding in report.findings:
+        if finding.code in OF_THE_GRADIENT:
+            rows = job.rows if finding.row is None else [job.rows[finding.row]]
+            for row in rows:
+                job.survey.add(finding, row.line, backward=True)
+    return report
+
+
+def _chosen(job: _Job) -> list[Sample]:
+    """A row of each finding, the worst first; then more of them; then any that carry loss."""
+    entries = [entry for entry in job.survey.entries if set(entry.lines) & set(job.marked)]
+    firsts = [next(x for x in entry.lines if x in job.marked) for entry in entries]
+    others = [line for entry in entries for line in entry.lines if line in job.marked]
+    faulty = [job.marked[line] for line in dict.fromkeys(firsts + others)]
+    none = [x for x in faulty if all(y == IGNORE for y in x.columns["labels"][1:])]
+    usable = [x for x in faulty if x in none or job.reaches_loss(x)] + job.clean
+    usable = usable or faulty
+    if not usable:  # all carry loss beyond the backward pass alone
+        raise UserError(
+            f"{job.reading.shown}: no {job.survey.unit} carries loss within {job.most} tokens; "
+            "raise --max-length"
+        )
+    return sorted(alike_seams(usable)[: job.arguments.rows])
+
+
+def _labels(job: _Job) -> list[str]:
+    return [f"{job.survey.unit} {row.line}" for row in job.rows]
+
+
+def _print(job: _Job, report: AuditReport, console: Console) -> None:
+    console.print()
+    if not job.arguments.model:
+        console.print("A tiny Llama with random weights: who receives a gradient, not how much.")
+    report.print(console, rows=len(job.rows), tokens=SHOWN, findings=False, labels=_labels(job))
+    console.print()
+    job.survey.print(console)
+
+
+def _write(job: _Job, report: AuditReport, mended: Mended | None, console: Console) -> None:
+    """Write the files; Ctrl-C waits until they are whole."""
+    out, names = job.arguments.out, ""
+    content = job.survey.to_dict() | {"lines": [row.line for row in job.rows]}
+    if mended:
+        content["repair"] = mended.to_dict()
+    with StopRequest(Console(stderr=True).print) as stop:
+        stop.protect("writing; one moment")
+        if mended:
+            mended.write()
+            names = f"{mended.path}"
+        if out:
+            with writing(out):
+                out.mkdir(parents=True, exist_ok=True)
+                report.plot(out / "audit.png", label=_labels(job)[0])
+                report.to_html(out / "audit.html", survey=job.survey, labels=_labels(job))
+                text = json.dumps(content | {"report": report.to_dict()}, allow_nan=False)
+                (out / "audit.json").write_text(text + "\n", encoding="utf-8")
+            of_out = ", ".join(sorted(path.name for path in out.glob("audit.*")))
+            names = f"{names}, and {of_out} in {out}" if names else f"{of_out} in {out}"
+        console.print(f"wrote {names}", soft_wrap=True)
+    if stop.requested:
+        raise Interrupted(f"after it wrote {names}")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sgp.auditing import look
 from sgp.auditing.findings import Finding
 from sgp.auditing.survey import OF_FILES, Survey, shown
+from sgp.auditing.turns import Turns
+from sgp.auditing.view import View, read
 from sgp.data.examples import MASKS, Tokenized, tokenize_all
 from sgp.data.reading import Line, alike, kind
 from sgp.labels import IGNORE
@@ -26,22 +30,45 @@ class Sample(NamedTuple):
     """One line's row."""
 
     line: int
-    columns: dict[str, list[int]]
-    cut: bool = False  # tokens beyond the window were left out
+    columns: dict[str, list[int]]  # up to the window
+    whole: dict[str, list[int]]
+    noted: bool = False  # the survey knows something of it
 
     @property
-    def has_loss(self) -> bool:
-        """Whether any token carries loss."""
-        return any(x != IGNORE for x in self.columns["labels"])
+    def cut(self) -> bool:
+        """Whether tokens beyond the window were left out."""
+        return self.columns is not self.whole
 
 
 class Maker(NamedTuple):
-    """What rows are made with."""
+    """What rows are made with, and looked at."""
 
     tokenizer: Any
     vocabulary: int | None  # the model's, or the tokenizer's
     owner: str  # "model" or "tokenizer"
     window: int | None
+    severity: Mapping[str, str] = MappingProxyType({})  # of codes that a batch can have
+    ends: tuple[int, ...] = ()  # what the model's generation stops at
+    turns: Turns = Turns()
+
+    def look(self, samples: list[Sample]) -> list[tuple[Sample, Finding]]:
+        """The findings of samples that make one batch, each with its sample."""
+        found = look(
+            batch_of([sample.columns for sample in samples]),
+            tokenizer=self.tokenizer,
+            eos=self.ends,
+            max_length=self.window,
+            severity=self.severity,
+            turns=self.turns,
+        )
+        pairs = [(samples[f.row], f) for f in found if f.row is not None]
+        # Of a row that was cut at the window, completion-cut says it.
+        return [(x, f) for x, f in pairs if not (x.cut and f.code == "no-eos")]
+
+    def view(self, samples: list[Sample]) -> View:
+        """One batch, with all its tokens."""
+        batch = batch_of([sample.whole for sample in samples])
+        return read(batch, tokenizer=self.tokenizer, eos=self.ends)
 
     def decode(self, ids: list[int]) -> str:
         """The text of some tokens, or their numbers."""
@@ -97,11 +124,12 @@ def _sample(line: Line, found: Tokenized, maker: Maker, survey: Survey) -> Sampl
         if wrong:
             unusable(survey, line.number, wrong)
             return None
-    V = LARGEST if maker.vocabulary is None else maker.vocabulary
-    if max(max(ids), max(labels)) >= V:
+    V, noted = LARGEST if maker.vocabulary is None else maker.vocabulary, False
+    if max(*ids, *labels) >= V:
         _outside(line.number, ids, labels, maker, survey)
         return None
     if found.merged:
+        noted = True
         survey.note(
             "prompt-merged",
             "the tokens of the prompt alone are not the first of prompt and completion together "
@@ -110,7 +138,7 @@ def _sample(line: Line, found: Tokenized, maker: Maker, survey: Survey) -> Sampl
             lambda: found.merged,
         )
     survey.samples += 1
-    return _windowed(Sample(line.number, columns), maker, survey)
+    return windowed(Sample(line.number, columns, columns, noted), maker, survey)
 
 
 def _seq_lengths(row: dict[str, Any], columns: dict[str, list[int]]) -> str:
@@ -125,9 +153,7 @@ def _seq_lengths(row: dict[str, Any], columns: dict[str, list[int]]) -> str:
     return ""
 
 
-def _outside(
-    line: int, ids: list[int], labels: list[int], maker: Maker, survey: Survey
-) -> None:
+def _outside(line: int, ids: list[int], labels: list[int], maker: Maker, survey: Survey) -> None:
     V = LARGEST if maker.vocabulary is None else maker.vocabulary
     name, at, token = next(
         (name, t, x)
@@ -145,24 +171,25 @@ def _outside(
     survey.note("outside-vocabulary", message, line, lambda: f"{name}[{at}] is {token}")
 
 
-def _windowed(sample: Sample, maker: Maker, survey: Survey) -> Sample:
+def windowed(sample: Sample, maker: Maker, survey: Survey) -> Sample:
     """Cut at the window, as it is trained on."""
-    labels = sample.columns["labels"]
-    if maker.window is None or len(labels) <= maker.window:
+    labels, window = sample.columns["labels"], maker.window
+    if window is None or len(labels) <= window:
         return sample
-    columns = {k: v[: maker.window] for k, v in sample.columns.items()}
-    lost = sum(x != IGNORE for x in labels[maker.window :])
-    if lost and any(x != IGNORE for x in columns["labels"][1:]):
+    columns = {k: v[:window] for k, v in sample.columns.items()}
+    lost = sum(x != IGNORE for x in labels[window:])
+    noted = bool(lost) and any(x != IGNORE for x in columns["labels"][1:])
+    if noted:
         survey.note(
             "completion-cut",
-            f"the window of {maker.window} tokens cuts the completion: its end is not trained",
+            f"the window of {window} tokens cuts the completion: its end is not trained",
             sample.line,
             lambda: (
                 f"{lost} of {sum(x != IGNORE for x in labels)} tokens with loss are beyond it: "
-                + shown(columns["input_ids"], columns["labels"], [maker.window - 1], maker.decode)
+                + shown(columns["input_ids"], columns["labels"], [window - 1], maker.decode)
             ),
         )
-    return Sample(sample.line, columns, cut=True)
+    return Sample(sample.line, columns, sample.whole, noted or sample.noted)
 
 
 # -- batches ---------------------------------------------------------------------------------------
@@ -176,8 +203,8 @@ def batches(samples: list[Sample], *, ordered: bool = False) -> Iterator[list[Sa
         return
     for sample in samples:
         by_columns.setdefault(tuple(sorted(sample.columns)), []).append(sample)
-    for alike_ones in by_columns.values():
-        yield from _full(sorted(alike_ones, key=_length))
+    for similar in by_columns.values():
+        yield from _full(sorted(similar, key=_length))
 
 
 def _runs(samples: list[Sample]) -> Iterator[list[Sample]]:
@@ -205,21 +232,20 @@ def _length(sample: Sample) -> int:
     return len(sample.columns["input_ids"])
 
 
-def batch_of(samples: list[Sample], *, most: int | None = None) -> dict[str, Tensor]:
+def batch_of(rows: list[dict[str, list[int]]], *, most: int | None = None) -> dict[str, Tensor]:
     """Padded on the right, with a mask unless positions say where sequences begin.
 
     Args:
-        samples: of the same seams; masks of outputs are left out where not all have them.
+        rows: columns, with the same seams; masks of outputs are left out where not all have them.
         most: tokens of a row.
     """
-    lengths = torch.tensor([min(_length(x), most or _length(x)) for x in samples])
+    lengths = torch.tensor([len(row["input_ids"][:most]) for row in rows])
     longest = int(lengths.max())
     found = {}
     for name in ("input_ids", "labels", *AS_THEY_STAND):
-        if all(name in sample.columns for sample in samples):
+        if all(name in row for row in rows):
             fill = [IGNORE if name == "labels" else 0] * longest
-            rows = [(x.columns[name][:longest] + fill)[:longest] for x in samples]
-            found[name] = torch.tensor(rows).long()
+            found[name] = torch.tensor([(row[name] + fill)[:longest] for row in rows]).long()
     found["lengths"] = lengths
     if "attention_mask" not in found and "position_ids" not in found:
         # with positions, a model keeps packed rows apart where no mask is given

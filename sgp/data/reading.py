@@ -157,6 +157,8 @@ def needed(package: str) -> str:
     """
     if package in ("transformers", "tokenizers", "matplotlib"):
         return f"needs {package}; in your clone of sgp, run: pip install -e '.[train]'"
+    if package in ("rich", "torch", "numpy"):
+        return f"needs {package}; in your clone of sgp, run: pip install -e ."
     return f"needs {package}; run: pip install {package}"
 
 
