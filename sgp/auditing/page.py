@@ -82,6 +82,7 @@ def to_html(
     *,
     survey: Survey | None = None,
     labels: Sequence[str] = (),
+    after: Survey | None = None,
 ) -> Path:
     """Write the report as one self-contained page.
 
@@ -95,6 +96,7 @@ def to_html(
         path: of the page.
         survey: of the file that the rows are from: its findings stand in place of the batch's.
         labels: what the rows are called ("line 21").
+        after: of the file that was repaired, where one was written.
 
     Returns:
         The path.
@@ -102,17 +104,18 @@ def to_html(
     scale = _scale(report)
     names = [report.name_of(n, labels) for n in range(len(report.tokens))]
     rows = "".join(_row(report, n, name, scale) for n, name in enumerate(names))
-    of = f" of {survey.name}" if survey is not None else ""
+    where = f"{survey.name}, {report.model_name}" if survey is not None else report.model_name
     verdict = survey.summary() if survey is not None else _verdict(report)
-    title = f"Audit{of}: {report.model_name}"
+    title = f"Audit: {where}"
     found = Path(path)
     found.write_text(
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{_text(title)}</title><style>{STYLE}{_colors()}</style></head><body>"
-        f"<h1>Where the gradient went{_text(of)}: {_text(report.model_name)}</h1>"
+        f"<h1>Where the gradient went: {_text(where)}</h1>"
         f"<p class='sub'>{_text(verdict)}</p>"
         f"{_of_file(survey) if survey is not None else _of_batch(report, labels)}"
+        f"{_repaired(after) if after is not None else ''}"
         f"<p class='sub'>loss {report.loss:.4f} nats{_parts(report)}</p>{_answers(report, labels)}"
         "<input class='by' type='radio' name='by' id='by-role' checked>"
         "<input class='by' type='radio' name='by' id='by-loss'>"
@@ -140,6 +143,8 @@ def _verdict(report: Outcome) -> str:
 
 
 def _of_file(survey: Survey) -> str:
+    """Every finding with its lines; brackets stand around what carries loss."""
+
     def samples(entry: Any) -> str:
         lines = (
             f"{survey.unit} {number}{f', {where}' if where else ''}: {text}"
@@ -152,6 +157,11 @@ def _of_file(survey: Survey) -> str:
         _finding(entry.severity, entry.code, survey.where(entry), entry.message, samples(entry))
         for entry in survey.entries
     )
+
+
+def _repaired(after: Survey) -> str:
+    verdict = f"<p class='sub'>after the repair: {_text(after.summary())}</p>"
+    return verdict + (_of_file(after) if after.entries else "")
 
 
 def _of_batch(report: Outcome, labels: Sequence[str]) -> str:

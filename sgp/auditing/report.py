@@ -109,10 +109,15 @@ class AuditReport(Outcome):
         return plot(self, path, row=row, label=label)
 
     def to_html(
-        self, path: str | Path, *, survey: Survey | None = None, labels: Sequence[str] = ()
+        self,
+        path: str | Path,
+        *,
+        survey: Survey | None = None,
+        labels: Sequence[str] = (),
+        after: Survey | None = None,
     ) -> Path:
         """Write one self-contained page (page.py); `survey` has the findings of a whole file."""
-        return to_html(self, path, survey=survey, labels=labels)
+        return to_html(self, path, survey=survey, labels=labels, after=after)
 
     def repair(self) -> Repair:
         """What can be mended in the batch's labels without a guess (repair.py)."""

@@ -67,6 +67,7 @@ class Survey:
     ignore: Collection[str] = ()
     severity: Mapping[str, str] = field(default_factory=dict)
     samples: int = 0  # lines that were used
+    skipped: int = 0  # lines that could not be
     _entries: dict[tuple[str, str, bool], Entry] = field(default_factory=dict)
 
     def add(
@@ -137,9 +138,10 @@ class Survey:
 
     def summary(self) -> str:
         """'50 lines of data.jsonl: 1 error'."""
-        return f"{self.samples} {self.unit}{'s' * (self.samples != 1)} of {self.name}: " + (
-            self.verdict()
-        )
+        total = self.samples + self.skipped
+        lines = f"{total} {self.unit}{'s' * (total != 1)}"
+        used = f"{self.samples} of {lines}" if self.skipped else lines
+        return f"{used} of {self.name}: {self.verdict()}"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it; `ranges` has the first and the last number of each run of lines."""
@@ -147,6 +149,7 @@ class Survey:
             "file": self.name,
             "unit": self.unit,
             "samples": self.samples,
+            "skipped": self.skipped,
             "failed": self.failed,
             "findings": [
                 {
@@ -167,6 +170,7 @@ class Survey:
         """A line for each finding, and its first sample."""
         from rich.text import Text  # noqa: PLC0415
 
+        bracketed = False
         console.print(Text(self.summary(), style="" if self.entries else "green"), soft_wrap=True)
         for entry in self.entries:
             count = len(set(entry.lines))
@@ -177,6 +181,9 @@ class Survey:
                 number, where, text = entry.samples[0]
                 place = f"{self.unit} {number}" + (f", {where}" if where else "")
                 console.print(Text(f"    {place}: {text}", style="dim"), soft_wrap=True)
+                bracketed = bracketed or "[" in text
+        if bracketed:
+            console.print(Text("    [ ]: carries loss", style="dim"))
 
 
 def known_codes() -> list[str]:

@@ -309,7 +309,9 @@ def _print(job: _Job, report: AuditReport, console: Console) -> None:
 def _write(job: _Job, report: AuditReport, mended: Mended | None, console: Console) -> None:
     """Write the files; Ctrl-C waits until they are whole."""
     out, names = job.arguments.out, ""
-    content = job.survey.to_dict() | {"lines": [row.line for row in job.rows]}
+    failed = (mended.after if mended else job.survey).failed
+    content = job.survey.to_dict() | {"exit_code": int(failed)}
+    content["lines"] = [row.line for row in job.rows]
     if mended:
         content["repair"] = mended.to_dict()
     with StopRequest(Console(stderr=True).print) as stop:
@@ -321,7 +323,9 @@ def _write(job: _Job, report: AuditReport, mended: Mended | None, console: Conso
             with writing(out):
                 out.mkdir(parents=True, exist_ok=True)
                 report.plot(out / "audit.png", label=_labels(job)[0])
-                report.to_html(out / "audit.html", survey=job.survey, labels=_labels(job))
+                after = mended.after if mended else None
+                page = out / "audit.html"
+                report.to_html(page, survey=job.survey, labels=_labels(job), after=after)
                 text = json.dumps(content | {"report": report.to_dict()}, allow_nan=False)
                 (out / "audit.json").write_text(text + "\n", encoding="utf-8")
             of_out = ", ".join(sorted(path.name for path in out.glob("audit.*")))

@@ -92,8 +92,7 @@ def chunks(lines: Iterable[Line], maker: Maker, survey: Survey) -> Iterator[list
 def _refused(line: Line, maker: Maker, survey: Survey) -> bool:
     reason = line.reason
     if not reason and maker.tokenizer is None and kind(line.row) != "input_ids":
-        name = {"prompt": "prompt and completion"}.get(kind(line.row), kind(line.row))
-        reason = f"{name} needs --tokenizer or --model"
+        reason = "is text, which needs --tokenizer or --model"
     if reason:
         unusable(survey, line.number, reason)
     return bool(reason)
@@ -102,6 +101,7 @@ def _refused(line: Line, maker: Maker, survey: Survey) -> bool:
 def unusable(survey: Survey, line: int, reason: str) -> None:
     """Note a line that cannot be used."""
     code = "unusable-line"
+    survey.skipped += 1
     survey.add(Finding(code, OF_FILES[code], "", reason), line, key=alike(reason))
 
 
@@ -135,7 +135,7 @@ def _sample(line: Line, found: Tokenized, maker: Maker, survey: Survey) -> Sampl
             "the tokens of the prompt alone are not the first of prompt and completion together "
             "(they merge, or the template differs): some of the prompt carries loss",
             line.number,
-            lambda: found.merged,
+            lambda: repr(found.merged),
         )
     survey.samples += 1
     return windowed(Sample(line.number, columns, columns, noted), maker, survey)
@@ -168,6 +168,7 @@ def _outside(line: int, ids: list[int], labels: list[int], maker: Maker, survey:
             f"tokens are outside the {maker.owner}'s [0, {V}); was the file made with another "
             "tokenizer?"
         )
+    survey.skipped += 1
     survey.note("outside-vocabulary", message, line, lambda: f"{name}[{at}] is {token}")
 
 

@@ -314,8 +314,10 @@ def _prompt_and_completion(
         prompt, completion = (_messages(example, name) for name in ("prompt", "completion"))
         alone = _template(tokenizer, prompt, **given, add_generation_prompt=True)["input_ids"]
         ids, mask = _turns(tokenizer, [*prompt, *completion], given, assistant_only_loss)
-    pairs = zip(alone, ids, strict=False)
-    start = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    start = len(alone)
+    if ids[:start] != alone:
+        pairs = zip(alone, ids, strict=False)
+        start = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     merged = tokenizer.decode(alone[start:]) if start < len(alone) else ""
     return ids, start, mask, merged
 
