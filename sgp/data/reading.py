@@ -118,6 +118,7 @@ class Reading:
                 yield Line(number + 1, {}, reason)
                 return
             if data is None:
+                self.done = self.size or self.done
                 return
             number += 1
             if number == 1:
