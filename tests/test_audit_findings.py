@@ -2,6 +2,8 @@
 
 import inspect
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,19 @@ from sgp.auditing import look
 from sgp.auditing.checks import find
 from sgp.auditing.findings import SEVERITY
 from sgp.auditing.view import read, suffixes
-from tests.audited import CONTEXTS, EOS, LENGTHS, B, T, Tokenizer, V, make, make_batch
+from tests.audited import (
+    CONTEXTS,
+    EOS,
+    LENGTHS,
+    B,
+    T,
+    Tokenizer,
+    V,
+    chat_tokenizer,
+    make,
+    make_batch,
+    make_chat,
+)
 
 
 @pytest.fixture
@@ -61,6 +75,31 @@ class OtherLoss:
         return out
 
 
+def attended_over_the_seam(c):
+    """transformers looks at the mask alone, if there is one."""
+    packed(c)
+    c.labels[0, 9] = -100
+
+
+def end_masked(c):
+    c.labels[1, LENGTHS[1] - 1] = -100
+
+
+def question_scored(c):
+    chat = (("user", [9, 10]), ("assistant", [11]), ("user", [12]), ("assistant", [13]))
+    c.batch.clear()
+    c.batch.update(make_chat(*chat))
+    c.batch["labels"][0, 3] = 10
+    return chat_tokenizer()
+
+
+def doubled_begin(c):
+    c.ids[0, :2] = 1
+    tokenizer = Tokenizer()
+    tokenizer.bos_token_id = 1
+    return tokenizer
+
+
 def loss_of_everything(c):
     """A gradient at every position."""
     c.model.forward = OtherLoss(c.model.forward, lambda out: out.logits.logsumexp(-1).mean())
@@ -84,7 +123,7 @@ def special(c):
 
 
 def no_end(c):
-    c.labels[0, -1] = c.ids[0, -1] = 9
+    c.labels[1, LENGTHS[1] - 1] = c.ids[1, LENGTHS[1] - 1] = 9
 
 
 def context_too(c):
@@ -124,12 +163,16 @@ PLANTS = {  # code: (the fault, the row where it is; None: everywhere)
     "first-output-untrained": (first_output_lost, 0),
     "no-targets": (nothing_scored, 2),
     "crosses-boundary": (packed, 0),
+    "attends-across-boundary": (attended_over_the_seam, 0),
+    "turn-end-unscored": (end_masked, 1),
+    "other-turns-scored": (question_scored, 0),
+    "doubled-special": (doubled_begin, 0),
     "context-logit-gradient": (loss_of_everything, 0),
     "missing-gradient": (detached_layer, None),
     "nan": (not_a_number, 0),
     "padding-scored": (padding, 1),
     "special-scored": (special, 0),
-    "no-eos": (no_end, 0),
+    "no-eos": (no_end, 1),
     "all-scored": (context_too, 0),
     "module-not-run": (unused_tower, None),
     "zero-gradient": (adapter, None),
@@ -142,14 +185,26 @@ PLANTS = {  # code: (the fault, the row where it is; None: everywhere)
 @pytest.mark.parametrize("code", PLANTS)
 def test_a_planted_fault_is_found(code, model, batch):
     fault, row = PLANTS[code]
-    fault(SimpleNamespace(model=model, ids=batch["input_ids"], labels=batch["labels"], batch=batch))
-    report = sgp.audit(model, batch, tokenizer=Tokenizer())
+    parts = SimpleNamespace(
+        model=model, ids=batch["input_ids"], labels=batch["labels"], batch=batch
+    )
+    tokenizer = fault(parts) or Tokenizer()
+    report = sgp.audit(model, batch, tokenizer=tokenizer)
     found = [finding for finding in report.findings if finding.code == code]
     assert found, report.findings
     assert found[0].severity == SEVERITY[code]
     assert found[0].message
     assert found[0].where.startswith("" if row is None else f"row {row}")
     assert bool(report.errors) == (SEVERITY[code] == "error")
+    assert found[0].row == row
+
+
+def test_the_table_of_severities_is_whole():
+    """As the documentation's, in its order."""
+    text = (Path(__file__).parents[1] / "docs/how-to/audit.md").read_text()
+    rows = re.findall(r"^\| `([\w-]+)` \| (\w+) \|", text, re.MULTILINE)
+    assert rows == list(SEVERITY.items())
+    assert set(PLANTS) == set(SEVERITY)
 
 
 # -- what is no fault ------------------------------------------------------------------------------
@@ -214,7 +269,7 @@ def test_seams_are_found_however_they_are_said(way):
     assert seen(batch) == {"crosses-boundary"}
     labels[0, 9] = labels[0, 8] = -100
     found = look(batch, tokenizer=Tokenizer())
-    assert [(f.code, f.where) for f in found] == [("no-eos", "row 0, token 7")], "of each sequence"
+    assert [(f.code, f.where) for f in found] == [("turn-end-unscored", "row 0, token 8")]
 
 
 def test_ends_of_text(model, batch):

@@ -19,10 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from sgp.auditing.checks import find
-from sgp.auditing.findings import Finding, Group, check_severity, grouped, ranges, settled
+from sgp.auditing.findings import (
+    Finding,
+    Group,
+    check_ignored,
+    check_severity,
+    grouped,
+    ranges,
+    settled,
+)
+from sgp.auditing.leaks import find_leaks, packed
 from sgp.auditing.outcome import Token
 from sgp.auditing.report import AuditReport
-from sgp.auditing.trace import Trace, input_embeddings, trace
+from sgp.auditing.trace import OF_LOSS, Trace, gradient_at, input_embeddings, trace
 from sgp.auditing.turns import Turns
 from sgp.auditing.view import NAME, View, read, suffixes
 from sgp.context import SHARDED
@@ -69,8 +78,8 @@ def audit(
         selection: which tokens carry loss, in place of labels. The loss is its (weighted) mean.
         tokenizer: decodes tokens and knows the special ones; None: numbers, and no findings about
             special tokens and the end of text, which the model's generation_config adds to.
-        ignore: codes of findings, and patterns of parameters' names ("*.visual.*"), that no finding
-            is to be about.
+        ignore: codes of findings, and patterns of parameters' names ("*.visual.*", "lm_head"), that
+            no finding is to be about.
         severity: other severities than the table's, `{"no-eos": "warning"}`.
         autocast: the dtype that training runs in; None: no autocast.
         max_length: the window: sequences that reach it may have been cut, and then need no end.
@@ -83,14 +92,15 @@ def audit(
         layer's gradient was seen; parts.py says when.
 
     Raises:
-        ValueError: without labels and selection, if shapes disagree, or a token is outside the
-            model's vocabulary.
+        ValueError: without labels and selection, if shapes disagree, a token is outside the model's
+            vocabulary, or a word of `ignore` or `severity` means nothing.
         TypeError: if the batch is no mapping, the model takes no `output_hidden_states` or its
             parameters are sharded over processes.
     """
-    del autocast, generate
+    del generate
     severities = check_severity(severity)
     model = _unwrapped(model)
+    ignored = check_ignored(ignore, [name for name, _ in model.named_parameters()])
     ends = ends_of(model) if tokenizer is not None else ()
     view = read(batch, selection=selection, tokenizer=tokenizer, eos=ends, max_length=max_length)
     _check_model(model, view)
@@ -103,7 +113,12 @@ def audit(
         view.targets.to(device),
         outputs.to(device) if outputs is not None else None,
         selection,
+        autocast,
     )
+
+    def kept(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for name in names if not ignored(name))
+
     view = replace(
         view,
         loss=found.loss,
@@ -112,11 +127,20 @@ def audit(
         log_prob=found.log_prob,
         logit_grad_norm=found.logit_grad_norm,
         measured=found.measured,
-        without_gradient=found.without_gradient,
-        not_run=found.not_run,
-        not_finite=found.not_finite,
-        zero=found.zero,
+        without_gradient=kept(found.without_gradient),
+        not_run=kept(found.not_run),
+        not_finite=kept(found.not_finite),
+        zero=kept(found.zero),
     )
+    if packed(view):
+        view = replace(
+            view,
+            leaks=find_leaks(
+                view,
+                found.grad_norm,
+                lambda targets: gradient_at(model, inputs, targets, autocast),
+            ),
+        )
     return AuditReport(
         tokens=_tokens(view, found, tokenizer),
         grad_norm=found.grad_norm,
@@ -153,8 +177,8 @@ def look(
         max_length: as for `audit`; ignore, severity too.
         turns: what the tokenizer's chat template says, if it was asked before.
     """
-    del turns
-    view = read(batch, tokenizer=tokenizer, eos=eos, max_length=max_length)
+    check_ignored(ignore)
+    view = read(batch, tokenizer=tokenizer, eos=eos, max_length=max_length, turns=turns)
     return settled(find(view), ignore, check_severity(severity))
 
 
@@ -240,9 +264,8 @@ def _inputs(
         known |= set(THROUGH) | {"output_hidden_states", "use_cache"}
         if hasattr(model, "get_base_model"):  # PEFT's forward passes on what it does not name
             known |= _takes(model.get_base_model())[0]  # type: ignore[operator]
-    of_loss = {"labels", "shift_labels", "num_items_in_batch"}
     if not with_labels or batch.get("labels") is None:
-        known -= of_loss
+        known -= set(OF_LOSS)
     kept = {k: v for k, v in batch.items() if k in known}
     kept |= {k: v for k, v in OPTIONS.items() if k in known}
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kept.items()}

@@ -7,13 +7,15 @@ fault of mask or gradient; a warning may be meant; a note is worth knowing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sgp.auditing import masks
-from sgp.auditing.findings import SEVERITY, Finding
+from sgp.auditing.findings import SEVERITY, Finding, ranges
+from sgp.auditing.turns import text_of
 from sgp.auditing.view import View
 
 
@@ -122,45 +124,129 @@ def padding(view: View) -> Iterator[Finding]:
 
 
 def special(view: View) -> Iterator[Finding]:
-    """Begin-of-text, image and role tokens are rarely meant to be learned."""
-    ids = torch.tensor(sorted(view.special), dtype=view.input_ids.dtype)
-    wrong = view.scored & view.attended & torch.isin(view.labels, ids)
-    for row, at in _places(wrong).items():
-        names = sorted({int(view.labels[row, t]) for t in at})
-        yield _at("special-scored", row, at, f"special tokens {names} carry loss")
+    """Begin-of-text, media and role tokens are rarely meant to be learned."""
+    for row, at in _places(masks.special_scored(view)).items():
+        names = _texts(view, (int(view.labels[row, t]) for t in at))
+        yield _at("special-scored", row, at, f"special tokens ({names}) carry loss")
 
 
-def end_of_text(view: View) -> Iterator[Finding]:
-    """A model that never sees the end of an output does not learn to stop."""
+def other_turns(view: View) -> Iterator[Finding]:
+    """What others say is given, not learned."""
+    whole = _all_scored(view)
+    for role, mask in masks.others_scored(view).items():
+        for row, at in _places(mask & ~whole[:, None]).items():
+            yield _at(
+                "other-turns-scored",
+                row,
+                at,
+                f"tokens of {role} turns carry loss: the model learns to write them itself",
+            )
+
+
+def doubled(view: View) -> Iterator[Finding]:
+    """One begin and one end of text are enough."""
+    for row, at in _places(masks.doubled(view)).items():
+        names = _texts(view, (int(view.input_ids[row, t]) for t in at))
+        yield _at(
+            "doubled-special",
+            row,
+            at,
+            f"{names} stands twice in a row: a template wrote one and the tokenizer another",
+        )
+
+
+def ends(view: View) -> Iterator[Finding]:
+    """A model that never sees the end of an answer does not learn to stop."""
     if not view.eos:
         return
-    for row in view.scored.any(1).nonzero()[:, 0].tolist():
-        at = view.scored[row].nonzero()[:, 0]
-        of = view.sequence[row][at]
-        for number in of.unique().tolist():
-            last = at[of == number][-2:]  # a template may write a line break after the end
-            ids = view.labels[row, last].tolist()
-            if not view.eos & set(ids):
-                yield _of(
-                    "no-eos",
-                    f"row {row}, token {int(last[-1])}",
-                    f"the last token with loss is {ids[-1]}, not an end of text "
-                    f"({sorted(view.eos)}): cut off, never appended, or the mask sits one token "
-                    "early",
-                    row,
-                    (int(last[-1]),),
-                )
+    unscored = masks.unscored_ends(view)
+    yield from _each(
+        "turn-end-unscored",
+        unscored & masks.is_end(view),
+        "the end of a turn stands after an answer and carries no loss: the model does not learn "
+        "to stop there. The mask is one token short, or the end was masked as padding",
+    )
+    names = _texts(view, view.eos)
+    for row, last, sure in _without_end(view, unscored):
+        token = f"row {row}, token {last}"
+        if sure:
+            message = (
+                f"the last token with loss is not an end ({names}), and the window did not cut "
+                "it off: it was never appended, or the mask sits one token early"
+            )
+            yield _of("no-eos", token, message, row, (last,))
+        else:
+            message = (
+                f"the last token with loss is not an end ({names}): cut off, never appended, or "
+                "the mask sits one token early"
+            )
+            yield replace(_of("no-eos", token, message, row, (last,)), severity="warning")
+
+
+def _without_end(view: View, unscored: Tensor) -> Iterator[tuple[int, int, bool]]:
+    """Row and last scored token of sequences without a scored end; whether surely not cut."""
+    B, T = view.input_ids.shape
+    key = view.sequence + torch.arange(B)[:, None] * (T + 1)  # one number for each sequence
+    columns = torch.arange(T).expand(B, T)
+
+    def last(mask: Tensor) -> Tensor:
+        found = torch.full((B * (T + 1),), -1)
+        return found.scatter_reduce_(0, key[mask], columns[mask], "amax")
+
+    final = last(view.scored)
+    which = (final >= 0).nonzero()[:, 0]
+    rows, at = which // (T + 1), final[which]
+    end = view.scored & torch.isin(view.labels, torch.tensor(sorted(view.eos)))
+    before = (at - 1).clamp(min=0)  # a template may write a line break after the end
+    ended = end[rows, at] | (end[rows, before] & (key[rows, before] == which))
+    ended |= last(unscored)[which] > at  # which is said already
+    beyond = torch.isin(view.targets[:, -1], torch.tensor(sorted(view.eos)))
+    ended |= beyond[rows] & (key[rows, -1] == which)  # the target of the row's last token
+    for row, column, number in zip(
+        rows[~ended].tolist(), at[~ended].tolist(), which[~ended].tolist(), strict=True
+    ):
+        own = ((key[row] == number) & view.attended[row]).nonzero()[:, 0]
+        if view.max_length is not None:
+            sure = len(own) < view.max_length
+        else:
+            sure = int(own[-1]) < T - 1 or (not bool(view.attended[row, 0]))
+        yield row, column, sure
+
+
+def _texts(view: View, tokens: Iterable[int]) -> str:
+    return ", ".join(repr(text_of(view.tokenizer, token)) for token in sorted(set(tokens)))
 
 
 def everything(view: View) -> Iterator[Finding]:
     """Context that carries loss."""
-    candidates = view.attended & ~view.starts
-    whole = (view.scored | ~candidates).all(1) & candidates.any(1)
-    for row in whole.nonzero()[:, 0].tolist():
+    for row in _all_scored(view).nonzero()[:, 0].tolist():
         yield _of("all-scored", f"row {row}", "every token carries loss, the context included", row)
 
 
+def _all_scored(view: View) -> Tensor:
+    """(B,) bool: every token that could carry loss does."""
+    candidates = view.attended & ~view.starts
+    return (view.scored | ~candidates).all(1) & candidates.any(1)
+
+
 # -- the gradient ----------------------------------------------------------------------------------
+
+
+def leaks(view: View) -> Iterator[Finding]:
+    """A packed sequence sees itself alone."""
+    for leak in view.leaks:
+        first, last = leak.span
+        others = f"sequence{'s' * (len(leak.reached) > 1)} {ranges(leak.reached)}"
+        yield _of(
+            "attends-across-boundary",
+            f"row {leak.row}, the loss of sequence {leak.sequence} (tokens {first} to {last}) has "
+            f"gradient at the tokens of {others}",
+            "the loss of a packed sequence has gradient at the tokens of other sequences: the "
+            "model attends across their seams. Leave out an attention_mask of ones beside "
+            "position_ids, give a mask of pairs, or do not pack for this model",
+            leak.row,
+            leak.tokens,
+        )
 
 
 def context_logits(view: View) -> Iterator[Finding]:
@@ -202,11 +288,20 @@ def missing(view: View) -> Iterator[Finding]:
 def not_measured(view: View) -> Iterator[Finding]:
     """Hidden states that take no part in the graph have no gradient, not one of zero."""
     if view.measured is not None and not bool(view.measured.all()):
-        layers = (~view.measured).nonzero()[:, 0].tolist()
+        layers = ranges((~view.measured).nonzero()[:, 0].tolist())
         yield _of(
             "not-measured",
             "",
-            f"the hidden states of layers {layers} are not part of the graph (0: the embeddings)",
+            f"the hidden states of layers {layers} are not part of the graph (0: the embeddings): "
+            "nothing before them is trained, or they were made without a graph",
+        )
+    inner = view.measured is not None and bool(view.measured[:-1].any())
+    if view.measured is not None and not inner and bool((view.starts.sum(1) > 1).any()):
+        yield _of(
+            "not-measured",
+            "",
+            "whether packed sequences attend to one another: no hidden state before the last layer "
+            "is part of the graph",
         )
 
 
@@ -256,6 +351,8 @@ def _parameters(names: tuple[str, ...]) -> str:
 
 
 CHECKS: tuple[Callable[[View], Iterator[Finding]], ...] = (
-    labels_and_inputs, first_output, no_targets, boundaries, context_logits, missing, not_a_number,
-    padding, special, end_of_text, everything, not_measured, other_loss, worse_than_uniform,
+    labels_and_inputs, first_output, no_targets, boundaries, leaks, context_logits, missing,
+    not_a_number,
+    ends, padding, special, other_turns, doubled, everything, not_measured, other_loss,
+    worse_than_uniform,
 )  # fmt: skip

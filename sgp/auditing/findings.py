@@ -5,8 +5,9 @@ An error is a fault of mask or gradient; a warning may be meant; a note is worth
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from sgp.auditing.view import NAME
@@ -130,14 +131,42 @@ def check_severity(severity: Mapping[str, str] | None) -> dict[str, str]:
     return given
 
 
+def check_ignored(
+    ignore: Collection[str], names: Collection[str] | None = None
+) -> Callable[[str], bool]:
+    """Which parameters no finding is to be about: those of the words that are no codes.
+
+    Args:
+        ignore: codes and patterns of parameters' or modules' names.
+        names: of the parameters; None: there is no model, and patterns are taken as they are.
+
+    Raises:
+        ValueError: a word that is neither a code nor a pattern that fits a parameter.
+        TypeError: one word alone.
+    """
+    if isinstance(ignore, str):
+        raise TypeError(f"{NAME}: ignore is {ignore!r}; expected a list of such words")
+    patterns = [word for word in ignore if word not in SEVERITY]
+
+    def ignored(name: str) -> bool:
+        return any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*") for p in patterns)
+
+    for word in patterns:
+        fits = any(fnmatchcase(n, word) or fnmatchcase(n, f"{word}.*") for n in names or ())
+        if not fits and (names is not None or not set(word) & set("*?[.")):
+            raise ValueError(
+                f"{NAME}: ignore has {word!r}, which is no finding and fits no parameter; the "
+                f"codes are {', '.join(SEVERITY)}"
+            )
+    return ignored
+
+
 def settled(
     findings: Iterable[Finding], ignore: Collection[str], severity: Mapping[str, str]
 ) -> list[Finding]:
     """Without the codes that are ignored, with the severities asked for, errors first."""
     found = [
-        Finding(f.code, severity[f.code], f.where, f.message, f.row, f.tokens)
-        if f.code in severity
-        else f
+        replace(f, severity=severity[f.code]) if f.code in severity else f
         for f in findings
         if f.code not in ignore
     ]

@@ -8,16 +8,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sgp.auditing.turns import is_blank
 from sgp.auditing.view import View, later
 from sgp.labels import IGNORE
 
+BLANKS = 2  # tokens of white space between an answer and its end, at most
+
 
 def shifted_twice(view: View) -> Tensor:
-    """(B,) bool: labels are the next token's, all but one of them at least."""
+    """(B,) bool: labels are the next token's, but for one, or one of each sequence."""
     marked = view.labels != IGNORE
     ahead = torch.zeros_like(marked)
     ahead[:, :-1] = marked[:, :-1] & (view.labels[:, :-1] == view.input_ids[:, 1:])
+    inner = torch.zeros_like(marked)  # of the last token of a sequence no next one is known
+    inner[:, :-1] = marked[:, :-1] & view.attended[:, 1:] & ~view.starts[:, 1:]
     enough = ahead.sum(1) >= (marked.sum(1) - 1).clamp(min=1)
+    enough |= inner.any(1) & ~(inner & ~ahead).any(1)
     return differing(view).any(1) & ~itself(view) & enough
 
 
@@ -61,16 +67,119 @@ def padding_scored(view: View) -> Tensor:
 
 
 def unscored_ends(view: View) -> Tensor:
-    """Ends of a turn directly after a scored answer, without loss, and line breaks before them."""
-    found = torch.zeros_like(view.attended)
+    """Ends of a turn after a scored answer, without loss, and the white space before them."""
     if not view.eos:
-        return found
-    scored, same = view.scored, view.attended & ~view.starts
-    ends = torch.isin(view.input_ids, torch.tensor(sorted(view.eos), dtype=view.input_ids.dtype))
-    after = later(scored & ~ends) & ~scored & same
-    return after & ends
+        return torch.zeros_like(view.attended)
+    ends, scored = is_end(view), view.scored
+    free = ~scored & view.attended & ~view.starts
+    ended = scored & (ends | later(scored & ends))  # a template may write one token more
+    answered = scored & ~ended
+    at = later(answered) & free
+    if not bool(at.any()):
+        return at
+    turn = roles(view)
+    if turn is not None:  # what is scored of others' turns is no answer
+        at &= later(answered & (_of_assistant(view, turn) | (turn == 0)))
+    found = at & ends
+    for steps in range(1, BLANKS + 1):
+        at = later(at & _blank(view, at & ~ends)) & free
+        if not bool(at.any()):
+            break
+        end = at & ends
+        for back in range(steps + 1):
+            found[:, : end.shape[1] - back] |= end[:, back:]
+    return found
+
+
+def is_end(view: View) -> Tensor:
+    """Tokens that end a text or a turn."""
+    ends = torch.tensor(sorted(view.eos), dtype=view.input_ids.dtype)
+    return torch.isin(view.input_ids, ends)
+
+
+def _blank(view: View, among: Tensor) -> Tensor:
+    """White space, among some tokens."""
+    ids = view.input_ids[among].unique().tolist() if bool(among.any()) else []
+    blank = [token for token in ids if is_blank(view.tokenizer, token)]
+    return among & torch.isin(view.input_ids, torch.tensor(blank, dtype=view.input_ids.dtype))
+
+
+def roles(view: View) -> Tensor | None:
+    """(B, T) int64: the number of the header in `view.turns` that a token stands after, from 1.
+
+    0 where none does; None where the chat template says too little.
+    """
+    headers = view.turns.headers
+    if not headers:
+        return None
+    ids, T = view.input_ids, view.input_ids.shape[1]
+    begun = torch.zeros_like(ids)
+    order = sorted(range(len(headers)), key=lambda n: len(headers[n][1]))  # longer ones win
+    for number in order:
+        header = headers[number][1]
+        n = len(header)
+        if n > T:
+            continue
+        here = view.attended[:, : T - n + 1].clone()
+        for offset, token in enumerate(header):
+            here &= ids[:, offset : T - n + 1 + offset] == token
+        begun[:, : T - n + 1][here] = number + 1
+    reset = (begun > 0) | view.starts
+    at = torch.where(reset, torch.arange(T), 0).cummax(1).values
+    return begun.gather(1, at)
+
+
+def _of_assistant(view: View, turn: Tensor) -> Tensor:
+    numbers = [n for n, (role, _) in enumerate(view.turns.headers, 1) if role == "assistant"]
+    return torch.isin(turn, torch.tensor(numbers))
+
+
+def others_scored(view: View) -> dict[str, Tensor]:
+    """By role: tokens with loss in turns that are not the assistant's; a stop token aside."""
+    found = roles(view)
+    if found is None:
+        return {}
+    scored = view.scored & view.attended
+    scored &= ~(later(scored) & is_end(view)) if view.eos else scored
+    by_role: dict[str, Tensor] = {}
+    for number, (role, _) in enumerate(view.turns.headers, 1):
+        mask = scored & (found == number)
+        if role != "assistant" and bool(mask.any()):
+            by_role[role] = by_role[role] | mask if role in by_role else mask
+    return by_role
+
+
+def special_scored(view: View) -> Tensor:
+    """Tokens with loss that are no part of an answer: begin of text, media, a turn's header."""
+    ids = torch.tensor(sorted(view.special), dtype=view.input_ids.dtype)
+    found = view.scored & view.attended & torch.isin(view.labels, ids)
+    turn = roles(view)
+    if turn is not None and bool(found.any()):
+        assistant = _of_assistant(view, turn)
+        begin = torch.zeros_like(found) if view.bos is None else view.labels == view.bos
+        found &= ~(assistant & later(assistant & view.scored)) | begin
+    return found
 
 
 def doubled(view: View) -> Tensor:
-    """The second of two begins or two ends of text."""
-    return torch.zeros_like(view.attended)
+    """The second of two begins of text that begin a sequence, or of two ends that end one.
+
+    What is padding too (many of it, at an end), or both begin and end, is less surely so.
+    """
+    ids, found = view.input_ids, torch.zeros_like(view.attended)
+    inside = view.attended & ~view.starts
+    same = inside.clone()
+    same[:, 1:] &= ids[:, 1:] == ids[:, :-1]
+    pair, followed = same & ~later(same), torch.zeros_like(same)
+    pair[:, :-1] &= ~same[:, 1:]
+    followed[:, :-1] = inside[:, 1:]
+    second = later(view.starts)
+    if view.bos is not None and (view.bos in view.eos or view.bos == view.pad):
+        found |= pair & (ids == view.bos) & second & followed
+    elif view.bos is not None:
+        found |= same & (ids == view.bos)
+    for end in view.eos:
+        here = pair & (ids == end) & ~second
+        here &= view.scored | (end != view.pad)
+        found |= here & ~(followed & (end == view.bos))
+    return found

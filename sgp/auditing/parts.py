@@ -11,6 +11,9 @@ A head that is tied to the embeddings has a gradient of two sums, the head's H a
 E, where E has rows only for the tokens of the batch: of H those rows are kept until E is there,
 `|H + E|^2 = |H|^2 + 2 <H, E> + |E|^2`.
 
+Activation checkpoints run a module twice: those that make no graph at first (reentrant ones) are
+seen when the backward pass runs them again, the others are not looked at again.
+
 When a weight's gradient is complete its norm is compared with the parts' sum. Where they disagree
 (a weight that is used outside its module), a layer runs twice, or its input is not (B, T, D), there
 is no answer.
@@ -77,6 +80,7 @@ class Parts:
     _sums: dict[int, _Sums] = field(default_factory=dict)  # by the weight's id
     _tied: dict[int, _Tied] = field(default_factory=dict)
     _linear: set[int] = field(default_factory=set)
+    _waiting: set[int] = field(default_factory=set)  # weights that ran without a graph
 
     def watch(self, model: nn.Module) -> None:
         """Hook every linear layer with a trainable weight, and embeddings tied to one."""
@@ -108,7 +112,13 @@ class Parts:
         context = sum(s.context for s in self._sums.values())
         product = sum(s.product for s in self._sums.values())
         whole = outputs + context + 2 * product
-        if not self.complete or not math.isfinite(whole) or whole <= 0 or outputs <= 0:
+        if (
+            self._waiting
+            or not self.complete
+            or not math.isfinite(whole)
+            or whole <= 0
+            or outputs <= 0
+        ):
             return None, None
         cosine = (outputs + product) / (whole * outputs) ** 0.5
         return float((context / whole) ** 0.5), float(cosine)
@@ -116,6 +126,13 @@ class Parts:
     def _of_linear(self, module: Any, args: tuple[Any, ...], result: Any) -> None:
         x, key = args[0] if args else None, id(module.weight)
         seen = key in self._sums
+        again = in_backward()
+        if again and key not in self._waiting:
+            return
+        if not again and not torch.is_grad_enabled() and not seen and key not in self._waiting:
+            self._waiting.add(key)
+            return
+        self._waiting.discard(key)
         if x is None or x.shape[:-1] != self.outputs.shape or seen or not result.requires_grad:
             self.complete = False
             return
@@ -144,6 +161,8 @@ class Parts:
 
     def _of_embedding(self, module: nn.Embedding, args: tuple[Any, ...], result: Any) -> None:
         ids, key = args[0] if args else None, id(module.weight)
+        if in_backward() and key in self._tied:
+            return
         if ids is None or ids.shape != self.outputs.shape or key in self._tied:
             self.complete = False
             return
@@ -174,6 +193,11 @@ class Parts:
             sums.product += float((rows[0] * found[1]).sum() + (rows[1] * found[0]).sum())
 
         result.register_hook(backward)
+
+
+def in_backward() -> bool:
+    """Whether the backward pass is running: a forward pass is then a checkpoint's second."""
+    return bool(torch._C._current_graph_task_id() != -1)  # noqa: SLF001  (nothing public says so)
 
 
 def is_linear(module: Any) -> bool:

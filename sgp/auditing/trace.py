@@ -7,7 +7,7 @@ the two parts of the linear layers' gradient (parts.py).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,9 @@ from sgp.auditing.untouched import untouched
 from sgp.log_probs import token_log_probs
 from sgp.losses import cross_entropy
 from sgp.selection import Selection
+
+OF_LOSS = ("labels", "shift_labels", "num_items_in_batch")
+"""Inputs that a model makes its own loss of."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ def trace(
     targets: Tensor,
     outputs: Tensor | None,
     selection: Selection | None = None,
+    autocast: torch.dtype | None = None,
 ) -> Trace:
     """Run forward and backward once, and leave model, gradients and random state as they were.
 
@@ -78,22 +82,24 @@ def trace(
             then output; None: there is no such split.
         selection: its weighted mean is the loss where the model returns none; else the mean over
             targets.
+        autocast: the dtype of the forward pass; None: as it is.
+
+    Raises:
+        ValueError: logits of another length than the targets, virtual tokens of PEFT aside.
     """
     seen = _Seen(parts=Parts(outputs) if outputs is not None else None)
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     with untouched(model, seen.gradient), _watching(model, seen):
-        found = model(**inputs)
-        logits, hidden = _outputs_of(model, found)
-        for tensor in (logits, *hidden):
-            if tensor.requires_grad:
-                tensor.retain_grad()
+        found, logits, hidden = _forward(model, inputs, autocast)
+        virtual = _virtual(model, logits, targets)
         targets = targets.to(logits.device)
         with torch.no_grad():
-            log_prob = token_log_probs(logits.detach().flatten(0, 1), targets.flatten()).log_prob
+            real = logits.detach()[:, virtual:].flatten(0, 1)
+            log_prob = token_log_probs(real, targets.flatten()).log_prob
         loss = getattr(found, "loss", None)
         own = loss is not None
         if loss is None:
-            loss = _loss(logits, targets, selection)
+            loss = _loss(logits[:, virtual:], targets, selection)
         if loss.requires_grad:
             loss.backward()
     share, cosine = seen.parts.share_and_cosine() if seen.parts else (None, None)
@@ -103,8 +109,8 @@ def trace(
         loss=float(loss.detach()),
         own_loss=own,
         log_prob=log_prob.detach().float().cpu().view(targets.shape),
-        logit_grad_norm=_norm(logits),
-        grad_norm=torch.stack([_norm(h) for h in hidden]),
+        logit_grad_norm=_norm(logits, virtual),
+        grad_norm=torch.stack([_norm(h, virtual) for h in hidden]),
         measured=torch.tensor([h.requires_grad for h in hidden]),
         context_share=share,
         cosine_detached=cosine,
@@ -113,6 +119,52 @@ def trace(
         not_finite=tuple(n for n, finite in seen.finite.items() if not finite),
         zero=tuple(seen.zero),
     )
+
+
+def gradient_at(
+    model: nn.Module, inputs: Mapping[str, Any], targets: Tensor, autocast: torch.dtype | None
+) -> Tensor:
+    """(layers + 1, B, T): the norm of the gradient of these targets' loss, taken from the logits.
+
+    Whatever else a model adds to its loss has no part in it. Leaves the model as it was.
+    """
+    inputs = {k: v for k, v in inputs.items() if k not in OF_LOSS}
+    with untouched(model, lambda *_: None):
+        _, logits, hidden = _forward(model, inputs, autocast)
+        virtual = _virtual(model, logits, targets)
+        target = targets.to(logits.device).flatten()
+        loss = cross_entropy(logits[:, virtual:].flatten(0, 1), target, reduction="sum")
+        if loss.requires_grad:
+            loss.backward()
+    return torch.stack([_norm(h, virtual) for h in hidden])
+
+
+def _forward(
+    model: nn.Module, inputs: Mapping[str, Any], autocast: torch.dtype | None
+) -> tuple[Any, Tensor, list[Tensor]]:
+    """What the model returns, and its logits and hidden states, which keep their gradients."""
+    device = next((x.device.type for x in inputs.values() if isinstance(x, Tensor)), "cpu")
+    cast = torch.autocast(device, dtype=autocast) if autocast is not None else nullcontext()
+    with cast:
+        found = model(**inputs)
+    logits, hidden = _outputs_of(model, found)
+    for tensor in (logits, *hidden):
+        if tensor.requires_grad:
+            tensor.retain_grad()
+    return found, logits, hidden
+
+
+def _virtual(model: nn.Module, logits: Tensor, targets: Tensor) -> int:
+    """How many virtual tokens, which prompt tuning puts before a row, have logits."""
+    more = logits.shape[1] - targets.shape[1]
+    config = getattr(model, "active_peft_config", None)
+    known = getattr(config, "num_virtual_tokens", None) or 0
+    if more not in (0, known):
+        raise ValueError(
+            f"sgp.audit: {type(model).__name__} returned logits of {logits.shape[1]} positions for "
+            f"{targets.shape[1]} tokens; expected as many, or {known} more for virtual tokens"
+        )
+    return int(more)
 
 
 def _outputs_of(model: nn.Module, found: Any) -> tuple[Tensor, list[Tensor]]:
@@ -135,29 +187,23 @@ def _loss(logits: Tensor, targets: Tensor, selection: Selection | None) -> Tenso
     return cross_entropy(logits.flatten(0, 1), moved, denominator=denominator)
 
 
-def _norm(x: Tensor) -> Tensor:
+def _norm(x: Tensor, virtual: int) -> Tensor:
     """(B, T): of the gradient; 0 where none arrived, NaN where none could."""
     if x.grad is None:
-        return torch.full(x.shape[:2], 0.0 if x.requires_grad else torch.nan)
-    norms: Tensor = x.grad.detach().float().norm(dim=-1).cpu()
+        shape = (x.shape[0], x.shape[1] - virtual)
+        return torch.full(shape, 0.0 if x.requires_grad else torch.nan)
+    norms: Tensor = x.grad.detach()[:, virtual:].float().norm(dim=-1).cpu()
     return norms
 
 
 @contextmanager
 def _watching(model: nn.Module, seen: _Seen) -> Iterator[None]:
-    """Which modules run; the parts of the gradient; frozen embeddings' output gets one too."""
+    """Which modules run, and the parts of the gradient."""
 
     def ran(module: nn.Module, *_: Any) -> None:
         seen.ran.add(module)
 
-    def differentiable(_: nn.Module, __: Any, result: Any) -> None:
-        if isinstance(result, Tensor) and result.is_leaf and result.is_floating_point():
-            result.requires_grad_()
-
     handles = [m.register_forward_hook(ran) for m in model.modules()]
-    embeddings = input_embeddings(model)
-    if embeddings is not None:
-        handles.append(embeddings.register_forward_hook(differentiable))
     if seen.parts is not None:
         seen.parts.watch(model)
     try:

@@ -1,4 +1,4 @@
-"""Leave a model as it was: parameters, gradients, hooks, modes and random state."""
+"""Leave a model as it was: parameters, buffers, gradients, hooks, modes and random state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ CAPTURING = "_output_capturing_hooks_installed"  # transformers' mark of its rec
 
 @contextmanager
 def untouched(model: nn.Module, visit: Callable[[str, nn.Parameter], None]) -> Iterator[None]:
-    """Evaluation mode and gradients on inside; afterwards everything as before.
+    """Training mode and gradients on inside; afterwards everything as before.
+
+    A model that is in training mode at its top keeps the modes of its modules.
 
     `visit(name, parameter)` is called when a trainable parameter's gradient is complete; then the
     gradient is dropped, so that never more than one is held. The parameter's own hooks for that
@@ -25,6 +27,7 @@ def untouched(model: nn.Module, visit: Callable[[str, nn.Parameter], None]) -> I
     gradients = {name: p.grad for name, p in named.items()}
     hooks = {name: dict(p._post_accumulate_grad_hooks or {}) for name, p in named.items()}  # noqa: SLF001  (there is no public list of them)
     recording = _recording(model)
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]  # a batch norm's move in training
     random = torch.random.fork_rng(list({p.device for p in named.values() if p.is_cuda}))
     handles = []
     for name, p in named.items():
@@ -34,7 +37,8 @@ def untouched(model: nn.Module, visit: Callable[[str, nn.Parameter], None]) -> I
             handles.append(p.register_post_accumulate_grad_hook(_drop(name, visit)))
     try:
         with random, torch.inference_mode(mode=False), torch.enable_grad():
-            model.eval()
+            if not model.training:
+                model.train()
             yield
     finally:
         for handle in handles:
@@ -44,7 +48,15 @@ def untouched(model: nn.Module, visit: Callable[[str, nn.Parameter], None]) -> I
             _replace(p, hooks[name])
         for module, mode in modes.items():
             module.training = mode
+        _restore(buffers)
         _forget_recording(model, recording)
+
+
+@torch.no_grad()
+def _restore(buffers: list[tuple[Tensor, Tensor]]) -> None:
+    for buffer, before in buffers:
+        if buffer.shape == before.shape and not torch.equal(buffer, before):
+            buffer.copy_(before)
 
 
 def _drop(name: str, visit: Callable[[str, nn.Parameter], None]) -> Any:

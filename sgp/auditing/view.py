@@ -6,12 +6,13 @@ Everything that a batch can say about itself is read here, once, whatever its ke
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sgp.auditing.turns import Turns, learn, own_ends
 from sgp.labels import IGNORE
 from sgp.selection import Selection
 
@@ -20,9 +21,19 @@ OUTPUT_MASKS = ("completion_mask", "assistant_masks", "assistant_mask")
 BOUNDARIES = ("cu_seqlens", "cu_seq_lens_q")
 
 
+class Leak(NamedTuple):
+    """A sequence of a packed row whose loss has gradient at other sequences' tokens."""
+
+    row: int
+    sequence: int  # its number within the row
+    span: tuple[int, int]  # its first and last token
+    reached: tuple[int, ...]  # the other sequences
+    tokens: tuple[int, ...]  # of theirs, those with gradient
+
+
 @dataclass(frozen=True)
 class View:
-    """What is known of a batch before and, from `loss` to `zero`, after its backward pass."""
+    """What is known of a batch before and, from `loss` to `leaks`, after its backward pass."""
 
     input_ids: Tensor  # (B, T)
     labels: Tensor  # (B, T): -100, or the token at its place if they are right; not shifted
@@ -30,8 +41,8 @@ class View:
     attended: Tensor  # (B, T) bool: not padding
     starts: Tensor  # (B, T) bool: the first token of a row or of a packed sequence
     outputs: Tensor | None  # (B, T) bool: which tokens are output, if the batch says so
-    special: frozenset[int]  # token ids of the tokenizer's special tokens, end of text aside
-    eos: frozenset[int]
+    special: frozenset[int]  # tokens that are no part of an answer: begin of text, media, headers
+    eos: frozenset[int]  # the ends of a text or a turn
     loss: float | None = None  # what was differentiated
     own_loss: bool = False  # it is the model's, not the mean over targets
     vocabulary: int | None = None
@@ -42,10 +53,12 @@ class View:
     not_run: tuple[str, ...] = ()  # trainable, in a module that did not
     not_finite: tuple[str, ...] = ()
     zero: tuple[str, ...] = ()
+    leaks: tuple[Leak, ...] = ()
     tokenizer: Any = None  # decodes, for messages
     bos: int | None = None
     pad: int | None = None
     max_length: int | None = None  # sequences that reach it may be cut
+    turns: Turns = field(default_factory=Turns)  # what the chat template says
 
     @property
     def predicts(self) -> Tensor:
@@ -70,6 +83,7 @@ def read(
     tokenizer: Any = None,
     eos: tuple[int, ...] = (),
     max_length: int | None = None,
+    turns: Turns | None = None,
 ) -> View:
     """Read a batch.
 
@@ -84,20 +98,21 @@ def read(
         tokenizer: has `eos_token_id`, `all_special_ids` and, if it pads, `pad_token_id`.
         eos: further tokens that end a text.
         max_length: the window: sequences that reach it may have been cut.
+        turns: what the tokenizer's chat template says; None: it is asked.
 
     Raises:
         ValueError: without labels and selection, or if shapes disagree.
         TypeError: if the batch is no mapping, or has tokens or labels that are no tensor of ids.
     """
     input_ids, labels, targets = _tokens(batch, selection)
-    end, special = set(eos), set[int]()
-    if tokenizer is not None:
-        own = getattr(tokenizer, "eos_token_id", None)
-        end |= {own} if isinstance(own, int) else set(own or ())
-        special = set(getattr(tokenizer, "all_special_ids", ())) - end
+    turns = learn(tokenizer) if turns is None else turns
+    end = {*eos, *own_ends(tokenizer), *turns.ends}
     attended, starts = _attended_and_starts(batch, input_ids, _id(tokenizer, "pad_token_id"), end)
     if selection is not None and selection.boundaries is not None:
         _mark(starts, selection.boundaries[: selection.num_sequences])
+    begin = _id(tokenizer, "bos_token_id")
+    if begin is not None and begin not in end and not turns.several_begins:
+        _mark_begins(starts, attended, input_ids == begin)
     return View(
         input_ids=input_ids,
         labels=labels,
@@ -105,12 +120,13 @@ def read(
         attended=attended,
         starts=starts & attended,
         outputs=_outputs(batch, attended),
-        special=frozenset(special),
+        special=turns.unlearned - end,
         eos=frozenset(end),
         tokenizer=tokenizer,
-        bos=_id(tokenizer, "bos_token_id"),
+        bos=begin,
         pad=_id(tokenizer, "pad_token_id"),
         max_length=max_length,
+        turns=turns,
     )
 
 
@@ -204,9 +220,7 @@ def _attended_and_starts(
         starts |= known & (mask != mask.gather(1, at))  # numbered sequences
     if pairs is not None:
         starts |= known & ~pairs.gather(2, at[:, :, None])[:, :, 0]
-    positions = _by_row(batch.get("position_ids"), input_ids)
-    if positions is not None:
-        starts |= known & (positions <= positions.gather(1, at))
+    starts |= known & _falls(batch.get("position_ids"), input_ids, at)
     numbers = _by_row(batch.get("seq_idx"), input_ids)
     if numbers is not None:
         starts |= known & (numbers != numbers.gather(1, at))
@@ -214,6 +228,27 @@ def _attended_and_starts(
         if isinstance(batch.get(name), Tensor) and batch[name].dim() == 1:
             _mark(starts, batch[name])
     return attended, starts
+
+
+def _falls(positions: Any, input_ids: Tensor, before: Tensor) -> Tensor:
+    """(B, T) bool: where positions begin again.
+
+    Several axes are those of vision models, (3, B, T), or (4, B, T) with the text's first. Patches
+    of an image share an axis and fall back on another; a sequence falls back on all.
+    """
+    no = torch.zeros_like(input_ids, dtype=torch.bool)
+    if not isinstance(positions, Tensor) or positions.dim() not in (2, 3):
+        return no
+    axes = positions.cpu() if positions.dim() == 3 else positions.cpu()[None]
+    B, T = input_ids.shape
+    if axes.shape[1] not in (1, B) or axes.shape[2] != T or len(axes) not in (1, 3, 4):
+        return no
+    axes = axes.expand(-1, B, T)
+    if len(axes) != 3:
+        return axes[0] <= axes[0].gather(1, before)
+    earlier = axes.gather(2, before.expand_as(axes))
+    zero = (axes == 0).all(0) & (axes <= earlier).all(0)
+    return zero | (axes < earlier).all(0)
 
 
 def _last_before(attended: Tensor) -> Tensor:
@@ -246,6 +281,13 @@ def _by_row(x: Any, input_ids: Tensor) -> Tensor | None:
 def _mark(starts: Tensor, boundaries: Tensor) -> None:
     at = boundaries.cpu().long()
     starts.view(-1)[at[(at >= 0) & (at < starts.numel())]] = True
+
+
+def _mark_begins(starts: Tensor, attended: Tensor, begins: Tensor) -> None:
+    """Begins of text within a row are seams, where nothing else says any in it."""
+    silent = (starts & attended).sum(1) <= 1
+    inner = begins & attended & ~later(begins) & later(attended)
+    starts |= inner & silent[:, None] & begins.gather(1, attended.long().argmax(1)[:, None])
 
 
 def _outputs(batch: Mapping[str, Any], attended: Tensor) -> Tensor | None:
