@@ -110,6 +110,20 @@ class Survey:
         """Note one of `OF_FILES`."""
         self.add(Finding(code, OF_FILES[code], "", message), line, text)
 
+    def soften(self, code: str, lines: Collection[int], severity: str, message: str) -> None:
+        """Tell a finding of these lines in another way, unless its severity was asked for."""
+        if code in self.severity:
+            return
+        for entry in [entry for entry in self.entries if entry.code == code]:
+            softer = Entry(code, severity, message)
+            softer.lines = [line for line in entry.lines if line in lines]
+            softer.samples = [sample for sample in entry.samples if sample.line in lines]
+            entry.lines = [line for line in entry.lines if line not in lines]
+            entry.samples = [sample for sample in entry.samples if sample.line not in lines]
+            if softer.lines:
+                self.keep(softer)
+        self._entries = {key: entry for key, entry in self._entries.items() if entry.lines}
+
     def keep(self, entry: Entry) -> None:
         """Take an entry over from another survey."""
         self._entries[entry.code, entry.message, entry.backward] = entry

@@ -30,6 +30,7 @@ from sgp.commands.audit_rows import (
     batches,
     chunks,
     describe,
+    size,
 )
 from sgp.commands.console import steady
 from sgp.data.reading import EXPECTED, Reading, UnreadableError
@@ -38,6 +39,7 @@ from sgp.labels import IGNORE
 from sgp.train.errors import UserError
 from sgp.train.model import load, tiny_llama
 from sgp.train.output import check_folder, require, writing
+from sgp.train.threads import at_most
 
 FILES = ("audit.png", "audit.html", "audit.json")
 SHOWN = 24  # tokens of a sample in the terminal
@@ -63,7 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     job = _job(arguments)
     mended = None
     try:
-        with _bar(errors, job.reading) as advance:
+        # of small tensors: more threads would wait for each other
+        with at_most(1), _bar(errors, job.reading) as advance:
             mended = _survey(job, advance, repair=arguments.repair)
         report = _closer_look(job)
         _print(job, report, console)
@@ -184,7 +187,9 @@ def _survey(job: _Job, advance: Callable[[], None], *, repair: Path | None) -> M
     """Look at the labels of every line; the rows with findings are kept for a closer look."""
     survey, maker, most = job.survey, job.maker, job.arguments.rows
     mended = Mended(maker, survey, repair) if repair else None
+    unended, longest = [], 0  # (length, line) of tokens whose last has loss and is no end
     for samples in chunks(job.reading, maker, survey):
+        longest = max([longest, *(size(x) for x in samples if x.given)])
         survey.unit = job.reading.unit
         found = [pair for group in batches(samples) for pair in maker.look(group)]
         found.sort(key=lambda pair: pair[0].line)
@@ -193,6 +198,8 @@ def _survey(job: _Job, advance: Callable[[], None], *, repair: Path | None) -> M
             entry = survey.add(finding, sample.line, describe(sample, finding, maker))
             if entry is not None and len(entry.lines) <= most:
                 marked[sample.line] = sample
+            if finding.code == "no-eos" and sample.given and finding.tokens[-1] == size(sample) - 1:
+                unended.append((size(sample), sample.line))
         if len(job.marked) < CANDIDATES * most:
             job.marked |= marked
         faulty = {sample.line for sample, _ in found} | set(marked)
@@ -203,6 +210,12 @@ def _survey(job: _Job, advance: Callable[[], None], *, repair: Path | None) -> M
                 mended.add(group)
         advance()
     survey.unit = job.reading.unit
+    survey.soften(
+        "no-eos",
+        {line for length, line in unended if length == longest},
+        "warning",
+        "the last token with loss is not an end, and no row is longer: cut off, or never appended",
+    )
     if not survey.samples:
         raise UserError(_nothing_usable(job))
     return mended

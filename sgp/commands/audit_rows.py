@@ -23,6 +23,7 @@ AS_THEY_STAND = ("attention_mask", "position_ids", "seq_idx", *MASKS)
 SEAMS = ("attention_mask", "position_ids", "seq_idx")
 CHUNK = 1024  # lines that are tokenized at once
 ROWS, TOKENS = 256, 1 << 18  # of a batch, at most
+UNBOUNDED = 1 << 40  # tokens: a row is as long as it is
 LARGEST = 1 << 20  # more than any vocabulary has
 
 
@@ -33,6 +34,7 @@ class Sample(NamedTuple):
     columns: dict[str, list[int]]  # up to the window
     whole: dict[str, list[int]]
     noted: bool = False  # the survey knows something of it
+    given: bool = False  # it came as tokens, which someone may have cut
 
     @property
     def cut(self) -> bool:
@@ -57,7 +59,7 @@ class Maker(NamedTuple):
             batch_of([sample.columns for sample in samples]),
             tokenizer=self.tokenizer,
             eos=self.ends,
-            max_length=self.window,
+            max_length=self.window or UNBOUNDED,
             severity=self.severity,
             turns=self.turns,
         )
@@ -68,7 +70,7 @@ class Maker(NamedTuple):
     def view(self, samples: list[Sample]) -> View:
         """One batch, with all its tokens."""
         batch = batch_of([sample.whole for sample in samples])
-        return read(batch, tokenizer=self.tokenizer, eos=self.ends)
+        return read(batch, tokenizer=self.tokenizer, eos=self.ends, turns=self.turns)
 
     def decode(self, ids: list[int]) -> str:
         """The text of some tokens, or their numbers."""
@@ -118,7 +120,8 @@ def _sample(line: Line, found: Tokenized, maker: Maker, survey: Survey) -> Sampl
         return None
     ids, labels = found.rows[0]
     columns = {"input_ids": ids, "labels": labels}
-    if kind(line.row) == "input_ids":
+    given = kind(line.row) == "input_ids"
+    if given:
         columns |= {k: line.row[k] for k in AS_THEY_STAND if line.row.get(k) is not None}
         wrong = _seq_lengths(line.row, columns)
         if wrong:
@@ -138,7 +141,7 @@ def _sample(line: Line, found: Tokenized, maker: Maker, survey: Survey) -> Sampl
             lambda: repr(found.merged),
         )
     survey.samples += 1
-    return windowed(Sample(line.number, columns, columns, noted), maker, survey)
+    return windowed(Sample(line.number, columns, columns, noted, given), maker, survey)
 
 
 def _seq_lengths(row: dict[str, Any], columns: dict[str, list[int]]) -> str:
@@ -190,7 +193,7 @@ def windowed(sample: Sample, maker: Maker, survey: Survey) -> Sample:
                 + shown(columns["input_ids"], columns["labels"], [window - 1], maker.decode)
             ),
         )
-    return Sample(sample.line, columns, sample.whole, noted or sample.noted)
+    return sample._replace(columns=columns, noted=noted or sample.noted)
 
 
 # -- batches ---------------------------------------------------------------------------------------
@@ -205,7 +208,7 @@ def batches(samples: list[Sample], *, ordered: bool = False) -> Iterator[list[Sa
     for sample in samples:
         by_columns.setdefault(tuple(sorted(sample.columns)), []).append(sample)
     for similar in by_columns.values():
-        yield from _full(sorted(similar, key=_length))
+        yield from _full(sorted(similar, key=size))
 
 
 def _runs(samples: list[Sample]) -> Iterator[list[Sample]]:
@@ -220,16 +223,17 @@ def _full(samples: list[Sample]) -> Iterator[list[Sample]]:
     group: list[Sample] = []
     longest = 0
     for sample in samples:
-        longest = max(longest, _length(sample))
+        longest = max(longest, size(sample))
         if group and (len(group) == ROWS or (len(group) + 1) * longest > TOKENS):
             yield group
-            group, longest = [], _length(sample)
+            group, longest = [], size(sample)
         group.append(sample)
     if group:
         yield group
 
 
-def _length(sample: Sample) -> int:
+def size(sample: Sample) -> int:
+    """Its tokens, up to the window."""
     return len(sample.columns["input_ids"])
 
 
