@@ -189,7 +189,11 @@ class Survey:
         for entry in self.entries:
             count = len(set(entry.lines))
             line = Text(f"{entry.severity}: {entry.code}", style=STYLES[entry.severity])
-            of = f" ({count} of {self.samples})" if count > 1 and not entry.backward else ""
+            of = (
+                f" ({count} of {self.samples + self.skipped})"
+                if count > 1 and not entry.backward
+                else ""
+            )
             console.print(line.append(f": {self.where(entry)}{of}: {entry.message}", style=""))
             if entry.samples and entry.samples[0].text:
                 number, where, text = entry.samples[0]

@@ -122,7 +122,9 @@ def _sample(line: Line, found: Tokenized, maker: Maker, survey: Survey) -> Sampl
     columns = {"input_ids": ids, "labels": labels}
     given = kind(line.row) == "input_ids"
     if given:
-        columns |= {k: line.row[k] for k in AS_THEY_STAND if line.row.get(k) is not None}
+        # masks that labels were made of say nothing more
+        names = AS_THEY_STAND if line.row.get("labels") is not None else SEAMS
+        columns |= {k: line.row[k] for k in names if line.row.get(k) is not None}
         wrong = _seq_lengths(line.row, columns)
         if wrong:
             unusable(survey, line.number, wrong)
