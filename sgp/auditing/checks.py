@@ -6,6 +6,7 @@ fault of mask or gradient; a warning may be meant; a note is worth knowing.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -125,8 +126,8 @@ def padding(view: View) -> Iterator[Finding]:
 
 def special(view: View) -> Iterator[Finding]:
     """Begin-of-text, media and role tokens are rarely meant to be learned."""
-    for row, at in _places(masks.special_scored(view)).items():
-        names = _texts(view, (int(view.labels[row, t]) for t in at))
+    wrong = masks.special_scored(view)
+    for (row, at), names in _named(view, wrong, view.labels):
         yield _at("special-scored", row, at, f"special tokens ({names}) carry loss")
 
 
@@ -145,8 +146,7 @@ def other_turns(view: View) -> Iterator[Finding]:
 
 def doubled(view: View) -> Iterator[Finding]:
     """One begin and one end of text are enough."""
-    for row, at in _places(masks.doubled(view)).items():
-        names = _texts(view, (int(view.input_ids[row, t]) for t in at))
+    for (row, at), names in _named(view, masks.doubled(view), view.input_ids):
         yield _at(
             "doubled-special",
             row,
@@ -211,6 +211,16 @@ def _without_end(view: View, unscored: Tensor) -> Iterator[tuple[int, int, bool]
         else:
             sure = int(own[-1]) < T - 1 or (not bool(view.attended[row, 0]))
         yield row, column, sure
+
+
+def _named(view: View, mask: Tensor, ids: Tensor) -> Iterator[tuple[tuple[int, list[int]], str]]:
+    """The places of a mask, row by row, each with the texts of the tokens there."""
+    found, known = iter(ids[mask].tolist()), dict[frozenset[int], str]()
+    for row, at in _places(mask).items():
+        tokens = frozenset(itertools.islice(found, len(at)))
+        if tokens not in known:
+            known[tokens] = _texts(view, tokens)
+        yield (row, at), known[tokens]
 
 
 def _texts(view: View, tokens: Iterable[int]) -> str:

@@ -72,6 +72,7 @@ def unscored_ends(view: View) -> Tensor:
         return torch.zeros_like(view.attended)
     ends, scored = is_end(view), view.scored
     free = ~scored & view.attended & ~view.starts
+    scored = scored & ~shifted_twice(view)[:, None]  # whose answers stand elsewhere
     ended = scored & (ends | later(scored & ends))  # a template may write one token more
     answered = scored & ~ended
     at = later(answered) & free
@@ -156,8 +157,9 @@ def special_scored(view: View) -> Tensor:
     turn = roles(view)
     if turn is not None and bool(found.any()):
         assistant = _of_assistant(view, turn)
-        begin = torch.zeros_like(found) if view.bos is None else view.labels == view.bos
-        found &= ~(assistant & later(assistant & view.scored)) | begin
+        header = torch.tensor([token for _, ids in view.turns.headers for token in ids])
+        again = assistant & later(assistant & view.scored)  # it goes on with another message
+        found &= ~(again & torch.isin(view.labels, header))
     return found
 
 

@@ -222,7 +222,8 @@ class _Asked:
         system = self.between([{"role": "system", "content": WORDS[4]}, *_chat()[:2]])
         if system is not None:
             of_system = self.starts(self.from_end(system[0], ends))
-            if of_system not in ((), begin) and of_system[: len(user)] != user:
+            of_others = any(of_system[: len(ids)] == ids for ids in (user, assistant))
+            if of_system not in ((), begin) and not of_others:
                 found.append(("system", of_system))
         found += self.of_tools(found, ends)
         return found

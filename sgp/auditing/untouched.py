@@ -16,7 +16,9 @@ CAPTURING = "_output_capturing_hooks_installed"  # transformers' mark of its rec
 def untouched(model: nn.Module, visit: Callable[[str, nn.Parameter], None]) -> Iterator[None]:
     """Training mode and gradients on inside; afterwards everything as before.
 
-    A model that is in training mode at its top keeps the modes of its modules.
+    A model that is in training mode at its top keeps the modes of its modules. One that is patched
+    (`sgp.huggingface.patch`) makes all logits in evaluation only, so that its outermost module is
+    told that it evaluates; what is inside of it trains.
 
     `visit(name, parameter)` is called when a trainable parameter's gradient is complete; then the
     gradient is dropped, so that never more than one is held. The parameter's own hooks for that
@@ -39,6 +41,8 @@ def untouched(model: nn.Module, visit: Callable[[str, nn.Parameter], None]) -> I
         with random, torch.inference_mode(mode=False), torch.enable_grad():
             if not model.training:
                 model.train()
+            for module in filter(_is_patched, modes):
+                module.training = False
             yield
     finally:
         for handle in handles:
@@ -50,6 +54,12 @@ def untouched(model: nn.Module, visit: Callable[[str, nn.Parameter], None]) -> I
             module.training = mode
         _restore(buffers)
         _forget_recording(model, recording)
+
+
+def _is_patched(module: nn.Module) -> bool:
+    """Whether the loss of this model is a patch's, which stands higher and is known by its form."""
+    owner = getattr(vars(module).get("_loss_function"), "__self__", None)
+    return hasattr(owner, "memory_budget") and hasattr(owner, "selective")
 
 
 @torch.no_grad()

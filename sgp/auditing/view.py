@@ -93,7 +93,8 @@ def read(
             (B, 1, T, T), or else `lengths` (B,), or else the tokenizer's padding tokens that end a
             row. Seams of packed rows: that mask, `position_ids` (B, T) or (1, T) that
             fall back, `seq_idx`, `cu_seqlens` or `cu_seq_lens_q` of the flattened batch. Output
-            tokens: `completion_mask`, `assistant_masks` (B, T), or `context_lengths` (B,).
+            tokens: `completion_mask`, `assistant_masks` (B, T) or, if both, what both say; or
+            `context_lengths` (B,).
         selection: in place of labels.
         tokenizer: has `eos_token_id`, `all_special_ids` and, if it pads, `pad_token_id`.
         eos: further tokens that end a text.
@@ -291,10 +292,10 @@ def _mark_begins(starts: Tensor, attended: Tensor, begins: Tensor) -> None:
 
 
 def _outputs(batch: Mapping[str, Any], attended: Tensor) -> Tensor | None:
-    for name in OUTPUT_MASKS:
-        mask = batch.get(name)
-        if isinstance(mask, Tensor) and mask.shape == attended.shape:
-            return mask.cpu() != 0
+    masks = [batch.get(name) for name in OUTPUT_MASKS]
+    given = [m.cpu() != 0 for m in masks if isinstance(m, Tensor) and m.shape == attended.shape]
+    if given:  # what carries loss is in all of them
+        return torch.stack(given).all(0)
     lengths = batch.get("context_lengths")
     if isinstance(lengths, Tensor) and lengths.shape == attended.shape[:1]:
         return (torch.arange(attended.shape[1]) >= lengths.cpu()[:, None]) & attended

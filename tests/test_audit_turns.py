@@ -1,0 +1,350 @@
+"""Turns: how they end, who speaks, and what of that the labels may say."""
+
+import pytest
+import torch
+
+import sgp
+from sgp.auditing import look
+from sgp.auditing.turns import learn
+from tests.audited import CHAT, CHATML, EOS, Tokenizer, chat_tokenizer, make_chat
+
+START, END, USER, ASSISTANT, SYSTEM, IMAGE = 3, 4, 5, 6, 7, 8
+CHATTED = (
+    ("user", [9, 10]), ("assistant", [11, 12]), ("user", [13]), ("assistant", [14, 15]),
+)  # fmt: skip
+
+
+def found(batch, tokenizer=None, **options):
+    findings = look(batch, tokenizer=tokenizer or chat_tokenizer(), **options)
+    return [(f.code, f.severity, f.tokens) for f in findings]
+
+
+def codes(batch, tokenizer=None, **options):
+    return {code for code, *_ in found(batch, tokenizer, **options)}
+
+
+def ends(batch):
+    """The positions of the ends of the assistant's turns."""
+    ids, labels = batch["input_ids"][0], batch["labels"][0]
+    return ((ids == END) & (labels == END)).nonzero()[:, 0].tolist()
+
+
+# -- what a template says --------------------------------------------------------------------------
+
+
+def test_what_is_learned():
+    turns = learn(chat_tokenizer())
+    assert turns.ends == {END}
+    assert dict(turns.headers) == {
+        "assistant": (START, ASSISTANT), "user": (START, USER), "system": (START, SYSTEM),
+    }  # fmt: skip
+    assert turns.unlearned == {0, 1, START, IMAGE}
+    assert not turns.several_begins
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        "{{ raise_exception('no') }}",
+        "{% for m in messages %}{{ m.nothing.at_all }}{% endfor %}",
+        "no messages",
+        "{% for m in messages %}{{ m.content[:2] }}{% endfor %}",
+        "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}",
+    ],
+)
+def test_templates_that_say_nothing(template):
+    tokenizer = chat_tokenizer(template)
+    turns = learn(tokenizer)
+    assert turns.headers == ()
+    assert turns.ends == set()
+    batch = make_chat(*CHATTED)
+    batch["labels"][0, -1] = batch["input_ids"][0, -1] = EOS
+    assert codes(batch, tokenizer) == set()
+
+
+def test_a_template_that_is_changed_is_asked_again():
+    tokenizer = chat_tokenizer()
+    assert learn(tokenizer) is learn(tokenizer)
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "</s>")
+    assert learn(tokenizer).ends == {EOS}
+
+
+class Bare:
+    """Without text, special tokens or a place for weak references."""
+
+    __slots__ = ("eos_token_id",)
+
+    def __init__(self, eos):
+        self.eos_token_id = eos
+
+    def decode(self, ids):
+        return str(ids[0])
+
+
+@pytest.mark.parametrize("eos", [EOS, [EOS, END], None])
+def test_tokenizers_of_few_words(eos):
+    batch = make_chat(*CHATTED)
+    batch["input_ids"][0, -1] = batch["labels"][0, -1] = EOS
+    expected = {"turn-end-unscored"} if eos == [EOS, END] else set()
+    batch["labels"][0, ends(batch)] = -100
+    assert codes(batch, Bare(eos)) == expected
+
+
+# -- ends ------------------------------------------------------------------------------------------
+
+
+def test_every_end_of_a_turn_is_looked_at():
+    batch = make_chat(*CHATTED)
+    assert found(batch) == []
+    first, last = ends(batch)
+    for without in ([first], [last], [first, last]):
+        wrong = {**batch, "labels": batch["labels"].clone()}
+        wrong["labels"][0, without] = -100
+        assert found(wrong) == [("turn-end-unscored", "error", tuple(without))]
+        report = look(wrong, tokenizer=chat_tokenizer())
+        assert "no-eos" not in {f.code for f in report}, "said once"
+
+
+def test_a_turn_of_which_nothing_carries_loss_needs_no_end():
+    """As where only the last answer is trained."""
+    batch = make_chat(*CHATTED)
+    batch["labels"][0, : ends(batch)[0] + 1] = -100
+    assert found(batch) == []
+
+
+def test_white_space_before_an_end():
+    """A template may write a blank there; more than two tokens of it are no template's."""
+
+    class Blanks(Tokenizer):
+        def decode(self, ids):
+            return " " if ids[0] == 7 else f"<{ids[0]}>"
+
+    def row(between):
+        ids = [9, 10, 11, *[7] * between, EOS, 12, 13, EOS]
+        labels = [-100, 10, 11, *[-100] * between, -100, -100, 13, EOS]
+        return {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels])}
+
+    for between, said in ((0, True), (1, True), (2, True), (3, False)):
+        expected = {"turn-end-unscored"} if said else set()
+        assert codes(row(between), Blanks()) == expected, between
+    assert codes(row(1), Tokenizer()) == set(), "another word is no blank"
+
+
+def test_what_a_template_writes_after_an_end_is_none():
+    """<|im_end|> carries loss and </s> after it does not, as Phi-3's template writes them."""
+    batch = make_chat(*CHATTED)
+    more = torch.tensor([[EOS]])
+    batch = {
+        "input_ids": torch.cat([batch["input_ids"], more], 1),
+        "labels": torch.cat([batch["labels"], torch.full_like(more, -100)], 1),
+    }
+    assert found(batch) == []
+    batch["labels"][0, ends(batch)[-1]] = -100
+    assert codes(batch) == {"turn-end-unscored"}
+
+
+def test_an_end_that_begins_the_next_message():
+    """GLM's <|user|>, which its generation_config has among the ends."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{% else %}<|im_end|>"
+        "{% endif %} {{ m.content }} {% endfor %}"
+    )
+    tokenizer = chat_tokenizer(template, eos_token=None)
+    ids = [START, 9, END, 10, 11, START, 12, END, 13, START]
+    labels = [-100, -100, -100, 10, 11, START, -100, -100, 13, START]
+    batch = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels])}
+    assert codes(batch, tokenizer, eos=(START,)) == set()
+    for at in (5, 9):
+        wrong = {**batch, "labels": batch["labels"].clone()}
+        wrong["labels"][0, at] = -100
+        assert found(wrong, tokenizer, eos=(START,)) == [("turn-end-unscored", "error", (at,))]
+
+
+def test_padding_with_the_end_of_text():
+    """What masks padding by its token loses the end; the first of them is one, if attended."""
+    ids = torch.tensor([[9, 10, 11, EOS, EOS, EOS]])
+    labels = torch.tensor([[-100, -100, 11, -100, -100, -100]])
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
+    padded = Tokenizer()
+    padded.pad_token_id = EOS
+    for batch in (
+        {"input_ids": ids, "labels": labels, "attention_mask": mask},
+        {"input_ids": ids, "labels": labels},
+    ):
+        assert codes(batch, padded) == {"turn-end-unscored"}
+        right = {**batch, "labels": labels.clone()}
+        right["labels"][0, 3] = EOS
+        assert codes(right, padded) == set()
+    mask[0, 3] = 0  # it counts as padding: there is no end
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    assert codes(batch, padded) == {"no-eos"}
+
+
+def test_who_is_at_fault_for_a_missing_end_is_said_by_severity():
+    """Surely not cut: shorter than the window, or followed by something."""
+    ids = torch.tensor([[9, 10, 11, 12, 0, 0], [9, 10, 11, 12, 13, 14]])
+    labels = torch.where(ids > 10, ids, -100)
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": (ids > 0).long()}
+    pairs = ("no-eos", "error", (3,)), ("no-eos", "warning", (5,))
+    assert found(batch, Tokenizer()) == list(pairs)
+    severe = [severity for _, severity, _ in found(batch, Tokenizer(), max_length=6)]
+    assert severe == ["error", "warning"]
+    severe = [severity for _, severity, _ in found(batch, Tokenizer(), max_length=8)]
+    assert severe == ["error", "error"]
+    severe = [severity for _, severity, _ in found(batch, Tokenizer(), max_length=4)]
+    assert severe == ["warning", "warning"]
+    left = {k: torch.stack([v[0].roll(2), v[1]]) for k, v in batch.items()}
+    assert [f.severity for f in look(left, tokenizer=Tokenizer())] == ["error", "warning"]
+    packed = {
+        "input_ids": ids[1:], "labels": labels[1:].clone(),
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]),
+    }  # fmt: skip
+    packed["labels"][0, 3:5] = -100
+    assert found(packed, Tokenizer()) == [
+        ("no-eos", "error", (2,)), ("no-eos", "warning", (5,)),
+    ]  # fmt: skip
+    asked = {"no-eos": "warning"}
+    assert {f.severity for f in look(packed, tokenizer=Tokenizer(), severity=asked)} == {"warning"}
+
+
+def test_messages_are_text():
+    batch = make_chat(*CHATTED)
+    batch["labels"][0, -1] = batch["input_ids"][0, -1] = 20
+    (finding,) = look(batch, tokenizer=chat_tokenizer(), max_length=64)
+    assert "'</s>', '<|im_end|>'" in finding.message
+    assert "20" not in finding.message
+
+
+# -- who speaks ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ["user", "system"])
+def test_words_of_others_with_loss_are_told_by_role(role):
+    batch = make_chat((role, [20, 21, 22]), *CHATTED)
+    assert found(batch) == []
+    batch["labels"][0, 2:5] = batch["input_ids"][0, 2:5]
+    (finding,) = look(batch, tokenizer=chat_tokenizer())
+    assert (finding.code, finding.severity) == ("other-turns-scored", "warning")
+    assert finding.tokens == (2, 3, 4)
+    assert finding.where == "row 0, 3 tokens, 2 to 4"
+    assert f"of {role} turns" in finding.message
+
+
+def test_what_all_scored_says_is_not_said_again():
+    batch = make_chat(*CHATTED)
+    batch["labels"] = batch["input_ids"].clone()
+    assert codes(batch) == {"all-scored", "special-scored"}
+
+
+def test_a_text_without_turns_has_no_others():
+    """Prompt and completion as text, with the tokenizer of a chat."""
+    ids = torch.tensor([[1, 20, 21, 22, 23, EOS]])
+    labels = torch.where(torch.arange(6) > 2, ids, -100)
+    assert found({"input_ids": ids, "labels": labels}) == []
+
+
+def test_roles_begin_anew_in_a_packed_row():
+    """Text behind a chat that ended with a question is no question."""
+    chat = make_chat(("assistant", [9]), ("user", [10, 11]))
+    text = torch.tensor([[20, 21, EOS]])
+    batch = {
+        "input_ids": torch.cat([chat["input_ids"], text], 1),
+        "labels": torch.cat([chat["labels"], torch.tensor([[-100, 21, EOS]])], 1),
+    }
+    T = batch["input_ids"].shape[1]
+    positions = torch.cat([torch.arange(T - 3), torch.arange(3)])[None]
+    assert codes({**batch, "position_ids": positions}) == set()
+    assert codes(batch) == {"other-turns-scored"}
+
+
+@pytest.mark.parametrize("token", [1, 0, START, IMAGE])
+def test_special_tokens_that_are_no_part_of_an_answer(token):
+    batch = make_chat(*CHATTED)
+    at = 8 if token != START else 5  # within the answer; its header
+    if token != START:
+        batch["input_ids"][0, at] = token
+    batch["labels"][0, at] = token
+    (finding,) = look(batch, tokenizer=chat_tokenizer())
+    assert (finding.code, finding.tokens) == ("special-scored", (at,))
+    assert repr(CHAT[token]) in finding.message
+
+
+def test_marks_within_an_answer_are_its_own():
+    """Tools, thoughts, and whatever else someone adds."""
+    marks = ["<tool_call>", "</tool_call>", "<think>", "</think>", "<|python_tag|>", "<extra>"]
+    tokenizer = chat_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": [*CHAT[3:5], CHAT[8], *marks]})
+    ids = tokenizer.convert_tokens_to_ids(marks)
+    assert len(set(ids)) == len(marks)
+    assert set(ids) <= set(tokenizer.all_special_ids)
+    batch = make_chat(("user", [9]), ("assistant", [*ids, 10]))
+    assert found(batch, tokenizer) == []
+    without = chat_tokenizer(None)
+    without.add_special_tokens({"extra_special_tokens": [*CHAT[3:5], CHAT[8], *marks]})
+    batch["input_ids"][0, -1] = batch["labels"][0, -1] = EOS
+    assert found(batch, without) == [], "nor without a template"
+    batch["labels"][0, 4] = START
+    assert codes(batch, without) == {"special-scored"}
+
+
+# -- doubled ---------------------------------------------------------------------------------------
+
+
+def text(*ids, scored=3):
+    row = torch.tensor([ids])
+    return {"input_ids": row, "labels": torch.where(torch.arange(len(ids)) >= scored, row, -100)}
+
+
+def begins(bos=1, eos=EOS, pad=0):
+    tokenizer = Tokenizer()
+    tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id = bos, eos, pad
+    tokenizer.all_special_ids = (0, 1, 2)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("ids", "at"),
+    [
+        ((1, 9, 10, 11, EOS), ()),
+        ((1, 1, 10, 11, EOS), (1,)),
+        ((1, 9, 10, 11, EOS, EOS), (5,)),
+        ((1, 9, EOS, 11, EOS), ()),
+        ((1, 1, 10, 11, EOS, EOS), (1, 5)),
+        ((0, 0, 1, 1, 10, 11, EOS), (3,)),
+    ],
+)
+def test_two_begins_or_ends_in_a_row(ids, at):
+    batch = text(*ids, scored=4)
+    batch["attention_mask"] = (batch["input_ids"] != 0).long()
+    said = [tokens for code, _, tokens in found(batch, begins()) if code == "doubled-special"]
+    assert said == ([at] if at else [])
+    assert codes(batch, begins()) <= {"doubled-special"}
+
+
+def test_one_token_that_begins_ends_and_pads():
+    """GPT-2's: an end before a begin of the next text, and padding, are not doubled."""
+    one = begins(bos=EOS, pad=EOS)
+    for ids in (
+        (EOS, 9, 10, 11, EOS),
+        (EOS, 9, 10, 11, EOS, EOS, 12, 13, EOS),  # two texts, of which nothing says a seam
+        (9, 10, 11, 12, EOS, EOS, EOS, EOS),
+    ):
+        batch = text(*ids)
+        for mask in ({}, {"attention_mask": torch.ones_like(batch["input_ids"])}):
+            labels = torch.where(torch.arange(len(ids)) > 4, -100, batch["labels"])
+            assert codes({**batch, **mask, "labels": labels}, one) == set(), (ids, mask)
+    assert codes(text(EOS, EOS, 10, 11, EOS), one) == {"doubled-special"}
+    assert codes(text(EOS, 9, 10, 11, EOS, EOS), begins(bos=EOS)) == {"doubled-special"}
+
+
+def test_padding_of_a_packed_row_is_not_doubled():
+    """Which is a sequence of its own, of the end of text."""
+    examples = [{"input_ids": [9, 10, 11, EOS], "completion_mask": [0, 0, 1, 1]}] * 2
+    for pad in (EOS, 1, 0):
+        for step in (8, 9, 10, 16):
+            collate = sgp.Collator(packed=True, pad_to_multiple_of=step, pad_token_id=pad)
+            batch = collate(examples)
+            del batch["selection"]
+            for tokenizer in (begins(pad=pad), begins(bos=EOS, pad=pad)):
+                assert codes(batch, tokenizer) == set(), (pad, step)
