@@ -174,3 +174,42 @@ def test_what_is_trained_in_is_said():
     assert after.generated == after.expected
     assert after.ends
     assert after.tokens == T - CONTEXTS[0]
+
+
+def test_an_audit_answers_if_it_is_asked():
+    model, batch = make("llama").train(), make_batch()
+    assert sgp.audit(model, batch, tokenizer=Words()).answers == ()
+    report = sgp.audit(model, batch, tokenizer=Words(), generate=2)
+    assert report.answers == answer(model, report.view, Words(), 2)
+    assert [a.row for a in report.answers] == [0, 1]
+    assert len(sgp.audit(model, batch, generate=9).answers) == B
+
+
+def test_answers_in_the_dtype_that_is_asked_for():
+    model, batch, seen = make("llama"), make_batch(), []
+    layer = model.model.layers[0].mlp.down_proj
+    layer.register_forward_hook(lambda *args: seen.append(args[-1].dtype))
+    answer(model, read(batch, tokenizer=Words()), Words(), 1, torch.bfloat16)
+    assert set(seen) == {torch.bfloat16}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of names that PEFT uses
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "LoraConfig"])
+def test_adapters_and_virtual_tokens_have_their_part_in_an_answer(kind):
+    peft = pytest.importorskip("peft")
+    more = {"r": 2} if kind == "LoraConfig" else {"num_virtual_tokens": 3}
+    model = peft.get_peft_model(make("llama"), getattr(peft, kind)(task_type="CAUSAL_LM", **more))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_(generator=torch.Generator().manual_seed(3))
+    batch = make_batch()
+    (found,) = answer(model, read(batch, tokenizer=Words()), None, 1)
+    ids = batch["input_ids"][:1, : CONTEXTS[0]]
+    with torch.no_grad():
+        for _ in range(found.tokens):
+            logits = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+    assert found.generated == " ".join(map(str, ids[0, CONTEXTS[0] :].tolist()))
+    (bare,) = answer(make("llama"), read(batch, tokenizer=Words()), None, 1)
+    assert found.generated != bare.generated

@@ -9,6 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 import sgp
 from sgp.huggingface import AuditCallback, AuditError, patch
+from sgp.huggingface.callback import _first_rows as first_rows
 from sgp.huggingface.late_logits import LateLogits
 from tests.audited import Tokenizer, codes
 from tests.families import V, make
@@ -186,6 +187,54 @@ def test_the_callback_audits_the_first_batch(patched, tmp_path, caplog):
     assert "error: labels-shifted-twice (row 0" in caplog.text
     assert len(callback.report.tokens) == 1
     assert (tmp_path / "new" / "page.html").exists()
+
+
+def test_what_many_rows_share_is_one_line(tmp_path, caplog):
+    callback = AuditCallback(page=tmp_path / "audit.html")
+    with caplog.at_level("ERROR", "sgp.huggingface"):
+        train(make("llama"), tmp_path, data=ShiftedTwice(), callbacks=[callback])
+    (line,) = [r.getMessage() for r in caplog.records if "labels-shifted-twice" in r.getMessage()]
+    assert line.startswith("error: labels-shifted-twice (2 rows, 0 to 1): ")
+    with pytest.raises(AuditError) as error:
+        train(model=make("llama"), folder=tmp_path, data=ShiftedTwice(),
+              callbacks=[AuditCallback(stop_on_errors=True)])  # fmt: skip
+    assert str(error.value).count("labels-shifted-twice") == 1
+    assert line in str(error.value)
+
+
+def test_the_callback_passes_its_options_on(tmp_path):
+    """Codes and parameters that are ignored, severities, and the dtype of the pass."""
+    asked = {"severity": {"no-eos": "error"}}
+    for options, said in (({}, "warning"), (asked, "error"), ({"ignore": ["no-eos"]}, None)):
+        callback = AuditCallback(Tokenizer(), **options)
+        Run(tmp_path, callback).forward()
+        assert [f.severity for f in callback.report.findings] == ([said] if said else [])
+    with pytest.raises(AuditError, match="error: no-eos"):
+        Run(tmp_path, AuditCallback(Tokenizer(), stop_on_errors=True, **asked)).forward()
+    with pytest.raises(ValueError, match="'no-oes'"):
+        AuditCallback(severity={"no-oes": "note"})
+    seen = []
+    callback = AuditCallback(autocast=torch.bfloat16)
+    run = Run(tmp_path, callback)
+    layer = run.model.model.layers[0].mlp.down_proj
+    layer.register_forward_hook(lambda *args: seen.append(args[-1].dtype))
+    run.forward()
+    assert seen == [torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 9), (4, 4, 9), (4, 9), (1, 9)])
+def test_of_positions_the_first_rows_are_taken_whatever_their_axes(shape):
+    ids = torch.arange(36).view(4, 9)
+    images = {"pixel_values": torch.zeros(7, 5)}
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.zeros(shape), "note": "x"}
+    found = first_rows(batch, 2)
+    assert torch.equal(found["input_ids"], ids[:2])
+    B = shape[-2]
+    assert found["position_ids"].shape == (*shape[:-2], min(2, B), 9)
+    assert found["note"] == "x"
+    whole = first_rows(batch | images, 2)
+    assert torch.equal(whole["input_ids"], ids), "no one knows whose image it is"
+    assert first_rows(batch, 5)["labels"] is ids
 
 
 def test_the_callback_stops_a_run(tmp_path):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgp.auditing.answers import answer
 from sgp.auditing.checks import find
 from sgp.auditing.findings import (
     Finding,
@@ -83,10 +84,12 @@ def audit(
         severity: other severities than the table's, `{"no-eos": "warning"}`.
         autocast: the dtype that training runs in; None: no autocast.
         max_length: the window: sequences that reach it may have been cut, and then need no end.
-        generate: how many greedy answers to make in the batch's own contexts.
+        generate: how many greedy answers to make in the batch's own contexts (answers.py), at most
+            one a row.
 
     Returns:
-        The report: `.tokens`, `.grad_norm`, `.context_share`, `.cosine_detached`, `.findings`.
+        The report: `.tokens`, `.grad_norm`, `.context_share`, `.cosine_detached`, `.findings`,
+        `.answers`.
         `context_share` and `cosine_detached` are None where a row is not context, then output
         (the two parts of the gradient are then not defined), and where not all of a linear
         layer's gradient was seen; parts.py says when.
@@ -97,7 +100,6 @@ def audit(
         TypeError: if the batch is no mapping, the model takes no `output_hidden_states` or its
             parameters are sharded over processes.
     """
-    del generate
     severities = check_severity(severity)
     model = _unwrapped(model)
     ignored = check_ignored(ignore, [name for name, _ in model.named_parameters()])
@@ -150,6 +152,7 @@ def audit(
         findings=settled(find(view), ignore, severities),
         model_name=type(model).__name__,
         view=view,
+        answers=answer(model, view, tokenizer, generate, autocast),
     )
 
 

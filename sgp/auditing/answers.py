@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +27,20 @@ class Answer:
     tokens: int  # generated, the end included
 
 
-def answer(model: nn.Module, view: View, tokenizer: Any, number: int) -> tuple[Answer, ...]:
+def answer(
+    model: nn.Module,
+    view: View,
+    tokenizer: Any,
+    number: int,
+    autocast: torch.dtype | None = None,
+) -> tuple[Answer, ...]:
     """Answer the contexts of the first rows that carry loss, greedily.
 
     A context is a row's first sequence up to its first token with loss; the answer ends with an
     end of text or of a turn, or 16 tokens after the expected one. The model answers in eval mode
     and without gradients; its modes and the random state are then as before. `generate` is used
-    where the model has it, else its forward, once for each token.
+    where the model has it, else its forward, once for each token. Images and sound are not passed
+    on.
 
     Example:
         >>> for a in answer(model, report.view, tokenizer, 4):  # doctest: +SKIP
@@ -44,9 +51,12 @@ def answer(model: nn.Module, view: View, tokenizer: Any, number: int) -> tuple[A
         view: of the batch.
         tokenizer: decodes; None: numbers.
         number: of answers, at most; rows without a context or without loss have none.
+        autocast: the dtype of the forward passes; None: as it is.
     """
     found: list[Answer] = []
-    with _answering(model):
+    if number < 1:
+        return ()
+    with _answering(model, autocast):
         for row, context, expected in _contexts(view):
             if len(found) == number:
                 break
@@ -79,11 +89,13 @@ def _contexts(view: View) -> Iterator[tuple[int, list[int], list[int]]]:
 
 
 @contextmanager
-def _answering(model: nn.Module) -> Iterator[None]:
+def _answering(model: nn.Module, autocast: torch.dtype | None) -> Iterator[None]:
     """In eval mode, without gradients, on a random state of its own."""
     modes = {module: module.training for module in model.modules()}
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(sorted(i for i in devices if i is not None)), torch.no_grad():
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    kind = next((p.device.type for p in model.parameters()), "cpu")
+    cast = torch.autocast(kind, dtype=autocast) if autocast is not None else nullcontext()
+    with torch.random.fork_rng([d.index for d in devices]), torch.no_grad(), cast:
         model.eval()
         try:
             yield
@@ -99,7 +111,7 @@ def _greedy(model: nn.Module, context: list[int], most: int, ends: frozenset[int
     most = min(most, _window(model, len(context) + most) - len(context))
     if most < 1:
         return []
-    if hasattr(model, "generate"):
+    if hasattr(model, "generate") and not _is_prompted(model):
         return _generated(model, ids, most, ends)
     for _ in range(most):
         ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
@@ -107,6 +119,11 @@ def _greedy(model: nn.Module, context: list[int], most: int, ends: frozenset[int
             break
     found: list[int] = ids[0, len(context) :].tolist()
     return found
+
+
+def _is_prompted(model: nn.Module) -> bool:
+    """Whether PEFT puts virtual tokens before a text: in a cache, `generate` may lose them."""
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
 
 
 def _window(model: nn.Module, default: int) -> int:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
+from sgp.auditing.answers import Answer
 from sgp.auditing.findings import Finding
 from sgp.auditing.view import View
 
@@ -48,7 +48,7 @@ class Outcome:
     findings: list[Finding]
     model_name: str
     view: View
-    answers: tuple[Any, ...] = ()  # greedy ones, if they were asked for
+    answers: tuple[Answer, ...] = ()  # greedy ones, if they were asked for
 
     @property
     def errors(self) -> list[Finding]:

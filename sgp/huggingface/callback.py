@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from sgp.auditing import AuditReport, audit
+from sgp.auditing import AuditReport, audit, grouped
+from sgp.auditing.findings import check_severity
 
 LOG = logging.getLogger("sgp.huggingface")
 LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "note": logging.INFO}
@@ -33,14 +35,19 @@ class AuditCallback(TrainerCallback):
     Args:
         tokenizer: as for `sgp.audit`; None: the Trainer's own (`processing_class`).
         stop_on_errors: raise `AuditError` where there are errors, before a parameter has moved;
-            else they are logged, by the logger "sgp.huggingface".
+            else they are logged, one line for what many rows share, by the logger
+            "sgp.huggingface".
         page: where to write the report as a page; None: audit.html in the output folder.
         rows: of the batch, at most: an audit holds all their logits.
+        ignore: as for `sgp.audit`: codes, and patterns of parameters' names.
+        severity: as for `sgp.audit`: `{"no-eos": "warning"}`.
+        autocast: as for `sgp.audit`; a Trainer's own (`bf16=True`) is in effect without it.
 
     Attributes:
         report: the `AuditReport`, once there is one.
 
     Raises:
+        ValueError: a code or a severity that there is not.
         AuditError: from the model's first forward pass, with every error.
     """
 
@@ -51,12 +58,21 @@ class AuditCallback(TrainerCallback):
         stop_on_errors: bool = False,
         page: str | Path | None = None,
         rows: int = 4,
+        ignore: Sequence[str] = (),
+        severity: Mapping[str, str] | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         """Nothing happens before training begins."""
+        check_severity(severity)
         self.tokenizer = tokenizer
         self.stop_on_errors = stop_on_errors
         self.page = page
         self.rows = rows
+        self.options: dict[str, Any] = {
+            "ignore": ignore,
+            "severity": severity,
+            "autocast": autocast,
+        }
         self.report: AuditReport | None = None
         self._handle: Any = None
 
@@ -90,7 +106,9 @@ class AuditCallback(TrainerCallback):
         self, model: nn.Module, batch: Mapping[str, Any], tokenizer: Any, page: Path
     ) -> None:
         try:
-            report = audit(model, _first_rows(batch, self.rows), tokenizer=tokenizer)
+            report = audit(
+                model, _first_rows(batch, self.rows), tokenizer=tokenizer, **self.options
+            )
         except (ValueError, TypeError) as error:
             if self.stop_on_errors:
                 raise AuditError(f"the first batch could not be audited: {error}") from error
@@ -99,21 +117,26 @@ class AuditCallback(TrainerCallback):
         self.report = report
         page.parent.mkdir(parents=True, exist_ok=True)
         report.to_html(page)
-        for finding in report.findings:
-            LOG.log(LEVELS[finding.severity], "%s", finding)
+        for group in grouped(report.findings):
+            LOG.log(LEVELS[group.severity], "%s", group)
         LOG.info("audit of the first batch: %r, %s", report, page)
         if report.errors and self.stop_on_errors:
-            errors = "; ".join(str(finding) for finding in report.errors)
+            errors = "; ".join(str(group) for group in grouped(report.errors))
             raise AuditError(f"the first batch has errors: {errors} ({page})")
 
 
 def _first_rows(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """The batch's first rows; a Selection goes, the labels say the same."""
+    """The batch's first rows; a Selection goes, the labels say the same.
+
+    All rows, where a tensor does not say which of it is of which row, as images do not.
+    """
     B = len(batch["input_ids"]) if "input_ids" in batch else 0
     cut = {k: v for k, v in batch.items() if k not in ("selection", "num_items_in_batch")}
-    if rows >= B:
-        return cut
-    return {
-        k: v[:rows] if isinstance(v, Tensor) and v.dim() and len(v) == B else v
+    found = {
+        k: (v, int(k == "position_ids" and v.dim() == 3))  # (axes of an image, B, T)
         for k, v in cut.items()
+        if isinstance(v, Tensor) and v.dim()
     }
+    if rows >= B or any(v.shape[axis] not in (1, B) for v, axis in found.values()):
+        return cut
+    return cut | {k: v.narrow(axis, 0, min(rows, v.shape[axis])) for k, (v, axis) in found.items()}
