@@ -176,7 +176,8 @@ def test_lines_that_cannot_be_used_are_counted_and_the_rest_is_audited(tmp_path,
     assert code == 0, "warnings"
     assert "1 of 11 lines of a.jsonl: 9 warnings" in said
     for words in (
-        "line 2: not UTF-8", "lines 3, 12 (2 of 11): broken JSON", 'line 5: "input_ids" has numbers as text',
+        "line 2: not UTF-8", "lines 3, 12 (2 of 11): broken JSON",
+        'line 5: "input_ids" has numbers as text',
         "line 6: is text, which needs --tokenizer or --model", "line 8: not a JSON object",
         'line 7: "input_ids" has a number of 2^63 or more', "line 11: no tokens",
         'line 9: "messages" is not valid Unicode', 'line 10: has "foo"; expected "input_ids"',
@@ -191,8 +192,8 @@ def test_lines_that_cannot_be_used_are_counted_and_the_rest_is_audited(tmp_path,
 def test_tokens_outside_a_vocabulary_are_an_error_of_their_line(tmp_path, capsys, small, folder):
     outside = RIGHT | {"input_ids": [5, 6, 7, 99, 9]}
     data = write(tmp_path / "a.jsonl", RIGHT | {"labels": [-100, -100, 7, 8, 9]}, outside)
-    code, said, _ = audited(capsys, data, "--model", small, "--ignore", "no-eos")
-    assert code == 1
+    code, said, err = audited(capsys, data, "--model", small, "--ignore", "no-eos")
+    assert code == 1, err
     assert "outside-vocabulary: line 2: tokens are outside the model's [0, 61); was the" in said
     assert "line 2: input_ids[3] is 99" in said
     huge = write(tmp_path / "b.jsonl", RIGHT, RIGHT | {"labels": [-100] * 4 + [1 << 40]})
@@ -201,8 +202,9 @@ def test_tokens_outside_a_vocabulary_are_an_error_of_their_line(tmp_path, capsys
     assert "line 2: tokens are 1048576 or more, which no vocabulary has" in said
     assert "line 2: labels[4] is 1099511627776" in said
     assert "the tokenizer's [0, 260)" in audited(capsys, huge, "--tokenizer", folder)[1]
-    nothing = refused(capsys, write(tmp_path / "c.jsonl", outside), "--model", small)
-    assert "no usable line; line 1: tokens are outside the model's [0, 61)" in nothing
+    code, said, err = audited(capsys, write(tmp_path / "c.jsonl", outside), "--model", small)
+    assert (code, said) == (2, "")
+    assert "no usable line; line 1: tokens are outside the model's [0, 61)" in err
 
 
 # -- what is audited is what is trained ------------------------------------------------------------
@@ -371,9 +373,7 @@ def test_repair_writes_what_is_mended_and_judges_what_is_left(tmp_path, capsys):
     code, said, _ = audited(capsys, data, "--repair", fixed, "--out", out)
     assert code == 0
     assert "1 error" in said
-    assert (
-        "after the repair, by the lines of the file as it was: 50 lines of fixed.jsonl" in said
-    )
+    assert "after the repair, by the lines of the file as it was: 50 lines of fixed.jsonl" in said
     assert [json.loads(x) for x in fixed.read_text().splitlines()] == [RIGHT] * 50
     content = json.loads((out / "audit.json").read_text())
     assert content["repair"]["changes"] == {"labels-shifted-twice": 30}

@@ -194,15 +194,18 @@ def _survey(job: _Job, advance: Callable[[], None], *, repair: Path | None) -> M
         found = [pair for group in batches(samples) for pair in maker.look(group)]
         found.sort(key=lambda pair: pair[0].line)
         marked = {sample.line: sample for sample in samples if sample.noted}
+        faulty = set(marked)
         for sample, finding in found:
             entry = survey.add(finding, sample.line, describe(sample, finding, maker))
-            if entry is not None and len(entry.lines) <= most:
+            if entry is None:
+                continue
+            faulty.add(sample.line)
+            if len(entry.lines) <= most:
                 marked[sample.line] = sample
             if finding.code == "no-eos" and sample.given and finding.tokens[-1] == size(sample) - 1:
                 unended.append((size(sample), sample.line))
         if len(job.marked) < CANDIDATES * most:
             job.marked |= marked
-        faulty = {sample.line for sample, _ in found} | set(marked)
         clean = (sample for sample in samples if sample.line not in faulty)
         job.clean += islice(filter(job.reaches_loss, clean), most - len(job.clean))
         if mended:

@@ -22,14 +22,14 @@ def check_file(path: Path, data: Path) -> None:
     Raises:
         UserError: what stands in the way.
     """
-    if path.is_dir():
-        raise UserError(f"--repair {path}: is a folder; name a file")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"--repair {path}: no folder {path.absolute().parent}")
-    if path.exists() and data.exists() and path.samefile(data):
-        raise UserError(f"--repair {path}: is the file that is read; name another")
     with writing(path, option="--repair"):
+        if path.is_dir():
+            raise UserError(f"--repair {path}: is a folder; name a file")
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"--repair {path}: no folder {path.absolute().parent}")
         existed = path.exists()
+        if existed and data.exists() and path.samefile(data):
+            raise UserError(f"--repair {path}: is the file that is read; name another")
         path.open("ab").close()
         if not existed:
             path.unlink()
