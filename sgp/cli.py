@@ -204,7 +204,6 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
     add(
         "--ignore",
         action="append",
-        default=[],
         metavar="WORD",
         help='a finding, or modules as "*.visual.*" whose gradient may be missing; repeatable',
     )
@@ -212,7 +211,6 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
         add(
             f"--{level}",
             action="append",
-            default=[],
             metavar="CODE",
             help=f"let this finding be {'an' if level == 'error' else 'a'} {level}; repeatable",
         )

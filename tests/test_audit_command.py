@@ -342,6 +342,8 @@ def test_whether_an_end_was_cut_off_is_judged_by_the_whole_file(tmp_path, capsys
     )
     data = write(tmp_path / "a.jsonl", long)
     assert audited(capsys, data, "--tokenizer", folder)[0] == 0
+    fixed = tmp_path / "fixed"
+    assert audited(capsys, data, "--tokenizer", folder, "--repair", fixed)[0] == 0
     assert audited(capsys, data, "--tokenizer", folder, "--error", "no-eos")[0] == 1
 
 

@@ -45,6 +45,9 @@ FILES = ("audit.png", "audit.html", "audit.json")
 SHOWN = 24  # tokens of a sample in the terminal
 LONGEST = 512  # tokens of a row in the backward pass, unless --max-length says more
 CANDIDATES = 64  # findings whose rows are kept for it
+MAY_BE_CUT = (
+    "the last token with loss is not an end, and no row is longer: cut off, or never appended"
+)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -101,6 +104,13 @@ class _Job:
         window = self.maker.window
         return self.arguments.max_length or (min(LONGEST, window) if window else LONGEST)
 
+    def keep(self, marked: dict[int, Sample], clean: list[Sample]) -> None:
+        """Rows for the backward pass: with findings, and without."""
+        rows = self.arguments.rows
+        if len(self.marked) < CANDIDATES * rows:
+            self.marked |= marked
+        self.clean += islice(filter(self.reaches_loss, clean), rows - len(self.clean))
+
     def reaches_loss(self, sample: Sample) -> bool:
         """Whether the backward pass would see loss in a row."""
         return any(x != IGNORE for x in sample.columns["labels"][1 : self.most])
@@ -112,7 +122,7 @@ def _job(arguments: argparse.Namespace) -> _Job:
         raise UserError(f"--generate {arguments.generate} needs --model: whose answers?")
     severity = _severities(arguments)
     codes = known_codes()
-    words = list(arguments.ignore)
+    words = list(arguments.ignore or [])
     patterns = [word for word in words if word not in codes]
     if patterns and not arguments.model:
         raise UserError(
@@ -147,7 +157,7 @@ def _job(arguments: argparse.Namespace) -> _Job:
 
 
 def _severities(arguments: argparse.Namespace) -> dict[str, str]:
-    found = {code: level for level in LEVELS for code in getattr(arguments, level)}
+    found = {code: level for level in LEVELS for code in getattr(arguments, level) or []}
     for code, level in found.items():
         if code not in known_codes():
             raise UserError(
@@ -204,21 +214,15 @@ def _survey(job: _Job, advance: Callable[[], None], *, repair: Path | None) -> M
                 marked[sample.line] = sample
             if finding.code == "no-eos" and sample.given and finding.tokens[-1] == size(sample) - 1:
                 unended.append((size(sample), sample.line))
-        if len(job.marked) < CANDIDATES * most:
-            job.marked |= marked
-        clean = (sample for sample in samples if sample.line not in faulty)
-        job.clean += islice(filter(job.reaches_loss, clean), most - len(job.clean))
+        job.keep(marked, [sample for sample in samples if sample.line not in faulty])
         if mended:
             for group in batches(samples, ordered=True):
                 mended.add(group)
         advance()
     survey.unit = job.reading.unit
-    survey.soften(
-        "no-eos",
-        {line for length, line in unended if length == longest},
-        "warning",
-        "the last token with loss is not an end, and no row is longer: cut off, or never appended",
-    )
+    cut = {line for length, line in unended if length == longest}
+    for told in (survey, mended.after) if mended else (survey,):
+        told.soften("no-eos", cut, "warning", MAY_BE_CUT)
     if not survey.samples:
         raise UserError(_nothing_usable(job))
     return mended
