@@ -268,7 +268,7 @@ def test_chats_need_a_template(prepared, tmp_path):
     found.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     found.tokenizer.save_pretrained(tmp_path / "model")
     options.data.write_text(json.dumps(CHATS[0]) + "\n" + json.dumps(CHATS[5]) + "\n")
-    with pytest.raises(UserError, match="0 usable pairs of 2, .*; the chat template marks no tok"):
+    with pytest.raises(UserError, match=r"0 usable pairs of 2, .*; the chat template marks no tok"):
         prepare(wrong, print)
 
 

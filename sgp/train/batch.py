@@ -103,6 +103,8 @@ def encode(
         ...        window=8, begin=None, end=0).examples[0][:2]
         ([97, 98], [99, 0])
     """
+    if not pairs:  # a tokenizer refuses an empty list
+        return Encoded([], 0, 0, 0)
     contexts = tokenize([pair.prompt for pair in pairs])
     outputs = tokenize([pair.completion for pair in pairs])
     before = [] if begin is None else [begin]
