@@ -65,6 +65,7 @@ summary { font-weight: 600; cursor: pointer; }
   max-width: 40rem; margin: 0 auto; padding: .5em .8em; background: #1b1f24; color: #fff;
   border-radius: 4px; white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.5; }
 .t:hover .tip, .t:focus .tip { display: block; }
+@media (max-width: 50rem) { .bar { position: static; } }
 """
 
 
@@ -154,7 +155,7 @@ def _of_file(survey: Survey) -> str:
         return "".join(f"<code>{_text(line)}</code>" for line in lines)
 
     return _list(
-        _finding(entry.severity, entry.code, survey.where(entry), entry.message, samples(entry))
+        _finding(entry.severity, entry.code, survey.place(entry), entry.message, samples(entry))
         for entry in survey.entries
     )
 

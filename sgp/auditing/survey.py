@@ -144,6 +144,12 @@ class Survey:
         of = "backward pass of " if entry.backward else ""
         return f"{of}{self.unit}{'s' * (len(numbers) > 1)} {ranges(numbers)}"
 
+    def place(self, entry: Entry) -> str:
+        """The same, and how many they are of how many."""
+        count = len(set(entry.lines))
+        many = count > 1 and not entry.backward
+        return self.where(entry) + f" ({count} of {self.samples + self.skipped})" * many
+
     def verdict(self) -> str:
         """'2 errors, 1 warning' or 'no findings'."""
         counts = {level: sum(e.severity == level for e in self.entries) for level in LEVELS}
@@ -187,14 +193,8 @@ class Survey:
         bracketed = False
         console.print(Text(self.summary(), style="" if self.entries else "green"), soft_wrap=True)
         for entry in self.entries:
-            count = len(set(entry.lines))
             line = Text(f"{entry.severity}: {entry.code}", style=STYLES[entry.severity])
-            of = (
-                f" ({count} of {self.samples + self.skipped})"
-                if count > 1 and not entry.backward
-                else ""
-            )
-            console.print(line.append(f": {self.where(entry)}{of}: {entry.message}", style=""))
+            console.print(line.append(f": {self.place(entry)}: {entry.message}", style=""))
             if entry.samples and entry.samples[0].text:
                 number, where, text = entry.samples[0]
                 place = f"{self.unit} {number}" + (f", {where}" if where else "")
