@@ -1,5 +1,6 @@
 """Every finding is planted and found, and absent from a batch that is right."""
 
+import dataclasses
 import inspect
 import math
 import re
@@ -12,7 +13,7 @@ import torch
 import sgp
 from sgp.auditing import look
 from sgp.auditing.checks import find
-from sgp.auditing.findings import SEVERITY
+from sgp.auditing.findings import SEVERITY, grouped, ranges
 from sgp.auditing.view import read, suffixes
 from tests.audited import (
     CONTEXTS,
@@ -447,3 +448,62 @@ def test_a_gradient_that_is_not_finite_although_the_loss_is(model, batch):
     assert [f.where for f in found] == [""]
     assert "model.layers.0.mlp.gate_proj.weight" in found[0].message
     assert report.errors == found
+
+
+def test_labels_shifted_twice_are_one_fault(batch):
+    """Their ends stand one token behind what carries loss."""
+    batch["labels"] = batch["labels"].roll(-1, 1)
+    assert seen(batch) == {"labels-shifted-twice"}
+
+
+def test_labels_shifted_twice_in_a_packed_row():
+    """One label of each sequence has no next token."""
+    ids = torch.arange(3, 15)[None]
+    batch = {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 3] * 3])}
+    labels = ids.roll(-1, 1)
+    labels[0, [3, 7, 11]] = 40
+    kinds = {"labels-shifted-twice", "labels-not-the-inputs"}
+    assert seen({**batch, "labels": labels}) & kinds == {"labels-shifted-twice"}
+    labels[0, 1] = 40
+    assert seen({**batch, "labels": labels}) & kinds == {"labels-not-the-inputs"}
+
+
+def test_an_output_is_what_both_masks_say(batch):
+    """A completion that begins with a tool's turn has no lost output."""
+    batch["completion_mask"] = batch["assistant_masks"] = (batch["labels"] != -100).long()
+    assert seen(batch) == set()
+    batch["completion_mask"] = batch["completion_mask"].clone()
+    batch["completion_mask"][0, CONTEXTS[0] - 2 : CONTEXTS[0]] = 1
+    assert seen(batch) == set()
+    del batch["assistant_masks"]
+    assert seen(batch) == {"first-output-untrained"}
+
+
+def test_what_many_rows_share_is_one_group(batch):
+    batch["labels"][:2] = -100
+    found = look(batch)
+    (group,) = grouped(found)
+    assert (group.code, group.severity, group.rows) == ("no-targets", "error", (0, 1))
+    assert group.findings == tuple(found)
+    assert str(group).startswith("error: no-targets (2 rows, 0 to 1): no token carries loss")
+    (one,) = grouped(found[:1])
+    assert str(one) == str(found[0])
+    twice = [found[0], dataclasses.replace(found[0], where="row 0, again")]
+    assert str(grouped(twice)[0]).startswith("error: no-targets (row 0, 2 times): ")
+    whole = [dataclasses.replace(f, severity="note") for f in found]
+    assert len(grouped([found[0], *whole])) == 2
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        ([], ""),
+        ([3], "3"),
+        (range(21, 51), "21 to 50"),
+        ([9, 8, 7, 6, 5, 2, 0, 0], "0, 2, 5 to 9"),
+        (range(0, 20, 2), "0, 2, 4, 6, 8, 10, ..."),
+        (range(0, 12, 2), "0, 2, 4, 6, 8, 10"),
+    ],
+)
+def test_ranges(numbers, expected):
+    assert ranges(numbers) == expected

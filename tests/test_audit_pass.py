@@ -94,6 +94,24 @@ def test_autocast(batch):
     assert report.findings == []
 
 
+@pytest.mark.parametrize("mode", ["rows", "fused"])
+def test_a_patched_model_trains_as_it_did(mode, batch):
+    """It makes no logits in training; its layers drop out all the same."""
+    model, seen = dropping(0.3), []
+    torch.manual_seed(3)
+    expected = sgp.audit(model, batch)
+    patched = sgp.huggingface.patch(model, mode=mode)
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda m, *_: seen.append(m.training))
+    torch.manual_seed(3)
+    report = sgp.audit(model, batch)
+    assert seen == [True, True]
+    assert report.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert bad(report) == set()
+    assert all(m.training for m in model.modules())
+    del patched
+
+
 # -- activation checkpoints ------------------------------------------------------------------------
 
 

@@ -91,6 +91,55 @@ def test_tokenizers_of_few_words(eos):
     assert codes(batch, Bare(eos)) == expected
 
 
+class Processor:
+    """As of a vision model: the template is its own, the tokens are its tokenizer's."""
+
+    chat_template = CHATML
+
+    def __init__(self):
+        self.tokenizer = chat_tokenizer(None)
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids)
+
+
+def test_a_processor_has_a_tokenizer():
+    assert learn(Processor()) == learn(chat_tokenizer())
+    batch = make_chat(*CHATTED)
+    assert codes(batch, Processor()) == set()
+    batch["labels"][0, ends(batch)] = -100
+    assert codes(batch, Processor()) == {"turn-end-unscored"}
+
+
+class Raises:
+    """A tokenizer that cannot be asked."""
+
+    chat_template, eos_token_id, all_special_ids = CHATML, EOS, (0, 1, EOS)
+
+    def __init__(self, text):
+        self.text = text
+
+    def decode(self, ids):
+        return str(ids[0])
+
+    def get_added_vocab(self):
+        return {"<|im_start|>": START, "<|im_end|>": END}
+
+    def apply_chat_template(self, messages, **_):
+        if self.text:
+            return "".join(f"<|im_start|>{m['role']} {m['content']}<|im_end|>" for m in messages)
+        raise RuntimeError("no")
+
+    def __call__(self, text, **_):
+        raise NotImplementedError(text)
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_a_tokenizer_that_raises_is_not_asked_again(text):
+    assert learn(Raises(text)).headers == ()
+    assert codes(make_chat(*CHATTED), Raises(text)) == {"no-eos"}
+
+
 # -- ends ------------------------------------------------------------------------------------------
 
 
@@ -111,6 +160,16 @@ def test_a_turn_of_which_nothing_carries_loss_needs_no_end():
     batch = make_chat(*CHATTED)
     batch["labels"][0, : ends(batch)[0] + 1] = -100
     assert found(batch) == []
+
+
+def test_a_sequence_that_begins_with_an_end():
+    """GPT-2's begin of text is its end; that of the next sequence is not this one's."""
+    ids = torch.tensor([[EOS, 9, 10, 11, EOS, 12, 13, EOS]])
+    labels = torch.tensor([[-100, -100, 10, 11, -100, -100, 13, EOS]])
+    batch = {"input_ids": ids, "labels": labels}
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    assert codes({**batch, "position_ids": positions}, Tokenizer()) == {"no-eos"}
+    assert codes(batch, Tokenizer()) == {"turn-end-unscored"}
 
 
 def test_white_space_before_an_end():
@@ -142,6 +201,9 @@ def test_what_a_template_writes_after_an_end_is_none():
     assert found(batch) == []
     batch["labels"][0, ends(batch)[-1]] = -100
     assert codes(batch) == {"turn-end-unscored"}
+    ids = torch.tensor([[9, 10, END, 7, EOS]])  # a line break is learned too, and no more
+    labels = torch.tensor([[-100, 10, END, 7, -100]])
+    assert found({"input_ids": ids, "labels": labels}) == []
 
 
 def test_an_end_that_begins_the_next_message():
@@ -242,6 +304,8 @@ def test_a_text_without_turns_has_no_others():
     ids = torch.tensor([[1, 20, 21, 22, 23, EOS]])
     labels = torch.where(torch.arange(6) > 2, ids, -100)
     assert found({"input_ids": ids, "labels": labels}) == []
+    labels[0, -1] = -100
+    assert found({"input_ids": ids, "labels": labels}) == [("turn-end-unscored", "error", (5,))]
 
 
 def test_roles_begin_anew_in_a_packed_row():
@@ -268,6 +332,16 @@ def test_special_tokens_that_are_no_part_of_an_answer(token):
     (finding,) = look(batch, tokenizer=chat_tokenizer())
     assert (finding.code, finding.tokens) == ("special-scored", (at,))
     assert repr(CHAT[token]) in finding.message
+
+
+def test_the_header_of_an_answer_that_goes_on_is_the_models_own():
+    """As of gpt-oss, whose thoughts and answer are two messages; not after a question."""
+    batch = make_chat(("user", [9]), ("assistant", [10]), ("assistant", [11]), ("user", [12]))
+    second = slice(8, 10)
+    batch["labels"][0, second] = batch["input_ids"][0, second] = torch.tensor([START, ASSISTANT])
+    assert found(batch) == []
+    batch["labels"][0, 12] = START
+    assert codes(batch) == {"other-turns-scored", "special-scored"}
 
 
 def test_marks_within_an_answer_are_its_own():
@@ -334,8 +408,16 @@ def test_one_token_that_begins_ends_and_pads():
         for mask in ({}, {"attention_mask": torch.ones_like(batch["input_ids"])}):
             labels = torch.where(torch.arange(len(ids)) > 4, -100, batch["labels"])
             assert codes({**batch, **mask, "labels": labels}, one) == set(), (ids, mask)
+        assert codes({**batch, "labels": labels}, begins(bos=EOS, pad=0)) <= {"turn-end-unscored"}
     assert codes(text(EOS, EOS, 10, 11, EOS), one) == {"doubled-special"}
     assert codes(text(EOS, 9, 10, 11, EOS, EOS), begins(bos=EOS)) == {"doubled-special"}
+
+
+def test_padding_on_the_left_by_the_begin_of_text():
+    """Many are padding, which no mask says; two are doubled."""
+    pads = begins(pad=1)
+    assert codes(text(1, 1, 10, 11, EOS), pads) == {"doubled-special"}
+    assert codes(text(1, 1, 1, 1, 10, 11, EOS, scored=5), pads) == set()
 
 
 def test_padding_of_a_packed_row_is_not_doubled():
@@ -346,5 +428,5 @@ def test_padding_of_a_packed_row_is_not_doubled():
             collate = sgp.Collator(packed=True, pad_to_multiple_of=step, pad_token_id=pad)
             batch = collate(examples)
             del batch["selection"]
-            for tokenizer in (begins(pad=pad), begins(bos=EOS, pad=pad)):
+            for tokenizer in (begins(pad=pad), begins(EOS, pad=pad), begins(EOS, pad=None)):
                 assert codes(batch, tokenizer) == set(), (pad, step)

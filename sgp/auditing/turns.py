@@ -47,17 +47,25 @@ def learn(tokenizer: Any) -> Turns:
     """
     if tokenizer is None:
         return Turns()
-    template = getattr(tokenizer, "chat_template", None)
-    key = (str(template), len(getattr(tokenizer, "all_special_ids", ())))
+    words = inner(tokenizer)
+    template = getattr(tokenizer, "chat_template", None) or getattr(words, "chat_template", None)
+    key = (str(template), len(getattr(words, "all_special_ids", ())))
     try:
         known = _KNOWN.get(tokenizer)
     except TypeError:  # cannot be a key
-        return _learn(tokenizer, template)
+        return _learn(words, template)
     if known is None or known[0] != key:
-        known = (key, _learn(tokenizer, template))
+        known = (key, _learn(words, template))
         with contextlib.suppress(TypeError):  # no weak reference
             _KNOWN[tokenizer] = known
     return known[1]
+
+
+def inner(tokenizer: Any) -> Any:
+    """The tokenizer of a processor, which a Trainer of a vision model has in its place."""
+    found = getattr(tokenizer, "tokenizer", None)
+    known = getattr(tokenizer, "all_special_ids", None)
+    return tokenizer if found is None or known is not None else found
 
 
 def text_of(tokenizer: Any, token: int) -> str:
@@ -80,7 +88,14 @@ def _learn(tokenizer: Any, template: Any) -> Turns:
     turns = Turns(unlearned=_unlearned(tokenizer, added, ()))
     if not template or not hasattr(tokenizer, "apply_chat_template"):
         return turns
-    ask = _Asked(tokenizer, added)
+    try:
+        return _of_template(_Asked(tokenizer, template, added), turns)
+    except Exception:  # noqa: BLE001  (a foreign tokenizer raises what it likes)
+        return turns
+
+
+def _of_template(ask: _Asked, turns: Turns) -> Turns:
+    tokenizer, added = ask.tokenizer, ask.added
     between = ask.between(_chat())
     if between is None:
         return turns
@@ -136,15 +151,18 @@ def _unlearned(
 class _Asked:
     """A tokenizer that is asked for what its template writes."""
 
-    def __init__(self, tokenizer: Any, added: Mapping[str, int]) -> None:
+    def __init__(self, tokenizer: Any, template: Any, added: Mapping[str, int]) -> None:
         self.tokenizer = tokenizer
+        own = getattr(tokenizer, "chat_template", None)  # or else it is a processor's
+        self.given = {} if own else {"chat_template": template}
         self.added = added
         names = sorted(added, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
     def render(self, messages: list[dict[str, Any]], **options: Any) -> str | None:
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            options |= {"tokenize": False, **self.given}
+            text = self.tokenizer.apply_chat_template(messages, **options)
         except Exception:  # noqa: BLE001  (a template raises what it likes)
             return None
         return text if isinstance(text, str) else None

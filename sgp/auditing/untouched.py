@@ -29,7 +29,8 @@ def untouched(model: nn.Module, visit: Callable[[str, nn.Parameter], None]) -> I
     gradients = {name: p.grad for name, p in named.items()}
     hooks = {name: dict(p._post_accumulate_grad_hooks or {}) for name, p in named.items()}  # noqa: SLF001  (there is no public list of them)
     recording = _recording(model)
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]  # a batch norm's move in training
+    moving = (b for b in model.buffers() if b.is_floating_point() or b.numel() == 1)
+    buffers = [(b, b.detach().clone()) for b in moving]  # as a batch norm's; no packed weights
     random = torch.random.fork_rng(list({p.device for p in named.values() if p.is_cuda}))
     handles = []
     for name, p in named.items():

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sgp.auditing.turns import Turns, learn, own_ends
+from sgp.auditing.turns import Turns, inner, learn, own_ends
 from sgp.labels import IGNORE
 from sgp.selection import Selection
 
@@ -107,6 +107,7 @@ def read(
     """
     input_ids, labels, targets = _tokens(batch, selection)
     turns = learn(tokenizer) if turns is None else turns
+    tokenizer = inner(tokenizer)
     end = {*eos, *own_ends(tokenizer), *turns.ends}
     attended, starts = _attended_and_starts(batch, input_ids, _id(tokenizer, "pad_token_id"), end)
     if selection is not None and selection.boundaries is not None:
