@@ -125,7 +125,7 @@ def test_generate_and_the_loop_say_the_same(name):
     model.config = copy.deepcopy(model.config)  # which other tests share
     model.config.max_position_embeddings = CONTEXTS[0] + 2
     short = answer(model, view, Words(), B)
-    assert [a.tokens for a in short] == [2, 6, 0]
+    assert [(a.tokens, a.ends) for a in short] == [(2, False), (6, False), (0, False)]
     assert short == answer(Bare(), view, Words(), B)
 
 

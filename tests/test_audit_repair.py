@@ -37,6 +37,13 @@ class PaddedWithEnds(Words):
     pad_token_id = EOS
 
 
+class WithoutBegins(Words):
+    """Whose begin of text is in no row: one inside a row would begin a sequence."""
+
+    bos_token_id = 9
+    all_special_ids = (0, EOS)
+
+
 def mended(batch, tokenizer=None):
     return repair(read(batch, tokenizer=tokenizer or Words()))
 
@@ -221,6 +228,20 @@ def test_a_packed_row_is_cut_however_it_says_where(key):
     assert found.changes == {"crosses-boundary": 1}
 
 
+def test_scored_padding_of_a_packed_row_is_counted_once():
+    """Between two sequences and behind them."""
+    batch = batch_of([1, 5, 2, 0, 1, 7, 2, 0, 0], [-100, 5, 2, 0, -100, 7, 2, 0, 0])
+    batch["attention_mask"] = torch.tensor([[1, 1, 1, 0, 2, 2, 2, 0, 0]])
+    found = mended(batch)
+    assert [row["labels"] for row in found.rows] == [[-100, 5, 2], [-100, 7, 2]]
+    assert found.changes == {"padding-scored": 1}
+    assert found.labels == {"padding-scored": 3}
+    first = batch | {"labels": torch.tensor([[-100, 5, 2, -100, 1, 7, 2, -100, -100]])}
+    found = mended(first)  # which the padding before it would have to predict
+    assert [row["labels"] for row in found.rows] == [[-100, 5, 2], [-100, 7, 2]]
+    assert found.labels == {"padding-scored": 1}
+
+
 def test_what_the_first_column_has_is_nobodys_loss_and_stays():
     """`labels = input_ids.clone()`."""
     found = mended(batch_of([1, 5, 6, 2], [1, 5, 6, 2]))
@@ -295,7 +316,7 @@ def test_nonsense_comes_out_right_or_not_at_all_and_only_once(data):
     for name, values in (("attention_mask", bit), ("seq_idx", bit), ("completion_mask", bit)):
         if data.draw(st.booleans()):
             batch[name] = drawn(values)
-    found = mended(batch)
+    found = mended(batch, WithoutBegins())
     assert len(found.rows) == len(found.sources)
     assert found.num_rows == B
     assert set(found.sources) | {left.row for left in found.left} <= set(range(B))
@@ -304,7 +325,8 @@ def test_nonsense_comes_out_right_or_not_at_all_and_only_once(data):
         assert all(label in (-100, token) for token, label in pairs)
         assert any(label != -100 for _, label in pairs[1:])
     if found.rows:
-        again = mended(sgp.Collator(pad_token_id=0, selection=False)(found.rows))
+        again = sgp.Collator(pad_token_id=0, selection=False)(found.rows)
+        again = mended(again, WithoutBegins())
         assert again.rows == found.rows
         assert not again.changes
         assert again.left == []
@@ -398,7 +420,7 @@ def test_the_report_of_an_audit_can_be_mended():
     truth = batch["labels"].clone()
     batch["labels"] = truth.roll(-1, 1)
     report = sgp.audit(make("llama").train(), batch, tokenizer=Words())
-    assert "labels-shifted-twice" in {f.code for f in report.errors}
+    assert [f.code for f in report.errors] == ["labels-shifted-twice"] * 3
     found = report.repair()
     again = sgp.Collator(pad_token_id=0)(found.rows)
     assert torch.equal(again["labels"], truth)

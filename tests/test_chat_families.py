@@ -258,7 +258,7 @@ def test_a_doubled_begin_of_text_is_found(name):
 def test_a_shift_is_found_and_mended(name, packed):
     right = collated(name, example(name, "chat"), example(name, "chat"), packed=packed)
     batch = {**right, "labels": right["labels"].roll(-1, 1)}
-    assert ("labels-shifted-twice", "error") in seen(name, batch)
+    assert seen(name, batch) == {("labels-shifted-twice", "error")}
     found = repair(read(batch, tokenizer=tokenizer_of(name), eos=stops_of(name)))
     assert found.changes == {"labels-shifted-twice": 2}
     truth = collated(name, example(name, "chat"))

@@ -164,15 +164,13 @@ def repair(view: View) -> Repair:
         view: of a batch (`sgp.auditing.view.read`); only what it knew before a backward pass.
     """
     parts = _Parts(view)
-    changed: dict[str, Tensor] = {}  # rule: (S,) labels changed
     shifted = masks.shifted_twice(parts.view)
-    guess = masks.not_the_inputs(parts.view)
-    view_, beyond = _moved_back(parts, shifted)
-    guess |= masks.differing(view_).any(1)
-    changed["labels-shifted-twice"] = ((view_.labels != IGNORE).sum(1) + (beyond >= 0)) * shifted
-    whole = _lengthened(view_, beyond)
-    _seams_and_padding(parts, whole, shifted, beyond, changed)
-    whole = _relabelled(whole, whole.labels)
+    moved, beyond = _moved_back(parts, shifted)
+    guess = masks.not_the_inputs(parts.view) | masks.differing(moved).any(1)
+    changed = {"labels-shifted-twice": shifted * ((moved.labels != IGNORE).sum(1) + (beyond >= 0))}
+    whole = _lengthened(moved, beyond)
+    whole, of_seams, of_padding = _seams_and_padding(parts, whole, shifted, beyond)
+    changed |= {"crosses-boundary": of_seams, "padding-scored": of_padding}
     for rule, find in (
         ("first-output-untrained", masks.first_output_lost),
         ("turn-end-unscored", masks.unscored_ends),
@@ -180,55 +178,50 @@ def repair(view: View) -> Repair:
         at = find(whole)
         changed[rule] = at.sum(1)
         whole = _relabelled(whole, torch.where(at, whole.input_ids, whole.labels))
-    return _written(view, parts, whole, guess, changed)
+    return _written(parts, whole, guess, changed)
 
 
 class _Parts:
-    """The sequences of a batch, (S, L), padded on the right."""
+    """The S sequences of a batch as a view of their own, (S, L), padded on the right.
+
+    And what stood around each: `row`, `first` (its column), `rows` (sequences of each row), and of
+    the token after it (`inside` the row): `next_id`, `next_label`, `next_attended`.
+    """
 
     def __init__(self, view: View) -> None:
-        B, T = view.input_ids.shape
+        T = view.input_ids.shape[1]
         at = view.attended.flatten().nonzero()[:, 0]
-        begins = (view.starts.flatten()[at]) | (at % T == 0)
+        begins = view.starts.flatten()[at] | (at % T == 0)
         first = begins.nonzero()[:, 0]
+        self.at = at
         self.number = begins.cumsum(0) - 1
         self.column = torch.arange(len(at)) - first[self.number]
-        self.at = at
         self.lengths = torch.bincount(self.number, minlength=len(first))
-        self.row = at[first] // T
-        self.first = at[first] % T
-        self.of_each_row = torch.bincount(self.row, minlength=B)
-        ids = self._take(view.input_ids, 0)
-        labels = self._take(view.labels, IGNORE)
-        last = first + self.lengths - 1
-        after = at[last] + 1  # in the flattened batch
-        inside = after % T != 0
-        after = torch.where(inside, after, 0)
-        self.inside = inside
+        self.row, self.first = at[first] // T, at[first] % T
+        self.rows = torch.bincount(self.row, minlength=len(view.input_ids))
+        after = at[first + self.lengths - 1] + 1
+        self.inside = after % T != 0
+        after = torch.where(self.inside, after, 0)
         self.next_id = view.input_ids.flatten()[after]
         self.next_label = view.labels.flatten()[after]
-        self.first_id = view.input_ids[self.row, 0]
-        self.first_labelled = view.labels[self.row, 0] != IGNORE
-        self.next_attended = view.attended.flatten()[after] & inside
+        self.next_attended = view.attended.flatten()[after] & self.inside
+        self.front_id = view.input_ids[self.row, 0]
+        self.front_labelled = view.labels[self.row, 0] != IGNORE
+        self.crossed = masks.crossed(view).flatten()[at[first]]
+        self.after_padding = masks.padding_scored(view).flatten()[at[first]]
+        self.labelled_padding = ((view.labels != IGNORE) & ~view.attended).sum(1)  # (B,)
+        ids = self._take(view.input_ids, 0)
         attended = torch.arange(ids.shape[1]) < self.lengths[:, None]
         starts = torch.zeros_like(attended)
-        starts[:, :1] = True
-        self.view = _relabelled(
-            replace(
-                view,
-                input_ids=ids,
-                attended=attended,
-                starts=starts,
-                outputs=None if view.outputs is None else self._take(view.outputs, 0),
-                log_prob=None,
-                logit_grad_norm=None,
-                measured=None,
-            ),
-            labels,
+        starts[:, 0] = True
+        alone = replace(
+            view,
+            input_ids=ids,
+            attended=attended,
+            starts=starts,
+            outputs=None if view.outputs is None else self._take(view.outputs, 0),
         )
-        self.labelled_padding = ((view.labels != IGNORE) & ~view.attended).sum(1)  # (B,)
-        self.crossed = masks.crossed(view).flatten()[at[first]]
-        self.predicted_by_padding = masks.padding_scored(view).flatten()[at[first]]
+        self.view = _relabelled(alone, self._take(view.labels, IGNORE))
 
     def _take(self, x: Tensor, fill: int) -> Tensor:
         longest = max([1, *self.lengths.tolist()])
@@ -252,23 +245,24 @@ def _moved_back(parts: _Parts, shifted: Tensor) -> tuple[View, Tensor]:
     last = (parts.lengths - 1)[:, None]
     beyond = view.labels.gather(1, last)[:, 0]
     final = view.input_ids.gather(1, last)[:, 0]
-    ends = torch.tensor(sorted(view.eos), dtype=final.dtype)
-    not_ends = torch.tensor(
-        sorted(view.special | ({view.bos} - view.eos if view.bos is not None else set())),
-        dtype=final.dtype,
-    )
-    lost_end = torch.isin(beyond, ends) & ~torch.isin(final, ends)
-    of_padding = parts.inside & (beyond == parts.next_id)  # or of the next sequence
-    of_padding &= parts.next_attended | ~lost_end | (parts.next_label != IGNORE)
-    rolled = ~parts.inside & (beyond == parts.first_id) & parts.first_labelled & ~lost_end
-    real = shifted & (beyond != IGNORE) & ~of_padding & ~rolled & ~torch.isin(beyond, not_ends)
+    lost_end = _among(beyond, view.eos) & ~_among(final, view.eos)
+    of_another = parts.inside & (beyond == parts.next_id)  # the next sequence's, or padding's
+    of_another &= parts.next_attended | ~lost_end | (parts.next_label != IGNORE)
+    rolled = ~parts.inside & (beyond == parts.front_id) & parts.front_labelled & ~lost_end
+    begins = view.special | (frozenset() if view.bos is None else {view.bos})
+    real = shifted & (beyond != IGNORE) & ~of_another & ~rolled
+    real &= ~_among(beyond, begins - view.eos)
     return _relabelled(view, labels), torch.where(real, beyond, -1)
+
+
+def _among(ids: Tensor, some: frozenset[int]) -> Tensor:
+    return torch.isin(ids, torch.tensor(sorted(some), dtype=ids.dtype))
 
 
 def _lengthened(view: View, beyond: Tensor) -> View:
     """With the tokens that only the labels had."""
     if not bool((beyond >= 0).any()):
-        return replace(view, labels=view.labels.clone())
+        return view
     rows = (beyond >= 0).nonzero()[:, 0]
     at = view.attended.sum(1)[rows]
 
@@ -289,38 +283,34 @@ def _lengthened(view: View, beyond: Tensor) -> View:
 
 
 def _seams_and_padding(
-    parts: _Parts, view: View, shifted: Tensor, beyond: Tensor, changed: dict[str, Tensor]
-) -> None:
-    """Take the loss of a first token that another sequence or padding predicts; count both."""
+    parts: _Parts, view: View, shifted: Tensor, beyond: Tensor
+) -> tuple[View, Tensor, Tensor]:
+    """Without the loss of a first token that another sequence or padding predicts; both counted."""
     last = parts.view.labels.gather(1, (parts.lengths - 1)[:, None])[:, 0]
     dropped = shifted & (last != IGNORE) & (beyond < 0) & parts.inside
     crossed = torch.where(shifted, dropped & parts.next_attended, parts.crossed)
-    early = ~shifted & parts.predicted_by_padding
-    view.labels[:, 0] = torch.where(crossed & ~shifted | early, IGNORE, view.labels[:, 0])
-    padding = early.long() + (dropped & ~parts.next_attended).long()
-    of_row = torch.zeros_like(padding)  # a row's padding is counted with its first sequence
-    new = torch.ones_like(shifted)
-    new[1:] = parts.row[1:] != parts.row[:-1]
-    of_row[new] = parts.labelled_padding[parts.row[new]]
-    changed["crosses-boundary"] = crossed.long()
-    changed["padding-scored"] = padding + of_row
+    early = ~shifted & parts.after_padding
+    padding = (early | (dropped & ~parts.next_attended)).long()
+    opens = torch.ones_like(shifted)  # a row's padding is counted with its first sequence
+    opens[1:] = parts.row[1:] != parts.row[:-1]
+    padding[opens] += parts.labelled_padding[parts.row[opens]]
+    labels = view.labels.clone()
+    labels[~shifted & parts.crossed | early, 0] = IGNORE
+    return _relabelled(view, labels), crossed.long(), padding
 
 
 # -- what comes out --------------------------------------------------------------------------------
 
 
-def _written(
-    view: View, parts: _Parts, whole: View, guess: Tensor, changed: dict[str, Tensor]
-) -> Repair:
-    found = Repair(cut=int((parts.of_each_row > 1).sum()), num_rows=len(view.input_ids))
+def _written(parts: _Parts, whole: View, guess: Tensor, changed: dict[str, Tensor]) -> Repair:
+    found = Repair(cut=int((parts.rows > 1).sum()), num_rows=len(parts.rows))
     trained = (whole.targets != IGNORE).any(1)
     nothing = ~trained & ~guess
-    only_padding = nothing & _is_padding(view, whole, parts)
-    empty_rows = (parts.of_each_row == 0).nonzero()[:, 0].tolist()
+    empty = nothing & ~_is_padding(parts)
     found.left = sorted(
         [Left(row, "labels-not-the-inputs") for row in parts.row[guess].tolist()]
-        + [Left(row, "no-targets") for row in parts.row[nothing & ~only_padding].tolist()]
-        + [Left(row, "no-targets") for row in empty_rows]
+        + [Left(row, "no-targets") for row in parts.row[empty].tolist()]
+        + [Left(row, "no-targets") for row in (parts.rows == 0).nonzero()[:, 0].tolist()]
     )
     kept = (trained & ~guess).nonzero()[:, 0]
     lengths = whole.attended.sum(1)[kept].tolist()
@@ -334,33 +324,26 @@ def _written(
         if bool(counts.any()):
             found.changes[rule] = int((counts > 0).sum())
             found.labels[rule] = int(counts.sum())
-    many = torch.stack([changed[rule] for rule in DONE])[:, kept] > 0
-    for n in many.any(0).nonzero()[:SAMPLES, 0].tolist():
-        rules = tuple(rule for rule, has in zip(DONE, many[:, n].tolist(), strict=True) if has)
-        sequence = int(kept[n])
-        length = int(parts.lengths[sequence])
+    touched = torch.stack([changed[rule] for rule in DONE])[:, kept] > 0
+    for n in touched.any(0).nonzero()[:SAMPLES, 0].tolist():
+        rules = tuple(rule for rule, has in zip(DONE, touched[:, n].tolist(), strict=True) if has)
+        number, length = int(kept[n]), int(parts.lengths[kept[n]])
         old = {
-            "input_ids": parts.view.input_ids[sequence, :length].tolist(),
-            "labels": parts.view.labels[sequence, :length].tolist(),
+            "input_ids": parts.view.input_ids[number, :length].tolist(),
+            "labels": parts.view.labels[number, :length].tolist(),
         }
         at = _first_change(old, found.rows[n])
-        found.samples.append(
-            Sample(
-                found.sources[n],
-                rules,
-                _text(view.tokenizer, old, at),
-                _text(view.tokenizer, found.rows[n], at),
-            )
-        )
+        before, after = (_text(whole.tokenizer, row, at) for row in (old, found.rows[n]))
+        found.samples.append(Sample(found.sources[n], rules, before, after))
     return found
 
 
-def _is_padding(view: View, whole: View, parts: _Parts) -> Tensor:
+def _is_padding(parts: _Parts) -> Tensor:
     """(S,) bool: one token over and over, at the end of a packed row: no one's sequence."""
-    first = whole.input_ids[:, :1]
-    alike = ((whole.input_ids == first) | ~whole.attended).all(1)
+    view = parts.view
+    alike = ((view.input_ids == view.input_ids[:, :1]) | ~view.attended).all(1)
     if view.pad is not None:
-        alike &= first[:, 0] == view.pad
+        alike &= view.input_ids[:, 0] == view.pad
     return alike & (parts.first > 0)
 
 
