@@ -484,6 +484,25 @@ def test_a_reader_that_leaves_changes_nothing(row, code, tmp_path):
     assert not fixed.exists()
 
 
+def test_a_terminal_of_few_letters(tmp_path, folder):
+    data = write(tmp_path / "a.jsonl", {"prompt": "p", "completion": "\u00e9\U0001f600"})
+    command = [sys.executable, "-m", "sgp", "audit", data, "--tokenizer", folder, "--rows", "1"]
+    done = subprocess.run(
+        command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"1 line of a.jsonl" in done.stdout
+
+
+def test_a_tokenizer_of_its_own(tmp_path, capsys, folder):
+    """The model's folder need not have one."""
+    (tmp_path / "alone").mkdir()
+    make("llama").save_pretrained(tmp_path / "alone")
+    data = write(tmp_path / "a.jsonl", {"prompt": "#", "completion": "$"})
+    words = [data, "--model", tmp_path / "alone", "--tokenizer", folder]
+    assert "1 line of a.jsonl" in audited(capsys, *words)[1]
+
+
 # -- parts -----------------------------------------------------------------------------------------
 
 

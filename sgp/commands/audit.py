@@ -37,7 +37,7 @@ from sgp.data.reading import EXPECTED, Reading, UnreadableError
 from sgp.interrupt import Interrupted, StopRequest
 from sgp.labels import IGNORE
 from sgp.train.errors import UserError
-from sgp.train.model import load, tiny_llama
+from sgp.train.model import load, load_tokenizer, tiny_llama
 from sgp.train.output import check_folder, require, writing
 from sgp.train.threads import at_most
 
@@ -129,9 +129,11 @@ def _job(arguments: argparse.Namespace) -> _Job:
             f"--ignore {patterns[0]}: no such finding, and no --model whose modules it could name; "
             f"the findings are {', '.join(codes)}"
         )
-    model, tokenizer = load(arguments.model) if arguments.model else (None, None)
-    if arguments.tokenizer:
-        tokenizer = _tokenizer(arguments.tokenizer)
+    model = tokenizer = None
+    if arguments.model:
+        model, tokenizer = load(arguments.model, arguments.tokenizer)
+    elif arguments.tokenizer:
+        tokenizer = load_tokenizer(arguments.tokenizer)
     vocabulary, owner = (vocabulary_of(model), "model") if model is not None else (None, "model")
     if vocabulary is None and tokenizer is not None:
         vocabulary, owner = len(tokenizer), "tokenizer"
@@ -164,16 +166,6 @@ def _severities(arguments: argparse.Namespace) -> dict[str, str]:
                 f"--{level} {code}: no such finding; they are {', '.join(known_codes())}"
             )
     return found
-
-
-def _tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer  # noqa: PLC0415  (takes seconds)
-
-    try:
-        return AutoTokenizer.from_pretrained(str(Path(name).expanduser()))
-    except Exception as error:  # every kind of error comes out of a foreign folder
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"--tokenizer {name}: {type(error).__name__}: {reason}") from error
 
 
 def _window(arguments: argparse.Namespace, model: Any) -> int | None:

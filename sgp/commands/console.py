@@ -16,5 +16,11 @@ class Steady(Console):
 
 
 def steady(*, stderr: bool = False) -> Steady:
-    """Plain text as it is passed: brackets, numbers and colons mean nothing."""
+    """Plain text as it is passed: brackets, numbers and colons mean nothing.
+
+    What the terminal's encoding lacks is escaped.
+    """
+    stream = sys.stderr if stderr else sys.stdout
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
     return Steady(highlight=False, markup=False, emoji=False, stderr=stderr)
