@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command is None:
         parser.print_help()
         return 0
-    from sgp.train.errors import UserError  # noqa: PLC0415  # only commands need it
+    from sgp.data.reading import needed  # noqa: PLC0415  # only commands need it
+    from sgp.train.errors import UserError  # noqa: PLC0415  # same reason
 
     try:
         job: _Job = arguments.prepare(arguments)  # imports what it needs
@@ -52,6 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return job()
     except UserError as error:
         print(f"sgp {arguments.command}: {error}", file=sys.stderr)
+        return _USAGE
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "sgp"):
+            raise
+        print(f"sgp {arguments.command}: {needed(package)}", file=sys.stderr)
         return _USAGE
     except KeyboardInterrupt as stop:
         words = ["sgp", f"{arguments.command}:", "interrupted", *map(str, stop.args)]
@@ -94,8 +101,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add(
         "--data",
         type=Path,
-        metavar="FILE.jsonl",
-        help='lines of {"prompt": ..., "completion": ...} (default: the standard library)',
+        metavar="FILE",
+        help='JSON lines of {"prompt": ..., "completion": ...} or {"messages": ...}, compressed '
+        "or not, Parquet, or - for standard input (default: the standard library)",
     )
     add("--model", metavar="PATH", help=_MODEL)
     add(
@@ -162,16 +170,19 @@ def _train(arguments: argparse.Namespace) -> _Job:
 
 def _add_audit(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Look at every sample's labels for masks that were lost, shifted or cover the wrong "
-        "tokens, and at the gradient of the first few. Exit code 1 if there are errors."
+        "Look at every row's labels for masks that were lost, shifted or cover the wrong tokens, "
+        "and at the gradient of a few, those with findings first. Exit code 0: no errors, though "
+        "warnings and notes may stand; 1: errors, or with --repair, errors in what is left; 2: it "
+        "could not run."
     )
     add = parser.add_argument
     add(
         "data",
         type=Path,
-        metavar="FILE.jsonl",
-        help="lines of input_ids and labels (-100: no loss; not shifted), as a collator makes "
-        "them, or of prompt and completion, which the tokenizer turns into both",
+        metavar="FILE",
+        help="JSON lines, compressed or not, Parquet, or - for standard input: input_ids and "
+        "labels (-100: no loss; not shifted) or masks, as a collator has them, or prompt and "
+        "completion, messages or text, which are tokenized as sgp.Collator does",
     )
     add("--model", metavar="PATH", help=_MODEL)
     add("--tokenizer", metavar="PATH", help="folder or hub name (default: the model's)")
@@ -180,16 +191,43 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
         type=_count,
         default=4,
         metavar="B",
-        help="samples for a backward pass (default: %(default)s)",
+        help="rows for a backward pass (default: %(default)s)",
     )
     add(
         "--max-length",
         type=_count,
-        default=512,
         metavar="T",
-        help="their tokens, at most (default: %(default)s)",
+        help="window in tokens, at which rows are cut (default: the model's positions; the "
+        "backward pass then has 512 tokens of a row at most)",
     )
     add("--out", type=Path, metavar="FOLDER", help="write audit.png, audit.html and audit.json")
+    add(
+        "--ignore",
+        action="append",
+        metavar="WORD",
+        help='a finding, or modules as "*.visual.*" whose gradient may be missing; repeatable',
+    )
+    for level in ("error", "warning", "note"):
+        add(
+            f"--{level}",
+            action="append",
+            metavar="CODE",
+            help=f"let this finding be {'an' if level == 'error' else 'a'} {level}; repeatable",
+        )
+    add(
+        "--generate",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="let the model answer N of these rows, greedily; needs --model",
+    )
+    add(
+        "--repair",
+        type=Path,
+        metavar="FILE",
+        help="write input_ids and labels with what can be mended without a guess",
+    )
+    add("--autocast", choices=("bf16", "fp16"), help="of the backward pass, as training has it")
     parser.set_defaults(prepare=_audit)
 
 

@@ -1,9 +1,12 @@
 """What the audit shows: table, picture, page, JSON, and the command."""
 
+import dataclasses
 import html
 import html.parser
 import io
 import json
+import math
+import re
 import shutil
 import subprocess
 
@@ -11,8 +14,8 @@ import pytest
 from rich.console import Console
 
 import sgp
-from sgp.cli import main
-from tests.audited import B, T, Tokenizer, make, make_batch
+from sgp.auditing.colors import color, step
+from tests.audited import LENGTHS, B, T, Tokenizer, make, make_batch
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -77,7 +80,7 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += attrs
-        if tag not in ("meta", "wbr", "br"):
+        if tag not in ("meta", "input", "br"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -100,12 +103,106 @@ def test_the_page_is_one_file_and_escapes_what_it_shows(model, batch, tmp_path):
     assert page.open == []
     assert not {"script", "link", "img", "iframe", "b>"} & set(page.tags)
     assert "http" not in text
-    assert not [a for a in page.attributes if a[0] in ("src", "href")]
-    assert page.tags.count("td") == 3 * B * T
+    assert [a[1][0] for a in page.attributes if a[0] in ("src", "href")] == ["#"] * B
     shown = "".join(page.text)
     assert "error: no-targets" in shown
     assert f"<b>{report.tokens[0][0].token_id}&\\n" in shown, "a line break is seen"
     assert f"loss {report.tokens[0][5].loss:.4f} nats" in shown
+    assert f"its own loss {report.tokens[0][5].loss:.4f} nats" in shown
+
+
+def columns_of(text, row):
+    """Of each token of a row: its class, and the classes of the cells under it."""
+    part = text.split(f"id='row-{row}'")[1].split("</details>")[0]
+    tokens = re.split(r"<span class='t( l\d+)?' tabindex", part)[1:]
+    pairs = zip(tokens[::2], tokens[1::2], strict=True)
+    return [(kind or "", re.findall(r"<span class='m (\w+)'", x)) for kind, x in pairs]
+
+
+def test_each_token_stands_over_its_own_column(model, batch, tmp_path):
+    report = sgp.audit(model, batch)
+    text = report.to_html(tmp_path / "audit.html").read_text()
+    layers = len(report.grad_norm)
+    every = report.grad_norm[report.grad_norm > 0].log10()
+    low, high = float(every.min()), float(every.max())
+    largest = max(x.loss for row in report.tokens for x in row if x.loss is not None)
+    for row, length in enumerate(LENGTHS):
+        found = columns_of(text, row)
+        assert len(found) == min(T, length + 3), "more padding is counted"
+        for t, (kind, cells) in enumerate(found):
+            norms = report.grad_norm[:, row, t].flip(0).tolist()  # the last layer on top
+            assert cells == [
+                "dead" if x == 0 else f"v{step(math.log10(x), low, high)}" for x in norms
+            ]
+            before = report.tokens[row][t - 1].loss if t else None
+            assert kind == ("" if before is None else f" l{step(before, 0.0, largest)}")
+        assert len(cells) == layers
+    assert f"... {T - LENGTHS[1] - 3} more of padding" in text
+    assert f"{10**low:.0e}<span class='scale'>" in text
+    assert f"{largest:.2f}" in text.split("loss of a token, in nats: 0")[1][:60]
+
+
+def test_unmeasured_cells_are_hatched_and_findings_are_grouped(model, batch, tmp_path):
+    batch["labels"][1:] = -100
+    report = sgp.audit(model, batch)
+    report.grad_norm[1] = float("nan")
+    names = ["line 7", "line 8", "line 9"]
+    text = report.to_html(tmp_path / "audit.html", labels=names).read_text()
+    assert {cells[1] for _, cells in columns_of(text, 0)} == {"lost"}
+    assert text.count("error: no-targets") == 1
+    assert "<span class='where'>line 8, line 9</span>" in text
+    assert "<summary>line 7</summary>" in text
+
+
+def test_no_findings_is_said(model, batch, tmp_path):
+    batch["labels"][:, 0] = -100
+    text = sgp.audit(model, batch).to_html(tmp_path / "audit.html").read_text()
+    assert "<p class='none'>No findings.</p>" in text
+    assert "<p class='sub'>no findings</p>" in text
+
+
+def test_what_cannot_be_seen_or_would_be_markup_is_shown_as_text(model, batch, tmp_path):
+    class Odd(Tokenizer):
+        def decode(self, _):
+            return "[bold]\x1b\r\ud800"
+
+    report = sgp.audit(model, batch, tokenizer=Odd())
+    console = Console(width=100, record=True, file=io.StringIO())
+    report.print(console)
+    assert "[bold]\\x1b\\r\\ud800" in console.export_text()
+    assert "[bold]\\x1b\\r" in report.to_html(tmp_path / "audit.html").read_text()
+    assert report.plot(tmp_path / "audit.png").is_file()
+
+
+def test_the_picture_has_the_colours_of_the_page(model, batch, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn = []
+    usual = Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda *x, **y: drawn.append(usual(*x, **y)) or drawn[-1])
+    report = sgp.audit(model, batch)
+    report.plot(tmp_path / "audit.png")
+    every = report.grad_norm[report.grad_norm > 0].log10()
+    for value in (float(every.min()), float(every.median()), float(every.max())):
+        shown = drawn[0].cmap(drawn[0].norm(value))[:3]
+        share = (value - float(every.min())) / float(every.max() - every.min())
+        assert [round(255 * x) for x in shown] == pytest.approx(color(share), abs=2)
+
+
+def test_answers_are_shown(model, batch, tmp_path):
+    from sgp.auditing.answers import Answer
+
+    answers = (Answer(0, "Paris", "Par\nis", True, 3), Answer(1, "Rome", "R" * 9, False, 20))
+    report = dataclasses.replace(sgp.audit(model, batch), answers=answers)
+    console = Console(width=200, record=True, file=io.StringIO())
+    report.print(console, labels=["line 4"])
+    shown = console.export_text()
+    assert "line 4: the model answers 'Par\\\\nis'" in shown
+    assert "and ends; expected 'Paris'" in shown
+    assert "row 1: the model answers 'RRRRRRRRR' and does not end within 20 tokens" in shown
+    text = html.unescape(report.to_html(tmp_path / "audit.html").read_text())
+    assert "row 0: the model answers" in text
+    assert report.to_dict()["answers"][0]["expected"] == "Paris"
 
 
 LOOK = """<script>
@@ -120,8 +217,18 @@ for (const t of all) {
   const box = t.querySelector('.tip').getBoundingClientRect();
   if (box.left < 0 || box.right > innerWidth || box.height < 20) outside += 1;
 }
-const cell = document.querySelector('.map td:not(.dead)').getBoundingClientRect();
-document.title = JSON.stringify({tokens: all.length, before, open, outside, width: innerWidth,
+const cell = document.querySelector('.m:not(.dead)').getBoundingClientRect();
+const word = t => t.querySelector('.w').getBoundingClientRect();
+const apart = all.filter(t => [...t.querySelectorAll('.m')].some(m => {
+  const box = m.getBoundingClientRect();
+  return Math.abs(box.left - word(t).left) > 1 || Math.abs(box.right - word(t).right) > 1;
+})).length;
+const paint = () => getComputedStyle(document.querySelector('.l23 .w')).backgroundColor;
+const of_role = paint();
+document.querySelector('[for=by-loss]').click();
+const of_loss = paint();
+document.title = JSON.stringify({tokens: all.length, apart, of_role, of_loss, before,
+  open, outside, width: innerWidth,
   cell: [cell.width, cell.height], scroll: document.documentElement.scrollWidth,
   finding: document.querySelector('.findings li').getBoundingClientRect().top,
   token: all[0].getBoundingClientRect().top});
@@ -144,10 +251,14 @@ def test_the_page_in_a_browser(model, batch, tmp_path, width):
         [*command, path.as_uri()], capture_output=True, text=True, timeout=120, check=True
     )
     found = json.loads(html.unescape(done.stdout.split("<title>")[1].split("</title>")[0]))
-    assert found["tokens"] == B * T
-    assert (found["before"], found["open"], found["outside"]) == (0, B * T, 0), found
+    count = sum(min(T, length + 3) for length in LENGTHS)
+    assert found["tokens"] == count
+    assert (found["before"], found["open"], found["outside"]) == (0, count, 0), found
+    assert found["apart"] == 0, "each column is as wide as its token"
+    assert (found["of_role"], found["of_loss"]) == ("rgba(0, 0, 0, 0)", "rgb(253, 231, 37)")
     assert found["scroll"] <= found["width"], "nothing makes the page wider than the window"
-    assert min(found["cell"]) >= 13
+    assert found["cell"][0] >= 13
+    assert found["cell"][1] >= 7
     assert found["finding"] < found["token"]
 
 
@@ -158,131 +269,3 @@ def test_the_picture_is_written(model, batch, tmp_path, row):
     assert path.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(IndexError, match="row 3 of a batch of 3"):
         report.plot(tmp_path / "audit.png", row=3)
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def test_the_command(tmp_path, capsys):
-    right = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, 7, 8, 9]}
-    twice = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 7, 8, 9, -100]}
-    assert main(["audit", write(tmp_path / "right.jsonl", [right] * 3)]) == 0
-    shown = capsys.readouterr().out
-    assert "3 samples" in shown
-    assert "random weights" in shown
-    assert main(["audit", str(tmp_path / "right.jsonl"), "--model", str(tmp_path / "nope")]) == 2
-    assert "nope" in capsys.readouterr().err
-    long = {"input_ids": [5] * 600 + [6, 7], "labels": [-100] * 600 + [6, 7]}
-    assert main(["audit", write(tmp_path / "long.jsonl", [long, right])]) == 0
-    shown = capsys.readouterr().out
-    assert "no-targets" not in shown
-    assert "rows 0 to 0 are lines 2: those that carry loss" in shown
-    out = tmp_path / "out"
-    data = write(tmp_path / "wrong.jsonl", [right, twice, twice])
-    assert main(["audit", data, "--rows", "1", "--out", str(out)]) == 1
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "error: labels-shifted-twice: 2 samples, first in line 2, 3 tokens, 1 to 3:" in shown
-    assert {p.name for p in out.iterdir()} == {"audit.png", "audit.html", "audit.json"}
-    found = json.loads((out / "audit.json").read_text())
-    assert found["findings"] == {"labels-shifted-twice": 2}
-    assert found["report"]["findings"] == [], "the first sample is right"
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ("", "has no samples"),
-        ('{"text": "x"}', ":1: has ['text']; expected input_ids and labels, or prompt"),
-        ('{"prompt": "x", "completion": "y"}', ":1: prompt and completion need --tokenizer"),
-        ('{"input_ids": [1, 2], "labels": [1]}', ":1: columns of different lengths"),
-        ("nonsense", ":1: not valid JSON: Expecting value, column 1"),
-        ("3", ":1: is '3'; expected an object with input_ids"),
-        ('{"input_ids": [], "labels": []}', ":1: has no tokens"),
-        ('{"input_ids": [1, -2], "labels": [1, 2]}', ":1: input_ids has -2; expected 0 or more"),
-        ('{"input_ids": [1, 2], "labels": [-100, -1]}', ":1: labels has -1; expected -100 or a t"),
-        ('{"input_ids": "abc", "labels": [1, 2, 3]}', ":1: input_ids is 'abc'; expected a list"),
-    ],
-)
-def test_the_command_refuses_what_it_cannot_read(lines, message, tmp_path, capsys):
-    path = tmp_path / "data.jsonl"
-    path.write_text(lines)
-    assert main(["audit", str(path)]) == 2
-    assert message in capsys.readouterr().err
-    assert main(["audit", str(tmp_path / "missing.jsonl")]) == 2
-    assert "no such file" in capsys.readouterr().err
-
-
-def test_the_command_reads_lines_as_json_lines_are(tmp_path, capsys):
-    """A line ends where the file says so, not at what Unicode calls a line; masks may be true."""
-    row = {
-        "input_ids": [5, 6, 7],
-        "labels": [-100, -100, 7],
-        "completion_mask": [False, False, True],
-    }
-    text = "\ufeff" + json.dumps(row | {"text": "a\u2028b\x85"}, ensure_ascii=False) + "\n\n"
-    path = tmp_path / "data.jsonl"
-    path.write_text(text + json.dumps(row | {"labels": [-100] * 3}) + "\n", encoding="utf-8")
-    assert main(["audit", str(path)]) == 1
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "no-targets: 1 sample, first in line 3" in shown
-    assert "first-output-untrained: 1 sample, first in line 3" in shown
-    path.write_bytes(b'{"text": "\xff"}\n')
-    assert main(["audit", str(path)]) == 2
-    assert "can't decode byte 0xff" in capsys.readouterr().err
-
-
-def test_the_command_pads_packed_rows(tmp_path, capsys):
-    long = {"input_ids": [5, 6, 7, 8, 9, 10], "labels": [-100, -100, 7, -100, -100, 10]}
-    long["position_ids"] = [0, 1, 2, 0, 1, 2]
-    short = {"input_ids": [5, 6, 7], "labels": [-100, -100, 7], "position_ids": [0, 1, 2]}
-    out = tmp_path / "out"
-    assert main(["audit", write(tmp_path / "data.jsonl", [long, short]), "--out", str(out)]) == 0
-    tokens = json.loads((out / "audit.json").read_text())["report"]["tokens"]
-    assert [t["role"] for t in tokens[1][3:]] == ["padding"] * 3
-    assert "3 of 9 tokens carry loss" in capsys.readouterr().out
-    alone = tmp_path / "alone"
-    assert (
-        main(
-            [
-                "audit",
-                write(tmp_path / "one.jsonl", [short, long]),
-                "--rows",
-                "1",
-                "--out",
-                str(alone),
-            ]
-        )
-        == 0
-    )
-    expected = json.loads((alone / "audit.json").read_text())["report"]["tokens"][0][1]["loss"]
-    assert tokens[1][1]["loss"] == pytest.approx(expected, rel=1e-5)
-
-
-def test_the_command_asks_the_model(tmp_path, capsys):
-    """For its vocabulary, and for what else ends a text."""
-    from tokenizers import Tokenizer as Words
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    model = make("llama")
-    words = Words(WordLevel({"<s>": 1, "</s>": 2, "<end>": 3, "a": 4}))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        eos_token="</s>",  # noqa: S106  (the text of a token)
-        additional_special_tokens=["<end>"],
-    )
-    model.generation_config.eos_token_id = [2, 3]
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    row = {"input_ids": [5, 6, 7, 8, 3], "labels": [-100, -100, 7, 8, 3]}
-    command = ["audit", write(tmp_path / "data.jsonl", [row]), "--model", str(tmp_path / "model")]
-    assert main(command) == 0
-    shown = capsys.readouterr().out
-    assert "no-eos" not in shown
-    assert "special-scored" not in shown
-    many = [row] * 9 + [row | {"input_ids": [5, 6, 7, 99, 3]}]
-    write(tmp_path / "data.jsonl", many)
-    assert main(command) == 2
-    assert ":10: token 99 is outside the model's [0, 61)" in capsys.readouterr().err

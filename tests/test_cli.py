@@ -256,7 +256,7 @@ def test_what_the_system_refuses_is_one_line_and_code_2(tmp_path, monkeypatch, c
         Path, "open", lambda self, *x, **y: (full if self == data else usual)(self, *x, **y)
     )
     assert cli.main(["audit", str(data)]) == 2
-    assert f"sgp audit: {data}: No space left on device" in capsys.readouterr().err
+    assert f"sgp audit: {data}: no space left on device" in capsys.readouterr().err
 
 
 def test_a_full_disk_at_the_end_of_a_training_is_one_line(

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import signal
+import sys
 import threading
 from importlib import metadata
 from pathlib import Path
@@ -591,9 +592,7 @@ def test_output_folder_is_checked_before_the_work(options, tmp_path, monkeypatch
 
 
 def test_missing_packages_are_named(options, monkeypatch):
-    monkeypatch.setattr(
-        run_module.importlib.util, "find_spec", lambda name: None if name == "tokenizers" else 1
-    )
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
     message = refused(options)
     assert "needs tokenizers; in your clone of sgp, run" in message
     assert "pip install -e '.[train]'" in message

@@ -193,6 +193,85 @@ def test_skips_are_counted_by_reason_and_the_first_lines_named():
     ]
 
 
+# -- chats ------------------------------------------------------------------------------------
+
+
+def say(*texts):
+    return [
+        {"role": role, "content": text}
+        for role, text in zip(("user", "assistant") * 3, texts, strict=False)
+    ]
+
+
+CHATS = [
+    {"messages": say("hi", "yes", "and", "no")},
+    {"messages": say("hi")},
+    {"prompt": say("q"), "completion": say("", "a")[1:]},
+    {"prompt": "2+2=", "completion": "4"},
+    {"messages": say("hi", "yes", "and", "no")},
+    {"messages": say("long " * 99, "yes")},
+    {"messages": say("long " * 15, "yes " * 40)},
+]
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "m.py").write_text('def f(x):\n    "Double."\n    return 2 * x\n')
+    data, said = tmp_path / "d.jsonl", []
+    data.write_text("".join(json.dumps(line) + "\n" for line in CHATS))
+    options = Options(data=data, library=tmp_path, vocabulary=270, hidden=16)
+    return prepare(options, said.append), said, options
+
+
+def test_chats_are_trained_on_as_the_collator_has_them(prepared):
+    found, said, _ = prepared
+    assert "data: 1 pair identical to an earlier pair: dropped" in said
+    assert "data: 1 pair with a context that fills the window of 128: skipped" in said
+    assert "data: 1 pair with a completion that passes the window of 128: cut there" in said
+    refused = next(x for x in said if "chat template marks no token" in x)
+    assert refused.startswith("data: 1 skipped: the chat template")
+    assert refused.endswith("(d.jsonl:2)")
+    assert found.counts["chat_template_refuses"] == 1
+    every = [*found.train, *found.held_out]
+    assert len(every) == 4
+    for number in (0, 2, 6):
+        batch = sgp.Collator(found.tokenizer, max_length=128)([CHATS[number]])
+        ids = batch["input_ids"][0].tolist()
+        (example,) = [x for x in every if x.context + x.output == ids]
+        mine = collate([example])
+        assert torch.equal(mine.labels, batch["labels"])
+        assert torch.equal(mine.selection.rows, batch["selection"].rows)
+        assert torch.equal(mine.selection.target, batch["selection"].target)
+
+
+def test_chats_and_pairs_share_a_batch(prepared):
+    every = [*prepared[0].train, *prepared[0].held_out]
+    batch = collate(every)
+    for row, example in enumerate(every):
+        alone = collate([example])
+        length = alone.input_ids.shape[1]
+        assert torch.equal(batch.labels[row, :length], alone.labels[0])
+        assert batch.labels[row, length:].eq(-100).all()
+    assert torch.equal(batch.selection.dense_target.view(batch.labels.shape), batch.shifted_labels)
+    assert torch.equal(batch.to(torch.device("cpu")).labels, batch.labels)
+
+
+def test_chats_need_a_template(prepared, tmp_path):
+    found, _, options = prepared
+    found.model.save_pretrained(tmp_path / "model")
+    found.tokenizer.chat_template = None
+    found.tokenizer.save_pretrained(tmp_path / "model")
+    wrong = Options(**vars(options) | {"model": str(tmp_path / "model")})
+    with pytest.raises(UserError, match=r"has chats \(d.jsonl:1\), and the tokenizer of --model"):
+        prepare(wrong, print)
+    found.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    found.tokenizer.save_pretrained(tmp_path / "model")
+    options.data.write_text(json.dumps(CHATS[0]) + "\n" + json.dumps(CHATS[5]) + "\n")
+    with pytest.raises(UserError, match=r"0 usable pairs of 2, .*; the chat template marks no tok"):
+        prepare(wrong, print)
+
+
 # -- splitting --------------------------------------------------------------------------------
 
 
@@ -335,7 +414,9 @@ def test_empty_prompt_needs_a_token_before_its_output(begin, end, context):
 # -- batches ----------------------------------------------------------------------------------
 
 tokens = st.lists(st.integers(1, 50), min_size=1, max_size=6)
-examples = st.lists(st.builds(Example, tokens, tokens, st.just("")), min_size=1, max_size=5)
+examples = st.lists(
+    st.builds(Example, tokens, tokens, st.just(""), st.none()), min_size=1, max_size=5
+)
 
 
 @given(examples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -53,6 +54,10 @@ class Outcome:
     def errors(self) -> list[Finding]:
         """The findings that are errors."""
         return [finding for finding in self.findings if finding.severity == "error"]
+
+    def name_of(self, row: int, labels: Sequence[str] = ()) -> str:
+        """What a row is called: "row 0", or its line in a file."""
+        return labels[row] if row < len(labels) else f"row {row}"
 
     @property
     def dead(self) -> Tensor:

@@ -6,23 +6,25 @@ from pathlib import Path
 
 import torch
 
+from sgp.auditing.colors import STOPS, visible
 from sgp.auditing.outcome import ROLES, Outcome
 
 LONGEST = 96  # tokens that are drawn with their text
 
 
-def plot(report: Outcome, path: str | Path, *, row: int = 0) -> Path:
+def plot(report: Outcome, path: str | Path, *, row: int = 0, label: str = "") -> Path:
     """Draw one row of the batch; needs matplotlib.
 
     The strip has a cell a token, in the colour of its role. The map beneath has a line a layer,
     the embeddings at the bottom: the logarithm of the norm of dL / d hidden. Cells that are exactly
     zero are white with a dot, those that are not finite or not measured white with a cross; what is
-    small is dark.
+    small is dark, in the page's colours, which are those of the whole batch.
 
     Args:
         report: of `sgp.audit`.
         path: where to write; its suffix decides the format.
         row: which row of the batch.
+        label: what it is called; "row 0" where nothing is said.
 
     Raises:
         IndexError: if the batch has no such row.
@@ -31,6 +33,7 @@ def plot(report: Outcome, path: str | Path, *, row: int = 0) -> Path:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415
+    from matplotlib.colors import LinearSegmentedColormap  # noqa: PLC0415
     from matplotlib.patches import Patch  # noqa: PLC0415
     from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
 
@@ -54,9 +57,7 @@ def plot(report: Outcome, path: str | Path, *, row: int = 0) -> Path:
             strip.text(
                 token.position,
                 0.5,
-                (token.text.strip(" ") or token.text)
-                .replace("\n", "\\n")
-                .replace("\t", "\\t")[:10],
+                visible(token.text.strip(" ") or token.text)[:10],
                 rotation=90,
                 ha="center",
                 va="center",
@@ -73,9 +74,13 @@ def plot(report: Outcome, path: str | Path, *, row: int = 0) -> Path:
     )  # fmt: skip
     dead = report.dead[:, row]
     shown = torch.where(norms.isfinite() & ~dead, norms.clamp(min=1e-45).log10(), torch.nan)
+    every = report.grad_norm[report.grad_norm.isfinite() & ~report.dead].log10()
+    ends = (float(every.min()), float(every.max())) if len(every) else (0.0, 0.0)
+    stops = [tuple(x / 255 for x in rgb) for rgb in STOPS]
     image = field.imshow(
-        shown.numpy(), aspect="auto", origin="lower", cmap="viridis", interpolation="nearest"
-    )
+        shown.numpy(), aspect="auto", origin="lower", interpolation="nearest",
+        cmap=LinearSegmentedColormap.from_list("sgp", stops), vmin=ends[0], vmax=ends[1],
+    )  # fmt: skip
     for cells, mark in ((dead, "."), (~norms.isfinite(), "x")):
         at = cells.nonzero()
         field.plot(at[:, 1], at[:, 0], mark, color="#b0b0b0", markersize=2 if mark == "." else 4)
@@ -85,7 +90,7 @@ def plot(report: Outcome, path: str | Path, *, row: int = 0) -> Path:
     unknown = "" if norms.isfinite().all() else "; a cross: not finite, or not measured"
     field.set_xlabel(f"position; a dot: exactly zero{unknown}")
     figure.colorbar(image, ax=field, label="log10 |dL / d hidden|", pad=0.01)
-    figure.suptitle(f"{report.model_name}, row {row}", fontsize=10, x=0.01, ha="left")
+    figure.suptitle(f"{report.model_name}, {label or f'row {row}'}", fontsize=10, x=0.01, ha="left")
     found = Path(path)
     figure.savefig(found, dpi=110)
     plt.close(figure)

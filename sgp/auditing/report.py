@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sgp.auditing.colors import visible
+from sgp.auditing.findings import grouped
 from sgp.auditing.outcome import ROLES, Outcome, Token
-from sgp.auditing.page import to_html
+from sgp.auditing.page import said, to_html
 from sgp.auditing.plot import plot
 from sgp.auditing.repair import Repair, repair
+from sgp.auditing.survey import Survey
 
 if TYPE_CHECKING:  # rich is imported where it prints
     from rich.console import Console
@@ -33,19 +37,20 @@ class AuditReport(Outcome):
         rows: int = 4,
         tokens: int = 64,
         findings: bool = True,
+        labels: Sequence[str] = (),
     ) -> None:
         """A table a row of the batch, for the first `rows`, and every finding.
 
         Of a longer row the `tokens` nearest to a change of role are shown; what is left out, and
         padding, is counted in its place. `dL/dlogits` and `dL/dhidden` are norms, the latter's
-        the largest over layers.
+        the largest over layers. `labels` name the rows ("line 21"), in place of "row 0".
         """
         from rich.console import Console  # noqa: PLC0415
         from rich.text import Text  # noqa: PLC0415
 
         console = console or Console()
         for number, row in enumerate(self.tokens[:rows]):
-            console.print(self._table(number, row, tokens))
+            console.print(self._table(self.name_of(number, labels), row, tokens))
         if len(self.tokens) > rows:
             more = len(self.tokens) - rows
             console.print(f"{more} more row{'s' * (more != 1)}")
@@ -59,19 +64,21 @@ class AuditReport(Outcome):
                 f"{self.context_share:.3f} comes through the context; without it the direction "
                 f"would have cosine {self.cosine_detached:.3f}"
             )
+        for answer in self.answers:
+            console.print(Text(said(answer, self.name_of(answer.row, labels))), soft_wrap=True)
         styles = {"error": "bold red", "warning": "yellow", "note": "cyan"}
         if not findings:
             return
-        for finding in self.findings:
-            console.print(Text(str(finding), style=styles[finding.severity]), soft_wrap=True)
+        for group in grouped(self.findings):
+            console.print(Text(str(group), style=styles[group.severity]), soft_wrap=True)
         if not self.findings:
             console.print(Text("no findings", style="green"))
 
-    def _table(self, number: int, tokens: list[Token], most: int) -> Table:
+    def _table(self, title: str, tokens: list[Token], most: int) -> Table:
         from rich.table import Table  # noqa: PLC0415
         from rich.text import Text  # noqa: PLC0415
 
-        table = Table(title=f"row {number}", title_justify="left", box=None, padding=(0, 1, 0, 0))
+        table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 1, 0, 0))
         for name in ("t", "token", "role", "predicts"):
             text = name in ("token", "predicts")  # which are cut where the terminal is narrow
             width = 12 if text else max(len(str(len(tokens))), len(name))
@@ -86,9 +93,9 @@ class AuditReport(Outcome):
             hidden = self.grad_norm[:, token.row, token.position]
             table.add_row(
                 str(token.position),
-                Text(_shown(token.text), style=style),
+                Text(visible(token.text), style=style),
                 Text(token.role, style=style),
-                _shown(token.target) if token.target is not None else "",
+                Text(visible(token.target) if token.target is not None else ""),
                 f"{token.loss:.3f}" if token.loss is not None else "",
                 f"{token.probability:.3f}" if token.probability is not None else "",
                 _norm(token.gradient),
@@ -97,13 +104,20 @@ class AuditReport(Outcome):
         _left_out(table, tokens[before + 1 :])
         return table
 
-    def plot(self, path: str | Path, *, row: int = 0) -> Path:
+    def plot(self, path: str | Path, *, row: int = 0, label: str = "") -> Path:
         """Draw one row's tokens over a map of its gradient norms (plot.py); needs matplotlib."""
-        return plot(self, path, row=row)
+        return plot(self, path, row=row, label=label)
 
-    def to_html(self, path: str | Path) -> Path:
-        """Write one self-contained page (page.py)."""
-        return to_html(self, path)
+    def to_html(
+        self,
+        path: str | Path,
+        *,
+        survey: Survey | None = None,
+        labels: Sequence[str] = (),
+        after: Survey | None = None,
+    ) -> Path:
+        """Write one self-contained page (page.py); `survey` has the findings of a whole file."""
+        return to_html(self, path, survey=survey, labels=labels, after=after)
 
     def repair(self) -> Repair:
         """What can be mended in the batch's labels without a guess (repair.py)."""
@@ -117,6 +131,7 @@ class AuditReport(Outcome):
             "context_share": _finite(self.context_share),
             "cosine_detached": _finite(self.cosine_detached),
             "findings": [asdict(finding) for finding in self.findings],
+            "answers": [asdict(answer) for answer in self.answers],
             "tokens": [
                 [{k: _finite(v) for k, v in asdict(token).items()} for token in row]
                 for row in self.tokens
@@ -154,7 +169,3 @@ def _finite(value: Any) -> Any:
 
 def _norm(x: float) -> str:
     return "0" if x == 0 else f"{x:.1e}"
-
-
-def _shown(text: str) -> str:
-    return text.replace("\n", "\\n").replace("\t", "\\t")

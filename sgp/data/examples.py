@@ -5,10 +5,11 @@ Labels are the token itself where it carries loss and -100 elsewhere; they are n
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sgp.caller import warn
@@ -16,6 +17,7 @@ from sgp.labels import IGNORE
 
 NAME = "sgp.Collator"
 MASKS = ("completion_mask", "assistant_masks")
+KEYS = ("input_ids", "prompt", "completion", "messages", "text")
 KINDS = "input_ids (with labels or masks), prompt and completion, messages, or text"
 COLUMNS = {
     "input_ids", "labels", *MASKS, "attention_mask", "position_ids", "seq_idx", "seq_lengths",
@@ -82,22 +84,111 @@ def tokenize(
             tokenizer that is missing, a chat template that marks nothing, `assistant_only_loss`
             where nothing says what is the assistant's.
     """
+    found = _tokenized(example, tokenizer, context_loss, assistant_only_loss)
+    if found.merged:
+        warn(
+            f"{NAME}: the tokens of a prompt alone are not the first of prompt and completion "
+            f"together (they merge, or the template differs): {found.merged!r} is scored as "
+            "completion"
+        )
+    return found.rows
+
+
+class Tokenized(NamedTuple):
+    """What came of one example among many."""
+
+    rows: list[Row]
+    reason: str = ""  # why there are none
+    merged: str = ""  # tokens of the prompt that are scored, as they differ before a completion
+
+
+def tokenize_all(
+    examples: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    context_loss: bool = False,
+    assistant_only_loss: bool = False,
+) -> list[Tokenized]:
+    """Turn each example into its sequences as `tokenize` does, with fewer calls of the tokenizer.
+
+    An example that cannot be read has a reason in place of rows, and the others are not disturbed.
+
+    Example:
+        >>> found = tokenize_all([{"input_ids": [5, 6], "labels": [-100, 6]}, {"id": 3}], None)
+        >>> found[0].rows, found[1].reason[:23]
+        ([Row(input_ids=[5, 6], labels=[-100, 6])], "an example has ['id']; ")
+
+    Args:
+        examples, tokenizer, context_loss, assistant_only_loss: as for `tokenize`.
+    """
+    ahead = tokenizer if tokenizer is None else _Ahead(tokenizer, examples)
+    options = context_loss, assistant_only_loss
+    return [_tolerant(example, ahead, options) for example in examples]
+
+
+def _tolerant(example: Mapping[str, Any], tokenizer: Any, options: tuple[bool, bool]) -> Tokenized:
+    try:
+        return _tokenized(example, tokenizer, *options)
+    except Exception as error:  # noqa: BLE001  (a chat template raises what it likes)
+        reason = " ".join(str(error).removeprefix(f"{NAME}: ").split())
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        return Tokenized([], f"{kind}{reason}"[:300])
+
+
+class _Ahead:
+    """A tokenizer that has seen the texts of a list of examples, all in one call."""
+
+    def __init__(self, tokenizer: Any, examples: Sequence[Mapping[str, Any]]) -> None:
+        self._tokenizer = tokenizer
+        texts = dict.fromkeys(t for example in examples for t in _texts(example, tokenizer))
+        self._ids: dict[str, list[int]] = {}
+        if texts:
+            with contextlib.suppress(Exception):  # each is then tokenized alone, and its error said
+                ids = tokenizer(list(texts))["input_ids"]
+                self._ids = dict(zip(texts, ids, strict=True))
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        ids = self._ids.get(text)
+        return {"input_ids": list(self._tokenizer(text)["input_ids"]) if ids is None else ids}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+def _texts(example: Mapping[str, Any], tokenizer: Any) -> Iterator[str]:
+    """What `_tokenized` will ask the tokenizer for."""
+    if example.get("input_ids") is not None:
+        return
+    prompt, completion = example.get("prompt"), example.get("completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        yield prompt
+        yield prompt + _ended(completion, tokenizer)
+    elif example.get("messages") is None and isinstance(example.get("text"), str):
+        yield _ended(example["text"], tokenizer)
+
+
+def _tokenized(
+    example: Mapping[str, Any], tokenizer: Any, context_loss: bool, assistant_only_loss: bool
+) -> Tokenized:
+    if any(example.get(name, 0) is None for name in KEYS):  # `datasets` mixed kinds of rows
+        example = {k: v for k, v in example.items() if v is not None or k not in KEYS}
     if "input_ids" in example:
-        return _of_tokens(example, context_loss, assistant_only_loss)
-    if not {"prompt", "completion"} <= set(example) and not {"messages", "text"} & set(example):
+        return Tokenized(_of_tokens(example, context_loss, assistant_only_loss))
+    is_pair = {"prompt", "completion"} <= set(example)
+    if not is_pair and not {"messages", "text"} & set(example):
         raise ValueError(f"{NAME}: an example has {sorted(example)}; expected {KINDS}. {REMOVED}")
     if tokenizer is None:
         raise ValueError(f"{NAME}: an example has {sorted(example)}; that needs a tokenizer")
-    if "prompt" in example:
-        ids, start, mask = _prompt_and_completion(example, tokenizer, assistant_only_loss)
+    if is_pair:
+        ids, start, mask, merged = _prompt_and_completion(example, tokenizer, assistant_only_loss)
         start = 0 if context_loss else start
-        return [Row(ids, [IGNORE] * start + _marked(ids, mask)[start:])]
+        return Tokenized([Row(ids, [IGNORE] * start + _marked(ids, mask)[start:])], merged=merged)
     if "messages" in example:
-        return [_of_messages(example, tokenizer, context_loss=context_loss)]
+        return Tokenized([_of_messages(example, tokenizer, context_loss=context_loss)])
     if assistant_only_loss:
         raise ValueError(_no_turns("the example is a text"))
     ids = list(tokenizer(_ended(example["text"], tokenizer))["input_ids"])
-    return [Row(ids, list(ids))]
+    return Tokenized([Row(ids, list(ids))])
 
 
 # -- tokens ----------------------------------------------------------------------------------------
@@ -209,8 +300,8 @@ def _integers(example: Mapping[str, Any], name: str) -> list[int]:
 
 def _prompt_and_completion(
     example: Mapping[str, Any], tokenizer: Any, assistant_only_loss: bool
-) -> tuple[list[int], int, list[int]]:
-    """The tokens of both, where the completion begins, and which of all may carry loss."""
+) -> tuple[list[int], int, list[int], str]:
+    """The tokens of both, where the completion begins, which may carry loss, and what merged."""
     if isinstance(example["prompt"], str):
         if assistant_only_loss:
             raise ValueError(_no_turns("the completion is a text"))
@@ -223,15 +314,12 @@ def _prompt_and_completion(
         prompt, completion = (_messages(example, name) for name in ("prompt", "completion"))
         alone = _template(tokenizer, prompt, **given, add_generation_prompt=True)["input_ids"]
         ids, mask = _turns(tokenizer, [*prompt, *completion], given, assistant_only_loss)
-    pairs = zip(alone, ids, strict=False)
-    start = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    if start < len(alone):
-        lost = tokenizer.decode(alone[start:])
-        warn(
-            f"{NAME}: the tokens of a prompt alone are not the first of prompt and completion "
-            f"together (they merge, or the template differs): {lost!r} is scored as completion"
-        )
-    return ids, start, mask
+    start = len(alone)
+    if ids[:start] != alone:
+        pairs = zip(alone, ids, strict=False)
+        start = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    merged = tokenizer.decode(alone[start:]) if start < len(alone) else ""
+    return ids, start, mask, merged
 
 
 def _ended(text: str, tokenizer: Any) -> str:

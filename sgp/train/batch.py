@@ -2,26 +2,28 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import sgp
-from sgp.train.data import Pair
+from sgp.data.examples import tokenize_all
+from sgp.train.data import Chat, Pair
 
 IGNORE_INDEX = -100
 _BATCHES_SORTED_TOGETHER = 4  # less padding; more would make the curve jump with the lengths
 
 
 class Example(NamedTuple):
-    """A pair as token numbers."""
+    """A pair or a chat as token numbers."""
 
     context: list[int]
-    output: list[int]
+    output: list[int]  # from the first token that carries loss
     digest: str  # of the pair's text
+    scored: list[bool] | None = None  # which tokens of the output carry loss; None: all
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Encoded:
     filled: int  # pairs skipped because their context leaves no room for an output
     cut: int  # pairs whose completion was cut at the window
     empty: int  # pairs skipped because a side has no tokens
+    skips: list[tuple[str, str]] = field(default_factory=list)  # (source, reason) of chats
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Batch:
     context_lengths: Tensor  # (B,) int64
     lengths: Tensor  # (B,) int64, context and output
     selection: sgp.Selection  # rows that predict an output token, and that token
+    unscored: Tensor | None = None  # (B, T) bool: tokens that carry no loss; None: the contexts
 
     @property
     def attention_mask(self) -> Tensor:
@@ -54,7 +58,8 @@ class Batch:
         """(B, T) int64: the output tokens at their own places, -100 on context and padding."""
         columns = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
         is_output = (columns >= self.context_lengths[:, None]) & (columns < self.lengths[:, None])
-        return self.input_ids.masked_fill(~is_output, IGNORE_INDEX)
+        without = ~is_output if self.unscored is None else ~is_output | self.unscored
+        return self.input_ids.masked_fill(without, IGNORE_INDEX)
 
     @property
     def shifted_labels(self) -> Tensor:
@@ -68,6 +73,7 @@ class Batch:
             self.context_lengths.to(device),
             self.lengths.to(device),
             self.selection.to(device),
+            None if self.unscored is None else self.unscored.to(device),
         )
 
 
@@ -97,6 +103,8 @@ def encode(
         ...        window=8, begin=None, end=0).examples[0][:2]
         ([97, 98], [99, 0])
     """
+    if not pairs:  # a tokenizer refuses an empty list
+        return Encoded([], 0, 0, 0)
     contexts = tokenize([pair.prompt for pair in pairs])
     outputs = tokenize([pair.completion for pair in pairs])
     before = [] if begin is None else [begin]
@@ -118,6 +126,37 @@ def encode(
     return Encoded(examples, filled, cut, empty)
 
 
+def encode_chats(chats: Sequence[Chat], tokenizer: Any, *, window: int) -> Encoded:
+    """Turn chats into examples of at most `window` tokens, as `sgp.Collator` does.
+
+    Of messages the assistant's turns carry loss, of a prompt and a completion the completion. What
+    does not fit is skipped, cut and counted as in `encode`; what the template refuses has its
+    source and the reason in `skips`.
+
+    Args:
+        chats: What to encode.
+        tokenizer: Of transformers, with a chat template.
+        window: Most tokens of a sequence.
+    """
+    found = tokenize_all([chat.row for chat in chats], tokenizer)
+    examples, skips = [], []
+    filled = cut = empty = 0
+    for chat, (rows, reason, _) in zip(chats, found, strict=True):
+        if reason:
+            skips.append((chat.source, reason))
+            continue
+        ((ids, labels),) = rows
+        scored = [label != IGNORE_INDEX for label in labels]
+        start = next((t for t in range(1, len(ids)) if scored[t]), len(ids))
+        empty += start == len(ids)
+        filled += window <= start < len(ids)
+        if start < min(window, len(ids)):
+            cut += any(scored[window:])
+            kept = slice(start, window)
+            examples.append(Example(ids[:start], ids[kept], chat.digest, scored[kept]))
+    return Encoded(examples, filled, cut, empty, skips)
+
+
 def collate(examples: Sequence[Example], *, pad: int = 0) -> Batch:
     """Pad examples on the right to the longest of them.
 
@@ -136,10 +175,27 @@ def collate(examples: Sequence[Example], *, pad: int = 0) -> Batch:
     )
     context_lengths = torch.tensor([len(example.context) for example in examples])
     of_each = torch.tensor(lengths)
+    if any(example.scored is not None for example in examples):
+        return _of_chats(examples, input_ids, context_lengths, of_each)
     selection = sgp.Selection.from_context_lengths(
         input_ids, context_lengths, lengths=of_each, shift=True
     )
     return Batch(input_ids, context_lengths, of_each, selection)
+
+
+def _of_chats(
+    examples: Sequence[Example], input_ids: Tensor, context_lengths: Tensor, lengths: Tensor
+) -> Batch:
+    unscored = torch.zeros_like(input_ids, dtype=torch.bool)
+    for row, example in enumerate(examples):
+        if example.scored is not None:
+            start = len(example.context)
+            unscored[row, start : start + len(example.scored)] = ~torch.tensor(example.scored)
+    batch = Batch(input_ids, context_lengths, lengths, sgp.Selection.from_labels(input_ids))
+    labels = replace(batch, unscored=unscored).labels
+    return replace(
+        batch, unscored=unscored, selection=sgp.Selection.from_labels(labels, shift=True)
+    )
 
 
 def epochs(

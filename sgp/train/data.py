@@ -1,16 +1,20 @@
-"""Prompt/completion pairs: reading them, dropping duplicates, holding some out."""
+"""What is trained on: pairs and chats, dropping duplicates, holding some out."""
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+from sgp.data.reading import EXPECTED, Reading, Skip, UnreadableError, describe_skips, kind
 from sgp.train.errors import UserError
+
+__all__ = ["Chat", "Pair", "Skip", "describe_skips", "drop_duplicates", "read_jsonl", "split"]
 
 _Item = TypeVar("_Item")
 
 HELD_OUT_FRACTION = 0.05
+KINDS = ("prompt", "messages")
 
 
 class Pair(NamedTuple):
@@ -27,24 +31,31 @@ class Pair(NamedTuple):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-class Skip(NamedTuple):
-    """A line that was not used, and why."""
+class Chat(NamedTuple):
+    """Messages, or a prompt and a completion of messages, and where they come from."""
 
-    line: int  # counted from 1
-    reason: str
+    row: dict[str, Any]
+    source: str
+
+    @property
+    def digest(self) -> str:
+        """A stable hash of the row."""
+        text = json.dumps(self.row, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_jsonl(path: Path) -> tuple[list[Pair], list[Skip]]:
-    r"""Read `{"prompt": ..., "completion": ...}` a line; keep the good lines, name the others.
+def read_jsonl(path: Path) -> tuple[list[Pair | Chat], list[Skip]]:
+    r"""Read prompt and completion, or messages, a line; keep the good lines, name the others.
 
     Blank lines are ignored; other keys are too. A line that is not UTF-8 or not JSON, is not an
     object, lacks a key, holds something that is not text, or has an empty completion is skipped.
+    `sgp.data.reading` says what files there may be.
 
     Args:
-        path: The file to read.
+        path: The file to read, or `-` for standard input.
 
     Returns:
-        The pairs in the order of the file, and one `Skip` for each line that was not usable.
+        The rows in the order of the file, and one `Skip` for each line that was not usable.
 
     Raises:
         UserError: The file cannot be read, is empty, or has no usable line.
@@ -57,58 +68,45 @@ def read_jsonl(path: Path) -> tuple[list[Pair], list[Skip]]:
         >>> skips
         [Skip(line=2, reason='broken JSON')]
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"--data {path}: {_reason(error)}") from error
-    pairs: list[Pair] = []
+    rows: list[Pair | Chat] = []
     skips: list[Skip] = []
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        reason, prompt, completion = _parse(line)
-        if reason:
-            skips.append(Skip(number, reason))
-        else:
-            pairs.append(Pair(prompt, completion, f"{path.name}:{number}"))
-    if not pairs and not skips:
+    reading = Reading(path, KINDS)
+    try:
+        for number, row, reason in reading:
+            if reason:
+                skips.append(Skip(number, reason))
+            else:
+                rows.append(_item(row, f"{reading.name}:{number}"))
+    except UnreadableError as error:
+        raise UserError(f"--data {error}") from error
+    if not rows and not skips:
         raise UserError(
-            f'--data {path}: the file is empty; expected a line like {{"prompt": "...", '
-            '"completion": "..."}'
+            f"--data {reading.shown}: the file is empty; expected a line like {EXPECTED}"
         )
-    if not pairs:
-        raise UserError(f"--data {path}: no usable line; {'; '.join(describe_skips(skips))}")
-    return pairs, skips
+    if not rows:
+        raise UserError(
+            f"--data {reading.shown}: no usable line; {'; '.join(describe_skips(skips))}"
+        )
+    return rows, skips
 
 
-def describe_skips(skips: Sequence[Skip], *, shown: int = 3) -> list[str]:
-    """Return one sentence for each reason: how many lines, and the first few line numbers.
-
-    Example:
-        >>> describe_skips([Skip(2, "broken JSON"), Skip(9, "broken JSON")])
-        ['2 lines skipped: broken JSON (lines 2, 9)']
-    """
-    lines_of: dict[str, list[int]] = {}
-    for skip in skips:
-        lines_of.setdefault(skip.reason, []).append(skip.line)
-    sentences = []
-    for reason, lines in lines_of.items():
-        plural = "s" if len(lines) > 1 else ""
-        numbers = ", ".join(map(str, lines[:shown])) + (", ..." if len(lines) > shown else "")
-        sentences.append(f"{len(lines)} line{plural} skipped: {reason} (line{plural} {numbers})")
-    return sentences
+def _item(row: dict[str, Any], source: str) -> Pair | Chat:
+    if kind(row, KINDS) == "prompt" and isinstance(row["prompt"], str):
+        return Pair(row["prompt"], row["completion"], source)
+    return Chat(row, source)
 
 
-def drop_duplicates(pairs: Iterable[Pair]) -> list[Pair]:
-    """Return the pairs without those whose prompt and completion came before.
+def drop_duplicates(pairs: Iterable[Pair | Chat]) -> list[Pair | Chat]:
+    """Return the pairs without those whose prompt and completion came before; chats alike.
 
     Example:
         >>> drop_duplicates([Pair("a", "b", "x:1"), Pair("a", "b", "x:2")])
         [Pair(prompt='a', completion='b', source='x:1')]
     """
-    first: dict[tuple[str, str], Pair] = {}
+    first: dict[Any, Pair | Chat] = {}
     for pair in pairs:
-        first.setdefault((pair.prompt, pair.completion), pair)
+        key = (pair.prompt, pair.completion) if isinstance(pair, Pair) else pair.digest
+        first.setdefault(key, pair)
     return list(first.values())
 
 
@@ -135,34 +133,3 @@ def split(
     held_out = ordered[:count]
     out = {digest(item) for item in held_out}
     return [item for item in items if digest(item) not in out], held_out
-
-
-def _parse(line: bytes) -> tuple[str, str, str]:
-    """Return `(reason why the line cannot be used or "", prompt, completion)`."""
-    try:
-        record = json.loads(line.decode())
-    except UnicodeDecodeError:
-        return "not UTF-8", "", ""
-    except (ValueError, RecursionError):
-        return "broken JSON", "", ""
-    if not isinstance(record, dict):
-        return "not a JSON object", "", ""
-    reason = _wrong_text(record, "prompt") or _wrong_text(record, "completion")
-    if not reason and not record["completion"].strip():
-        reason = "empty completion"
-    return (reason, "", "") if reason else ("", record["prompt"], record["completion"])
-
-
-def _wrong_text(record: dict[str, object], key: str) -> str:
-    if key not in record:
-        return f'no "{key}"'
-    value = record[key]
-    if not isinstance(value, str):
-        return f'"{key}" is not a string'
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        return f'"{key}" is not valid Unicode'
-    return ""
-
-
-def _reason(error: OSError) -> str:
-    return (error.strerror or type(error).__name__).lower()

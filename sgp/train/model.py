@@ -95,8 +95,12 @@ def tiny_llama(vocabulary: int, window: int, *, seed: int, hidden: int = HIDDEN)
         return LlamaForCausalLM(config)
 
 
-def load(name: str) -> tuple[Any, Any]:
+def load(name: str, tokenizer: str | None = None) -> tuple[Any, Any]:
     """Load `(model, tokenizer)` in float32 from a folder or from the Hugging Face hub.
+
+    Args:
+        name: The model's folder or hub name.
+        tokenizer: The tokenizer's, where it is another.
 
     Raises:
         UserError: There is no such model, or it is not a causal language model.
@@ -106,21 +110,36 @@ def load(name: str) -> tuple[Any, Any]:
         Traceback (most recent call last):
         sgp.train.errors.UserError: --model ./missing: no such folder
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415  # slow import
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415  # slow import
 
     folder = Path(name).expanduser()
     if folder.is_dir():
         name = str(folder)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:  # no hub name looks like this
         raise UserError(f"--model {name}: no such folder")
+    found = load_tokenizer(tokenizer or name, option="--tokenizer" if tokenizer else "--model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
         with _no_bars():
             model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except Exception as error:  # every kind of error comes out of a foreign folder
         reason = " ".join(str(error).split())
         raise UserError(f"--model {name}: {type(error).__name__}: {reason[:300]}") from error
-    return model, tokenizer
+    return model, found
+
+
+def load_tokenizer(name: str, *, option: str = "--tokenizer") -> Any:
+    """Load a tokenizer from a folder or from the Hugging Face hub.
+
+    Raises:
+        UserError: There is none; names the option that asked for it.
+    """
+    from transformers import AutoTokenizer  # noqa: PLC0415  # slow import
+
+    try:
+        return AutoTokenizer.from_pretrained(str(Path(name).expanduser()))
+    except Exception as error:  # every kind of error comes out of a foreign folder
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{option} {name}: {type(error).__name__}: {reason}") from error
 
 
 def save(parts: Parts, tokenizer: Any, folder: Path) -> None:

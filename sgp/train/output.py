@@ -1,6 +1,7 @@
 """The folder that a command writes to: what cannot work is said before the work, not after it."""
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,9 +19,13 @@ def check_folder(out: Path, *, files: Sequence[str], folders: Sequence[str] = ()
     Raises:
         UserError: what stands there instead.
     """
-    nearest = out.absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
+    try:
+        nearest = out.absolute()
+        while not nearest.exists():
+            nearest = nearest.parent
+    except (OSError, ValueError) as error:  # a name that is too long, or has a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--out {str(out)[:80]}: {reason}") from error
     if not nearest.is_dir():
         raise UserError(f"--out {out}: {nearest} is a file, not a folder; name another folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
@@ -34,7 +39,7 @@ def check_folder(out: Path, *, files: Sequence[str], folders: Sequence[str] = ()
 
 
 @contextlib.contextmanager
-def writing(out: Path) -> Iterator[None]:
+def writing(out: Path, *, option: str = "--out") -> Iterator[None]:
     """What the system refuses meanwhile (a full disk), as a line for the user.
 
     Raises:
@@ -43,5 +48,25 @@ def writing(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = error.filename or out
-        raise UserError(f"--out {out}: cannot write {where}: {error.strerror or error}") from error
+        where, said = error.filename or out, error.strerror or error
+        raise UserError(f"{option} {out}: cannot write {where}: {said}") from error
+
+
+def require(*packages: str) -> None:
+    """Refuse to begin without these packages.
+
+    Raises:
+        UserError: which are missing, and how to install them.
+    """
+    missing = [name for name in packages if not _is_installed(name)]
+    if missing:
+        raise UserError(
+            f"needs {' and '.join(missing)}; in your clone of sgp, run: pip install -e '.[train]'"
+        )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # None stands in its place
+        return False

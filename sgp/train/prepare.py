@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from sgp.train.batch import Encoded, Example, encode
-from sgp.train.data import Pair, describe_skips, drop_duplicates, read_jsonl, split
+from sgp.data.reading import alike
+from sgp.train.batch import Encoded, Example, encode, encode_chats
+from sgp.train.data import Chat, Pair, describe_skips, drop_duplicates, read_jsonl, split
 from sgp.train.errors import UserError
 from sgp.train.model import load, tiny_llama
 from sgp.train.options import Options
@@ -12,6 +13,14 @@ from sgp.train.stdlib import source_files, stdlib_pairs
 from sgp.train.tokenizer import cache_folder, load_or_train, wrap
 
 _WINDOW = 128
+CHAT = (  # of the tokenizer that is trained here, which has two special tokens
+    "{% if tools %}tools: {{ tools | tojson }}{{ '\\n' }}{% endif %}"
+    "{% for message in messages %}{{ message['role'] }}: "
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] or '' }}"
+    "{% if message['tool_calls'] %}{{ message['tool_calls'] | tojson }}{% endif %}{{ eos_token }}"
+    "{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 class Setup(NamedTuple):
@@ -45,18 +54,28 @@ def prepare(options: Options, say: Callable[[str], None]) -> Setup:
         texts = [text for _, text in library]
         trained = load_or_train(texts, size=options.vocabulary, folder=cache_folder(), say=say)
         tokenizer = wrap(trained)
+        tokenizer.chat_template = CHAT
         window = options.max_length or _WINDOW
         model = tiny_llama(len(tokenizer), window, seed=options.seed, hidden=options.hidden)
     else:
         model, tokenizer = load(options.model)
         window = _window(options, model)
+    chats = [item for item in distinct if isinstance(item, Chat)]
+    if chats and not tokenizer.chat_template:
+        raise UserError(
+            f"--data {options.data} has chats ({chats[0].source}), and the tokenizer of --model "
+            f"{options.model} has no chat template"
+        )
     encoded = encode(
-        distinct,
+        [item for item in distinct if isinstance(item, Pair)],
         lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"],
         window=window,
         begin=tokenizer.bos_token_id,
         end=tokenizer.eos_token_id,
     )
+    encoded = _joined(encoded, encode_chats(chats, tokenizer, window=window))
+    for reason, sources in _by_reason(encoded.skips).items():
+        say(f"data: {len(sources)} skipped: {reason} ({sources[0]})")
     counts = {
         "pairs": len(pairs),
         "unusable_lines": unusable,
@@ -64,6 +83,7 @@ def prepare(options: Options, say: Callable[[str], None]) -> Setup:
         "context_fills_window": encoded.filled,
         "without_tokens": encoded.empty,
         "completion_cut": encoded.cut,
+        "chat_template_refuses": len(encoded.skips),
         "window": window,
     }
     _report(counts, say)
@@ -75,18 +95,36 @@ def prepare(options: Options, say: Callable[[str], None]) -> Setup:
     return Setup(model, tokenizer, train, held_out, counts)
 
 
+def _joined(pairs: Encoded, chats: Encoded) -> Encoded:
+    return Encoded(
+        pairs.examples + chats.examples,
+        pairs.filled + chats.filled,
+        pairs.cut + chats.cut,
+        pairs.empty + chats.empty,
+        chats.skips,
+    )
+
+
+def _by_reason(skips: list[tuple[str, str]]) -> dict[str, list[str]]:
+    """The sources of each reason; what differs in quotes only is one reason, told by the first."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for source, reason in skips:
+        found.setdefault(alike(reason), (reason, []))[1].append(source)
+    return dict(found.values())
+
+
 def _read(
     options: Options, library: list[tuple[str, str]], say: Callable[[str], None]
-) -> tuple[list[Pair], int]:
+) -> tuple[list[Pair | Chat], int]:
     if options.data is not None:
         pairs, skips = read_jsonl(options.data)
         say(f"data: {len(pairs)} pairs from {options.data}")
         for sentence in describe_skips(skips):
             say(f"data: {sentence}")
         return pairs, len(skips)
-    pairs = stdlib_pairs(library)
-    say(f"data: {len(pairs)} functions of the Python standard library")
-    return pairs, 0
+    functions = stdlib_pairs(library)
+    say(f"data: {len(functions)} functions of the Python standard library")
+    return [*functions], 0
 
 
 def _window(options: Options, model: Any) -> int:
@@ -116,7 +154,7 @@ def _report(counts: dict[str, int], say: Callable[[str], None]) -> None:
 
 def _too_few(options: Options, encoded: Encoded, counts: dict[str, int]) -> str:
     where = "the standard library" if options.data is None else f"--data {options.data}"
-    remedy = ""
+    remedy = f"; {encoded.skips[0][1]}" if encoded.skips else ""
     if encoded.filled:
         remedy = (
             f"; {encoded.filled} have a context that fills the window of {counts['window']} "

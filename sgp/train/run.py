@@ -1,6 +1,5 @@
 """`sgp train` from its options to its files."""
 
-import importlib.util
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -17,11 +16,10 @@ from sgp.interrupt import Interrupted, StopRequest
 from sgp.train import report
 from sgp.train.batch import Batch, collate, epochs, grouped
 from sgp.train.compare import Comparison, compare
-from sgp.train.errors import UserError
 from sgp.train.loop import Curves, Learner, make_learners, train
 from sgp.train.model import check_head, save, split_model
 from sgp.train.options import Options
-from sgp.train.output import check_folder, writing
+from sgp.train.output import check_folder, require, writing
 from sgp.train.picture import draw
 from sgp.train.prepare import Setup, prepare
 from sgp.train.threads import FreeCores, at_most
@@ -86,7 +84,7 @@ def _run(options: Options, disk: _Disk) -> bool:
     begin, cores = time.perf_counter(), FreeCores()
     console = Console(highlight=False, markup=False, emoji=False)
     errors = Console(highlight=False, markup=False, emoji=False, stderr=True)
-    _require_packages()
+    require("transformers", "tokenizers", "matplotlib")
     check_folder(options.out, files=("loss.png", "summary.json"), folders=("model",))
     setup = prepare(options, lambda text: console.print(text, soft_wrap=True))
     usual, free = torch.get_num_threads(), cores.count()
@@ -245,15 +243,3 @@ def _print(
     console.print(
         f"saved in {options.out}: model/, loss.png, summary.json ({seconds:.0f} s)", soft_wrap=True
     )
-
-
-def _require_packages() -> None:
-    missing = [
-        name
-        for name in ("transformers", "tokenizers", "matplotlib")
-        if importlib.util.find_spec(name) is None
-    ]
-    if missing:
-        raise UserError(
-            f"needs {' and '.join(missing)}; in your clone of sgp, run: pip install -e '.[train]'"
-        )
