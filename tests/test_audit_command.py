@@ -1,5 +1,6 @@
 """`sgp audit`: a whole file, its findings by line, what it refuses, and its exit code."""
 
+import copy
 import gzip
 import html
 import io
@@ -345,6 +346,18 @@ def test_whether_an_end_was_cut_off_is_judged_by_the_whole_file(tmp_path, capsys
     fixed = tmp_path / "fixed"
     assert audited(capsys, data, "--tokenizer", folder, "--repair", fixed)[0] == 0
     assert audited(capsys, data, "--tokenizer", folder, "--error", "no-eos")[0] == 1
+
+
+def test_text_without_an_end_was_not_cut_off(tmp_path, capsys, tokenizer):
+    """By a template that writes none: nobody can have cut it."""
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = CHAT.replace("{{ eos_token }}", "")
+    other.save_pretrained(tmp_path / "endless")
+    row = {"prompt": say("a"), "completion": say("", "b")[1:]}
+    data = write(tmp_path / "a.jsonl", row)
+    code, said, _ = audited(capsys, data, "--tokenizer", tmp_path / "endless")
+    assert code == 1
+    assert "error: no-eos: line 1: " in said
 
 
 def test_the_models_ends_are_ends(tmp_path, capsys, small):
