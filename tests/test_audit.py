@@ -444,7 +444,8 @@ def test_a_target_that_is_no_input(model, batch):
     targets = torch.full_like(ids[:, 1:], -100)
     targets[:, 5:] = ids[:, 6:]
     selection = sgp.Selection.from_labels(targets, shift=False)
-    report = sgp.audit(model, {"input_ids": ids[:, :-1]}, selection=selection)
+    batch = {"input_ids": ids[:, :-1]}
+    report = sgp.audit(model, batch, selection=selection, tokenizer=Tokenizer())
     assert report.findings == []
     assert report.tokens[0][-1].target_id == EOS
     assert report.context_share > 0

@@ -165,7 +165,7 @@ def test_rows_without_findings_are_shown_where_they_carry_loss(tmp_path, capsys)
     assert "line 2 t token" in said
     assert "line 1 t token" not in said
     assert "line 1 t token" in audited(capsys, data, "--max-length", "700")[1]
-    assert "raise --max-length" in refused(capsys, write(tmp_path / "long.jsonl", long))
+    assert "line 1 t token" in audited(capsys, write(tmp_path / "long.jsonl", long))[1]
 
 
 def test_lines_that_cannot_be_used_are_counted_and_the_rest_is_audited(tmp_path, capsys):
@@ -407,6 +407,33 @@ def test_repair_writes_what_is_mended_and_judges_what_is_left(tmp_path, capsys):
     assert code == 1
     assert "error: labels-not-the-inputs: line 2: not mended" in said
     assert [json.loads(x) for x in fixed.read_text().splitlines()] == [RIGHT] * 2
+
+
+def test_repair_says_which_lines_it_could_not_write(tmp_path, capsys):
+    huge = {"input_ids": [5, 2**40], "labels": [-100, 2**40]}
+    data, fixed = tmp_path / "a.jsonl", tmp_path / "fixed.jsonl"
+    data.write_text("\n".join([json.dumps(TWICE), "broken", json.dumps(RIGHT), json.dumps(huge)]))
+    code, said, _ = audited(capsys, data, "--repair", fixed)
+    after = said.partition("after the repair")[2]
+    assert "2 lines of fixed.jsonl: 1 error, 1 warning" in after
+    assert "unusable-line: line 2: not written: broken JSON" in after
+    assert "error: outside-vocabulary: line 4: not written: " in after
+    assert code == 1
+
+
+def test_contexts_longer_than_the_backward_pass_looks_at(tmp_path, capsys):
+    rows = [{"input_ids": [7] * n + [5, 2], "labels": [-100] * n + [5, 2]} for n in (900, 700, 800)]
+    out = tmp_path / "out"
+    code, said, _ = audited(capsys, write(tmp_path / "a.jsonl", *rows), "--out", out)
+    assert (code, "3 lines of a.jsonl: no findings" in said) == (0, True)
+    assert json.loads((out / "audit.json").read_text())["lines"] == [2]
+
+
+def test_rows_with_findings_are_shown_first(tmp_path, capsys):
+    out = tmp_path / "out"
+    audited(capsys, write(tmp_path / "a.jsonl", RIGHT, RIGHT, TWICE), "--out", out)
+    assert json.loads((out / "audit.json").read_text())["lines"] == [3, 1, 2]
+    assert (out / "audit.html").read_text().count("line 3") > 1
 
 
 def test_repair_keeps_order_and_what_the_window_leaves_out(tmp_path, capsys):

@@ -151,6 +151,19 @@ def test_a_leak_and_a_label_that_crosses_are_both_found():
     assert codes(sgp.audit(make("llama"), batch)) == {"crosses-boundary"}
 
 
+def test_a_further_pass_is_made_where_there_is_doubt():
+    """And without labels, of which a model might make another loss."""
+    model, calls = make("llama"), []
+    model.register_forward_pre_hook(
+        lambda *call: calls.append("labels" in call[-1]), with_kwargs=True
+    )
+    sgp.audit(model, make_packed())
+    assert calls == [True]
+    calls.clear()
+    sgp.audit(model, {**make_packed(), "attention_mask": torch.ones(1, T, dtype=torch.long)})
+    assert calls == [True, False]
+
+
 def test_the_rows_that_leak_are_named():
     """Two rows, of which one is packed and leaks; numbers without a seam are no sequences."""
     batch = make_packed()
@@ -247,8 +260,11 @@ def video():
         (torch.cat([positions((9,))[None], with_image()]), [0, 9]),
         (torch.arange(T)[None, None].repeat(3, 1, 1), [0]),
         (torch.zeros(3, 1, 4, dtype=torch.long), [0, 1, 2, 3]),
+        (torch.tensor([4, 5, 6, 2, 3, 4]).repeat(3, 1, 1), [0, 3]),  # it was cut at its start
+        (torch.cat([positions((9,))[None], torch.arange(T).repeat(3, 1, 1)]), [0, 9]),
     ],
-    ids=["1,T", "3,B,T", "4,B,T", "image", "video", "text-axis", "text-axis-seam", "one", "ones"],
+    ids=["1,T", "3,B,T", "4,B,T", "image", "video", "text-axis", "text-axis-seam", "one", "ones",
+         "cut", "text-axis-alone"],
 )  # fmt: skip
 def test_seams_of_every_layout(given, expected):
     length = given.shape[-1]

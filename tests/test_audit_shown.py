@@ -197,7 +197,7 @@ def test_answers_are_shown(model, batch, tmp_path):
     console = Console(width=200, record=True, file=io.StringIO())
     report.print(console, labels=["line 4"])
     shown = console.export_text()
-    assert "line 4: the model answers 'Par\\\\nis'" in shown
+    assert "line 4: the model answers 'Par\\nis'" in shown
     assert "and ends; expected 'Paris'" in shown
     assert "row 1: the model answers 'RRRRRRRRR' and does not end within 20 tokens" in shown
     text = html.unescape(report.to_html(tmp_path / "audit.html").read_text())

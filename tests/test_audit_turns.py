@@ -409,6 +409,11 @@ def test_one_token_that_begins_ends_and_pads():
             labels = torch.where(torch.arange(len(ids)) > 4, -100, batch["labels"])
             assert codes({**batch, **mask, "labels": labels}, one) == set(), (ids, mask)
         assert codes({**batch, "labels": labels}, begins(bos=EOS, pad=0)) <= {"turn-end-unscored"}
+    batch = text(9, 10, 11, 12, EOS, EOS)  # the second is padding that no mask says
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["labels"][0, -1] = -100
+    assert codes(batch, begins(pad=EOS)) == set()
+    assert codes(batch, begins()) == {"doubled-special"}
     assert codes(text(EOS, EOS, 10, 11, EOS), one) == {"doubled-special"}
     assert codes(text(EOS, 9, 10, 11, EOS, EOS), begins(bos=EOS)) == {"doubled-special"}
 

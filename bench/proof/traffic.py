@@ -1,6 +1,7 @@
 """Count what loss and backward ask of memory, in units of N V elements; no GPU, no estimate.
 
-    python -m bench traffic        # table, results file, exit code 1 if a budget breaks
+    python -m bench traffic            # table, results file, exit code 1 if a budget breaks
+    python -m bench traffic --quick    # of the long vocabularies, a few cases alone
 
 The interpreter executes every load and store with real addresses; each is counted when asked for,
 and each byte once when touched. N rows, V columns, kept fraction f. The least any implementation
@@ -56,6 +57,7 @@ FORMS = ("auto", "staying")
 TWO_ROWS = (*itertools.product((1_000, 8_193), (0, 1, 4)), (50_257, 1), (151_936, 1))
 READS = {"forward_kl": 2, "reverse_kl": 2, "jsd": 3}  # of a logit, with a gradient
 N = 4
+QUICK = 10_000  # the least vocabulary of which `--quick` counts a few cases alone
 SLACK = 1.02
 
 
@@ -192,10 +194,17 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="results file (JSON)")
+    parser.add_argument(
+        "--quick", action="store_true", help="of vocabularies over 10 000, a few cases alone"
+    )
     arguments = parser.parse_args()
     files.must_be_writable(arguments.output)
     os.environ["SGP_BACKEND"] = "triton"
-    counts = [count(*c) for c in itertools.product(FORMS, VOCABULARIES, DTYPES, (0, 1, 2, 4))]
+    counts = [
+        count(*c)
+        for c in itertools.product(FORMS, VOCABULARIES, DTYPES, (0, 1, 2, 4))
+        if not arguments.quick or c[1] < QUICK or c[3] == 1
+    ]
     table = tables.make(
         "Loss and backward, upstream factor 1, in units of N V elements; other: bytes a row",
         ["form"],
@@ -215,6 +224,7 @@ def main() -> int:
         compare(kind, V, dtype, kept_rows, gradient=gradient)
         for kind, (V, kept_rows), dtype in itertools.product(READS, TWO_ROWS, DTYPES)
         for gradient in (True, False)
+        if not arguments.quick or V < QUICK or (dtype == "bf16" and gradient)
     ]
     console.print(_of_two_rows(pairs))
     others = rival_traffic.count_all()

@@ -3,7 +3,7 @@
 `view.py` reads the batch, `trace.py` is the backward pass seen from inside (`parts.py` the two
 parts of the linear layers' gradient, `untouched.py` what it leaves as it was), `findings.py` has
 what can be wrong, `outcome.py` what came out of it all, and `report.py` shows it (`page.py`,
-`plot.py`).
+`plot.py`). `repair.py` mends labels, and `answers.py` has what the model would say.
 """
 
 from __future__ import annotations

@@ -198,7 +198,7 @@ def _without_end(view: View, unscored: Tensor) -> Iterator[tuple[int, int, bool]
     rows, at = which // (T + 1), final[which]
     end = view.scored & torch.isin(view.labels, torch.tensor(sorted(view.eos)))
     before = (at - 1).clamp(min=0)  # a template may write a line break after the end
-    ended = end[rows, at] | (end[rows, before] & (key[rows, before] == which))
+    ended = end[rows, at] | end[rows, before]
     ended |= last(unscored)[which] > at  # which is said already
     beyond = torch.isin(view.targets[:, -1], torch.tensor(sorted(view.eos)))
     ended |= beyond[rows] & (key[rows, -1] == which)  # the target of the row's last token

@@ -29,7 +29,7 @@ def find_leaks(
         grad_norm: (layers + 1, B, T), of the pass that was made.
         measure: the same, given the targets (B, T) of a further pass.
     """
-    own = _own_targets(view)
+    own = torch.where(view.attended, view.targets, IGNORE)
     doubt = _candidates(view, own, grad_norm)
     found = []
     for _ in range(PASSES):
@@ -60,13 +60,6 @@ def _leak(view: View, row: int, number: int, others: Tensor) -> Leak:
     at = others.nonzero()[:, 0]
     reached = tuple(view.sequence[row][at].unique().tolist())
     return Leak(row, number, (int(here[0]), int(here[-1])), reached, tuple(at.tolist()))
-
-
-def _own_targets(view: View) -> Tensor:
-    """Targets that are of the predictor's own sequence."""
-    crossing = torch.zeros_like(view.starts)
-    crossing[:, :-1] = view.starts[:, 1:]
-    return torch.where(crossing | ~view.attended, IGNORE, view.targets)
 
 
 def _candidates(view: View, own: Tensor, grad_norm: Tensor) -> dict[int, list[int]]:

@@ -129,10 +129,7 @@ def to_html(
 def said(answer: Any, name: str) -> str:
     """A greedy answer beside the expected one, in one line; `name` is the row's."""
     end = "and ends" if answer.ends else f"and does not end within {answer.tokens} tokens"
-    return (
-        f"{name}: the model answers {visible(answer.generated)!r} {end}; "
-        f"expected {visible(answer.expected)!r}"
-    )
+    return f"{name}: the model answers {answer.generated!r} {end}; expected {answer.expected!r}"
 
 
 # -- findings --------------------------------------------------------------------------------------

@@ -161,8 +161,6 @@ class Parts:
 
     def _of_embedding(self, module: nn.Embedding, args: tuple[Any, ...], result: Any) -> None:
         ids, key = args[0] if args else None, id(module.weight)
-        if in_backward() and key in self._tied:
-            return
         if ids is None or ids.shape != self.outputs.shape or key in self._tied:
             self.complete = False
             return

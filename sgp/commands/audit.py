@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -43,7 +43,8 @@ from sgp.train.threads import at_most
 
 FILES = ("audit.png", "audit.html", "audit.json")
 SHOWN = 24  # tokens of a sample in the terminal
-LONGEST = 512  # tokens of a row in the backward pass, unless --max-length says more
+LONGEST = 512  # tokens of a row in the backward pass, unless --max-length or its loss needs more
+BEYOND = 64  # tokens from the first with loss on, in a longer row
 CANDIDATES = 64  # findings whose rows are kept for it
 MAY_BE_CUT = (
     "the last token with loss is not an end, and no row is longer: cut off, or never appended"
@@ -97,12 +98,15 @@ class _Job:
     marked: dict[int, Sample] = field(default_factory=dict)  # with findings, by their line
     clean: list[Sample] = field(default_factory=list)
     rows: list[Sample] = field(default_factory=list)  # of the backward pass
+    earliest: tuple[int, Sample] | None = None  # the first token with loss, and its row
+    reach: int = 0  # tokens that it takes to see loss, where no row has any within LONGEST
 
     @property
     def most(self) -> int:
         """Tokens of a row in the backward pass."""
         window = self.maker.window
-        return self.arguments.max_length or (min(LONGEST, window) if window else LONGEST)
+        most: int = self.arguments.max_length or (min(LONGEST, window) if window else LONGEST)
+        return max(most, self.reach)
 
     def keep(self, marked: dict[int, Sample], clean: list[Sample]) -> None:
         """Rows for the backward pass: with findings, and without."""
@@ -110,6 +114,15 @@ class _Job:
         if len(self.marked) < CANDIDATES * rows:
             self.marked |= marked
         self.clean += islice(filter(self.reaches_loss, clean), rows - len(self.clean))
+        if not self.clean:
+            self._note_earliest((*marked.values(), *clean))
+
+    def _note_earliest(self, samples: Iterable[Sample]) -> None:
+        for sample in samples:
+            labels = sample.columns["labels"]
+            first = next((t for t in range(1, len(labels)) if labels[t] != IGNORE), None)
+            if first is not None and (self.earliest is None or first < self.earliest[0]):
+                self.earliest = first, sample
 
     def reaches_loss(self, sample: Sample) -> bool:
         """Whether the backward pass would see loss in a row."""
@@ -296,13 +309,11 @@ def _chosen(job: _Job) -> list[Sample]:
     faulty = [job.marked[line] for line in dict.fromkeys(firsts + others)]
     none = [x for x in faulty if all(y == IGNORE for y in x.columns["labels"][1:])]
     usable = [x for x in faulty if x in none or job.reaches_loss(x)] + job.clean
-    usable = usable or faulty
-    if not usable:  # all carry loss beyond the backward pass alone
-        raise UserError(
-            f"{job.reading.shown}: no {job.survey.unit} carries loss within {job.most} tokens; "
-            "raise --max-length"
-        )
-    return sorted(alike_seams(usable)[: job.arguments.rows])
+    if not usable and job.earliest:  # all carry loss beyond the backward pass alone
+        first, sample = job.earliest
+        job.reach, usable = first + BEYOND, [sample]
+    chosen = alike_seams(usable)[: job.arguments.rows]
+    return sorted(chosen, key=lambda sample: (sample in job.clean, sample.line))
 
 
 def _labels(job: _Job) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ from sgp.train.output import writing
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+UNWRITTEN = ("unusable-line", "outside-vocabulary")
+"""Findings of lines that made no row."""
 
 
 def check_file(path: Path, data: Path) -> None:
@@ -74,6 +78,8 @@ class Mended:
         for entry in self._before.entries:
             if entry.backward:  # no label mends it
                 self.after.keep(entry)
+            elif entry.code in UNWRITTEN:
+                self.after.keep(replace(entry, message=f"not written: {entry.message}"))
         console.print()
         Repair.join(self._repairs).print(console, lines=self._lines)
         console.print("after the repair, by the lines of the file as it was:")
