@@ -354,10 +354,13 @@ def test_text_without_an_end_was_not_cut_off(tmp_path, capsys, tokenizer):
     other.chat_template = CHAT.replace("{{ eos_token }}", "")
     other.save_pretrained(tmp_path / "endless")
     row = {"prompt": say("a"), "completion": say("", "b")[1:]}
-    data = write(tmp_path / "a.jsonl", row)
+    ids = sgp.Collator(other)([row])["input_ids"][0].tolist()
+    tokens = {"input_ids": ids, "labels": [-100] * (len(ids) - 1) + ids[-1:]}
+    data = write(tmp_path / "a.jsonl", row, tokens)
     code, said, _ = audited(capsys, data, "--tokenizer", tmp_path / "endless")
     assert code == 1
     assert "error: no-eos: line 1: " in said
+    assert "warning: no-eos: line 2: " in said
 
 
 def test_the_models_ends_are_ends(tmp_path, capsys, small):
