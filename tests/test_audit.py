@@ -1,11 +1,13 @@
 """The audit: roles, norms and both parts of the gradient are brute force's; nothing is left."""
 
 import math
+from contextlib import nullcontext
 
 import peft
 import pytest
 import torch
 import transformers.pytorch_utils
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import sgp
 from sgp.context import _takes_cache
@@ -15,6 +17,7 @@ from tests.audited import (
     CONTEXTS,
     EOS,
     LENGTHS,
+    SIZE,
     B,
     T,
     Tokenizer,
@@ -214,6 +217,47 @@ def test_everything_is_left_as_it_was(model, batch):
     sgp.audit(model, batch)
     assert [len(m._forward_hooks) for m in model.modules()] == hooks
     assert len(model(**batch, output_hidden_states=True).hidden_states) == 3
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_rotary_embeddings_that_grow_are_as_before(fails, batch):
+    """They put another buffer in its place, and count beside it how far they have grown."""
+    more = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    config = LlamaConfig(**SIZE | {"max_position_embeddings": 8}, rope_parameters=more)
+    model = LlamaForCausalLM(config)
+    rotary = model.model.rotary_emb
+    known, buffers = dict(vars(rotary)), dict(rotary.named_buffers())
+    before = {name: b.clone() for name, b in buffers.items()}
+    if fails:
+        model.lm_head.forward = None
+    with pytest.raises(TypeError) if fails else nullcontext():
+        sgp.audit(model, batch, generate=0 if fails else 1)
+    assert {k: v for k, v in vars(rotary).items() if isinstance(v, int | float)} == {
+        k: v for k, v in known.items() if isinstance(v, int | float)
+    }
+    for name, buffer in rotary.named_buffers():
+        assert buffer is buffers[name]
+        assert torch.equal(buffer, before[name])
+
+
+@pytest.mark.parametrize("kind", ["raises", "has none"])
+def test_a_tokenizer_that_cannot_decode_is_no_reason_to_stop(kind, model, batch):
+    class Mute:
+        eos_token_id = EOS
+        all_special_ids = (0, 1, EOS)
+
+    class Raising(Mute):
+        def decode(self, ids):
+            raise IndexError(ids[0])
+
+    mute = Raising() if kind == "raises" else Mute()
+    shifted = torch.cat([batch["labels"][:, 1:], batch["labels"][:, :1]], 1)
+    report = sgp.audit(model, {**batch, "labels": shifted}, tokenizer=mute, generate=1)
+    assert report.tokens[0][3].text == str(int(batch["input_ids"][0, 3]))
+    assert report.answers[0].expected.split()[0].isdigit()
+    found = report.repair()
+    assert found.changes["labels-shifted-twice"] == len(found.rows) == len(shifted)
+    assert found.samples[0].after
 
 
 def test_everything_is_left_as_it_was_after_an_error(model, batch):

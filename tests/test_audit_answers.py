@@ -10,6 +10,7 @@ from torch import nn
 import sgp
 from sgp.auditing.answers import BEYOND, answer
 from sgp.auditing.view import read
+from tests import families
 from tests.audited import CONTEXTS, EOS, LENGTHS, B, T, Tokenizer, V, make, make_batch
 
 
@@ -145,6 +146,26 @@ def test_modes_gradients_and_random_state_are_as_before(kind):
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_mixtures_recording_hooks_do_not_stay():
+    model = families.make("qwen3_moe")
+    hooks = [len(m._forward_hooks) for m in model.modules()]
+    attributes = [set(vars(m)) for m in model.modules()]
+    assert len(answer(model, read(families.make_batch(), tokenizer=Words()), Words(), 1)) == 1
+    assert [len(m._forward_hooks) for m in model.modules()] == hooks
+    assert [set(vars(m)) for m in model.modules()] == attributes
+    with torch.no_grad():
+        assert len(model(**make_batch(), output_router_logits=True).router_logits) == 2
+
+
+@pytest.mark.parametrize("model", [make("llama"), Parrot([])], ids=["llama", "bare"])
+def test_a_model_without_a_configuration_of_generation(model):
+    view = read(make_batch(), tokenizer=Words())
+    expected = answer(model, view, Words(), B)
+    model.generation_config = None
+    assert answer(model, view, Words(), B) == expected
+    assert len(expected) == B
 
 
 def test_the_modes_are_as_before_after_an_error():

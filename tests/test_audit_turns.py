@@ -5,7 +5,9 @@ import torch
 
 import sgp
 from sgp.auditing import look
+from sgp.auditing.repair import repair
 from sgp.auditing.turns import learn
+from sgp.auditing.view import read
 from tests.audited import CHAT, CHATML, EOS, Tokenizer, chat_tokenizer, make_chat
 
 START, END, USER, ASSISTANT, SYSTEM, IMAGE = 3, 4, 5, 6, 7, 8
@@ -263,11 +265,30 @@ def test_who_is_at_fault_for_a_missing_end_is_said_by_severity():
         "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]),
     }  # fmt: skip
     packed["labels"][0, 3:5] = -100
-    assert found(packed, Tokenizer()) == [
-        ("no-eos", "error", (2,)), ("no-eos", "warning", (5,)),
+    both = ("no-eos", "warning", (2,)), ("no-eos", "warning", (5,))
+    assert found(packed, Tokenizer()) == list(both), "a window of three may have cut both"
+    rest = {k: torch.cat([v, v[:, :4] * 0], 1) for k, v in packed.items()}  # padding, no one's
+    rest["position_ids"][0, -4:] = torch.arange(4)
+    rest["labels"][0, -4:] = -100
+    assert found(rest, Tokenizer()) == list(both)
+    packed["position_ids"] = torch.tensor([[0, 1, 2, 3, 0, 1]])
+    packed["labels"] = torch.where(torch.arange(6) == 4, -100, ids[1:])
+    assert found(packed, Tokenizer())[:2] == [
+        ("no-eos", "error", (5,)), ("no-eos", "warning", (3,)),
     ]  # fmt: skip
     asked = {"no-eos": "warning"}
     assert {f.severity for f in look(packed, tokenizer=Tokenizer(), severity=asked)} == {"warning"}
+
+
+def test_sequences_that_a_window_cut_are_no_error():
+    """Also where they are padded further, to a multiple."""
+    rows = [{"input_ids": list(range(9, 9 + n)), "completion_mask": [0] * 2 + [1] * (n - 2)}
+            for n in (9, 12, 5)]  # fmt: skip
+    rows[2]["input_ids"][-1] = EOS
+    for packed in (False, True):
+        batch = sgp.Collator(max_length=7, pad_to_multiple_of=8, packed=packed)(rows)
+        severe = [(code, severity) for code, severity, _ in found(batch, Tokenizer())]
+        assert severe == [("no-eos", "warning")] * 2
 
 
 def test_messages_are_text():
@@ -423,6 +444,23 @@ def test_padding_on_the_left_by_the_begin_of_text():
     pads = begins(pad=1)
     assert codes(text(1, 1, 10, 11, EOS), pads) == {"doubled-special"}
     assert codes(text(1, 1, 1, 1, 10, 11, EOS, scored=5), pads) == set()
+
+
+@pytest.mark.parametrize("more", [1, 2, 3])
+def test_padding_by_an_end_without_a_mask_or_a_padding_token(more):
+    """As collators pad where the tokenizer has none to pad with."""
+    ids = torch.tensor([[9, 10, 11, EOS] + [EOS] * more])
+    labels = torch.where(torch.arange(4 + more) < 4, ids, -100)
+    labels[0, :2] = -100
+    batch = {"input_ids": ids, "labels": labels}
+    assert codes(batch, begins(pad=None)) == set()
+    row = {"input_ids": ids[0, :4].tolist(), "labels": labels[0, :4].tolist()}
+    assert repair(read(batch, tokenizer=begins(pad=None))).rows == [row]
+    ids = torch.tensor([[9, 10, 11, 4] + [EOS] * more])  # behind the end of a turn
+    labels = torch.where(torch.arange(4 + more) < 4, ids, -100)
+    labels[0, :2] = -100
+    batch = {"input_ids": ids, "labels": labels}
+    assert codes(batch, chat_tokenizer(pad_token=None)) == set()
 
 
 def test_padding_of_a_packed_row_is_not_doubled():

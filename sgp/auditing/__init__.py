@@ -33,7 +33,7 @@ from sgp.auditing.leaks import find_leaks, packed
 from sgp.auditing.outcome import Token
 from sgp.auditing.report import AuditReport
 from sgp.auditing.trace import OF_LOSS, Trace, gradient_at, input_embeddings, trace
-from sgp.auditing.turns import Turns
+from sgp.auditing.turns import Turns, text_of
 from sgp.auditing.view import NAME, View, read, suffixes
 from sgp.context import SHARDED
 from sgp.labels import IGNORE
@@ -281,7 +281,7 @@ def _tokens(view: View, found: Trace, tokenizer: Any) -> list[list[Token]]:
     roles = _roles(view)
     log_prob, gradient = found.log_prob.tolist(), found.logit_grad_norm.tolist()
     ids, targets = view.input_ids.tolist(), view.targets.tolist()
-    text = functools.cache(functools.partial(_text, tokenizer))
+    text = functools.cache(functools.partial(text_of, tokenizer))
     rows = []
     for b in range(len(ids)):
         row = []
@@ -327,7 +327,3 @@ def _roles(view: View) -> list[list[str]]:
             row.append(role)
         rows.append(row)
     return rows
-
-
-def _text(tokenizer: Any, token_id: int) -> str:
-    return str(token_id) if tokenizer is None else str(tokenizer.decode([token_id]))

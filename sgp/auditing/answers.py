@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgp.auditing.turns import text_of
+from sgp.auditing.untouched import as_before
 from sgp.auditing.view import View
 
 BEYOND = 16
@@ -38,9 +40,9 @@ def answer(
 
     A context is a row's first sequence up to its first token with loss; the answer ends with an
     end of text or of a turn, or 16 tokens after the expected one. The model answers in eval mode
-    and without gradients; its modes and the random state are then as before. `generate` is used
-    where the model has it, else its forward, once for each token. Images and sound are not passed
-    on.
+    and without gradients; modes, buffers and the random state are then as before. `generate` is
+    used where the model has it and its configuration, else its forward, once for each token. Images
+    and sound are not passed on.
 
     Example:
         >>> for a in answer(model, report.view, tokenizer, 4):  # doctest: +SKIP
@@ -64,8 +66,8 @@ def answer(
             found.append(
                 Answer(
                     row,
-                    _text(tokenizer, expected),
-                    _text(tokenizer, said),
+                    text_of(tokenizer, *expected),
+                    text_of(tokenizer, *said),
                     ends=bool(said) and said[-1] in view.eos,
                     tokens=len(said),
                 )
@@ -91,17 +93,11 @@ def _contexts(view: View) -> Iterator[tuple[int, list[int], list[int]]]:
 @contextmanager
 def _answering(model: nn.Module, autocast: torch.dtype | None) -> Iterator[None]:
     """In eval mode, without gradients, on a random state of its own."""
-    modes = {module: module.training for module in model.modules()}
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     kind = next((p.device.type for p in model.parameters()), "cpu")
     cast = torch.autocast(kind, dtype=autocast) if autocast is not None else nullcontext()
-    with torch.random.fork_rng([d.index for d in devices]), torch.no_grad(), cast:
+    with as_before(model), torch.no_grad(), cast:
         model.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        yield
 
 
 def _greedy(model: nn.Module, context: list[int], most: int, ends: frozenset[int]) -> list[int]:
@@ -111,7 +107,8 @@ def _greedy(model: nn.Module, context: list[int], most: int, ends: frozenset[int
     most = min(most, _window(model, len(context) + most) - len(context))
     if most < 1:
         return []
-    if hasattr(model, "generate") and not _is_prompted(model):
+    configured = getattr(model, "generation_config", None) is not None
+    if configured and hasattr(model, "generate") and not _is_prompted(model):
         return _generated(model, ids, most, ends)
     for _ in range(most):
         ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
@@ -149,7 +146,3 @@ def _generated(model: nn.Module, ids: Tensor, most: int, ends: frozenset[int]) -
     )
     said: list[int] = found[0, ids.shape[1] :].tolist()
     return said
-
-
-def _text(tokenizer: Any, ids: list[int]) -> str:
-    return " ".join(map(str, ids)) if tokenizer is None else str(tokenizer.decode(ids))

@@ -195,6 +195,8 @@ def _without_end(view: View, unscored: Tensor) -> Iterator[tuple[int, int, bool]
 
     final = last(view.scored)
     which = (final >= 0).nonzero()[:, 0]
+    if not len(which):
+        return
     rows, at = which // (T + 1), final[which]
     end = view.scored & torch.isin(view.labels, torch.tensor(sorted(view.eos)))
     before = (at - 1).clamp(min=0)  # a template may write a line break after the end
@@ -202,15 +204,17 @@ def _without_end(view: View, unscored: Tensor) -> Iterator[tuple[int, int, bool]
     ended |= last(unscored)[which] > at  # which is said already
     beyond = torch.isin(view.targets[:, -1], torch.tensor(sorted(view.eos)))
     ended |= beyond[rows] & (key[rows, -1] == which)  # the target of the row's last token
-    for row, column, number in zip(
-        rows[~ended].tolist(), at[~ended].tolist(), which[~ended].tolist(), strict=True
-    ):
-        own = ((key[row] == number) & view.attended[row]).nonzero()[:, 0]
-        if view.max_length is not None:
-            sure = len(own) < view.max_length
-        else:
-            sure = int(own[-1]) < T - 1 or (not bool(view.attended[row, 0]))
-        yield row, column, sure
+    lengths = torch.bincount(key[view.attended], minlength=len(final))[which]
+    if view.max_length is not None:
+        sure = lengths < view.max_length
+    elif len(which) == 1:  # is there anything beside the only one?
+        row = int(rows[0])
+        own = ((key[row] == which) & view.attended[row]).nonzero()[:, 0]
+        sure = torch.tensor([int(own[-1]) < T - 1 or not bool(view.attended[row, 0])])
+    else:  # those that are cut are as long as the window, and none is longer
+        sure = lengths < lengths.max(dim=0, keepdim=True).values
+    lacking = zip(rows[~ended].tolist(), at[~ended].tolist(), sure[~ended].tolist(), strict=True)
+    yield from lacking
 
 
 def _named(view: View, mask: Tensor, ids: Tensor) -> Iterator[tuple[tuple[int, list[int]], str]]:

@@ -182,6 +182,6 @@ def doubled(view: View) -> Tensor:
         found |= same & (ids == view.bos)
     for end in view.eos:
         here = pair & (ids == end) & ~second
-        here &= view.scored | (end != view.pad)
+        here &= view.scored | (end != view.pad if view.pad is not None else view.bos == end)
         found |= here & ~(followed & (end == view.bos))
     return found

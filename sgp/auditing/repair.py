@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sgp.auditing import masks
 from sgp.auditing.findings import ranges
+from sgp.auditing.turns import text_of
 from sgp.auditing.view import View
 from sgp.labels import IGNORE
 
@@ -377,7 +378,7 @@ def _text(tokenizer: Any, row: dict[str, list[int]], at: int) -> str:
 def _decoded(tokenizer: Any, ids: list[int]) -> str:
     if tokenizer is None:
         return " " + " ".join(map(str, ids)) + " "
-    return str(tokenizer.decode(ids)).replace("\n", "\\n")
+    return text_of(tokenizer, *ids).replace("\n", "\\n")
 
 
 def _count(number: int, what: str) -> str:

@@ -68,18 +68,17 @@ def inner(tokenizer: Any) -> Any:
     return tokenizer if found is None or known is not None else found
 
 
-def text_of(tokenizer: Any, token: int) -> str:
-    """A token as text, or its number."""
-    if tokenizer is None:
-        return str(token)
-    return str(tokenizer.decode([token]))
+def text_of(tokenizer: Any, *tokens: int) -> str:
+    """Tokens as text, or their numbers, if there is no tokenizer or it cannot decode them."""
+    if tokenizer is not None:
+        with contextlib.suppress(Exception):  # a foreign tokenizer raises what it likes
+            return str(tokenizer.decode(list(tokens)))
+    return " ".join(map(str, tokens))
 
 
 def is_blank(tokenizer: Any, token: int) -> bool:
     """Whether a token is white space alone, as a line break before the end of a turn is."""
-    if tokenizer is None:
-        return False
-    text = str(tokenizer.decode([token]))
+    text = text_of(tokenizer, token)
     return bool(text) and not text.strip()
 
 

@@ -25,13 +25,8 @@ def untouched(model: nn.Module, visit: Callable[[str, nn.Parameter], None]) -> I
     moment (an optimizer that steps in backward) do not run.
     """
     named = dict(model.named_parameters())
-    modes = {module: module.training for module in model.modules()}
     gradients = {name: p.grad for name, p in named.items()}
     hooks = {name: dict(p._post_accumulate_grad_hooks or {}) for name, p in named.items()}  # noqa: SLF001  (there is no public list of them)
-    recording = _recording(model)
-    moving = (b for b in model.buffers() if b.is_floating_point() or b.numel() == 1)
-    buffers = [(b, b.detach().clone()) for b in moving]  # as a batch norm's; no packed weights
-    random = torch.random.fork_rng(list({p.device for p in named.values() if p.is_cuda}))
     handles = []
     for name, p in named.items():
         p.grad = None
@@ -39,10 +34,10 @@ def untouched(model: nn.Module, visit: Callable[[str, nn.Parameter], None]) -> I
         if p.requires_grad:
             handles.append(p.register_post_accumulate_grad_hook(_drop(name, visit)))
     try:
-        with random, torch.inference_mode(mode=False), torch.enable_grad():
+        with as_before(model), torch.inference_mode(mode=False), torch.enable_grad():
             if not model.training:
                 model.train()
-            for module in filter(_is_patched, modes):
+            for module in filter(_is_patched, model.modules()):
                 module.training = False
             yield
     finally:
@@ -51,16 +46,45 @@ def untouched(model: nn.Module, visit: Callable[[str, nn.Parameter], None]) -> I
         for name, p in named.items():
             p.grad = gradients[name]
             _replace(p, hooks[name])
-        for module, mode in modes.items():
-            module.training = mode
-        _restore(buffers)
-        _forget_recording(model, recording)
+
+
+@contextmanager
+def as_before(model: nn.Module) -> Iterator[None]:
+    """Afterwards modes, buffers, recording hooks and random state are as they were."""
+    modes = {module: module.training for module in model.modules()}
+    recording = _recording(model)
+    moving = (b for b in model.buffers() if b.is_floating_point() or b.numel() == 1)
+    buffers = [(b, b.detach().clone()) for b in moving]  # as a batch norm's; no packed weights
+    owners = {m: (dict(m._buffers), dict(vars(m))) for m in modes if m._buffers}  # noqa: SLF001
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    with torch.random.fork_rng(list(devices)):
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            for module, (held, known) in owners.items():
+                _put_back(module, held, known)
+            _restore(buffers)
+            _forget_recording(model, recording)
 
 
 def _is_patched(module: nn.Module) -> bool:
     """Whether the loss of this model is a patch's, which stands higher and is known by its form."""
     owner = getattr(vars(module).get("_loss_function"), "__self__", None)
     return hasattr(owner, "memory_budget") and hasattr(owner, "selective")
+
+
+def _put_back(module: nn.Module, held: dict[str, Any], known: dict[str, Any]) -> None:
+    """Buffers that were replaced, as rotary embeddings that grow do, and what is counted beside."""
+    now = module._buffers  # noqa: SLF001
+    if now.keys() == held.keys() and all(now[name] is held[name] for name in held):
+        return
+    now.clear()
+    now.update(held)
+    for name, value in known.items():
+        if isinstance(value, int | float | Tensor):
+            setattr(module, name, value)
 
 
 @torch.no_grad()

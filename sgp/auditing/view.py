@@ -109,7 +109,9 @@ def read(
     turns = learn(tokenizer) if turns is None else turns
     tokenizer = inner(tokenizer)
     end = {*eos, *own_ends(tokenizer), *turns.ends}
-    attended, starts = _attended_and_starts(batch, input_ids, _id(tokenizer, "pad_token_id"), end)
+    pad = _id(tokenizer, "pad_token_id")
+    fill = _id(tokenizer, "eos_token_id") if pad is None else pad  # what collators pad with
+    attended, starts = _attended_and_starts(batch, input_ids, fill, end)
     if selection is not None and selection.boundaries is not None:
         _mark(starts, selection.boundaries[: selection.num_sequences])
     begin = _id(tokenizer, "bos_token_id")
@@ -126,7 +128,7 @@ def read(
         eos=frozenset(end),
         tokenizer=tokenizer,
         bos=begin,
-        pad=_id(tokenizer, "pad_token_id"),
+        pad=pad,
         max_length=max_length,
         turns=turns,
     )
