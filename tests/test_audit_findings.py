@@ -200,6 +200,14 @@ def test_a_planted_fault_is_found(code, model, batch):
     assert found[0].row == row
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_batch_without_targets_has_one_fault(name, batch):
+    """A loss of nothing is no number, and all gradients are zero or none."""
+    batch["labels"][:] = -100
+    report = sgp.audit(make(name), batch, tokenizer=Tokenizer())
+    assert {f.code for f in report.findings} == {"no-targets"}
+
+
 def test_the_table_of_severities_is_whole():
     """As the documentation's, in its order."""
     text = (Path(__file__).parents[1] / "docs/how-to/audit.md").read_text()

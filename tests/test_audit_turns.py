@@ -291,6 +291,49 @@ def test_sequences_that_a_window_cut_are_no_error():
         assert severe == [("no-eos", "warning")] * 2
 
 
+def test_an_answer_that_another_turn_follows_needs_an_end():
+    """The last one too, where a question follows it; said once, and surely not cut."""
+    batch = make_chat(*CHATTED, ("user", [16]))
+    first, last = ends(batch)
+    assert found(batch) == []
+    for at in ([first], [last], [first, last]):
+        kept = torch.ones_like(batch["input_ids"][0], dtype=torch.bool)
+        kept[at] = False
+        cut = {k: v[:, kept] for k, v in batch.items()}
+        expected = tuple(t - n - 1 for n, t in enumerate(at))
+        assert {(code, level) for code, level, _ in found(cut)} == {("no-eos", "error")}
+        assert sorted(t for *_, tokens in found(cut) for t in tokens) == list(expected)
+
+
+def test_messages_in_a_row_and_ends_that_no_one_names():
+    """An answer may go on with another message; a special token before a turn may be an end."""
+    going_on = make_chat(("user", [9]), ("assistant", [10]), ("assistant", [11]), ("user", [12]))
+    kept = torch.ones_like(going_on["input_ids"][0], dtype=torch.bool)
+    kept[7] = False
+    assert codes({k: v[:, kept] for k, v in going_on.items()}) == set()
+    tokenizer = chat_tokenizer()
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": [*CHAT[3:5], CHAT[8], "<|eom_id|>", "<|tool_end|>"]}
+    )
+    for name, expected in (("<|eom_id|>", set()), ("<|tool_end|>", {"no-eos"})):
+        batch, token = make_chat(*CHATTED), tokenizer.convert_tokens_to_ids(name)
+        at = ends(batch)[0]
+        batch["input_ids"][0, at] = batch["labels"][0, at] = token
+        assert codes(batch, tokenizer) == expected
+
+
+def test_scored_padding_is_no_answer_without_an_end():
+    ids = torch.tensor([[9, 10, 11, EOS, 0, 0, 0, 0]])
+    labels = torch.where(torch.arange(8) > 1, ids, -100)
+    mask = (ids > 0).long()
+    assert codes({"input_ids": ids, "labels": labels, "attention_mask": mask}, Tokenizer()) == {
+        "padding-scored"
+    }
+    labels[0, 3] = ids[0, 3] = 12
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    assert codes(batch, Tokenizer()) == {"padding-scored", "no-eos"}
+
+
 def test_messages_are_text():
     batch = make_chat(*CHATTED)
     batch["labels"][0, -1] = batch["input_ids"][0, -1] = 20

@@ -281,6 +281,43 @@ def test_an_answer_without_its_end_is_no_answer_that_ends(name):
     assert seen(name, cut) == {("no-eos", "warning")}, "the window may have cut it"
 
 
+def without(batch, at):
+    """The batch without some tokens of its one row."""
+    return {k: v[:, ~at] if v.shape == at[None].shape else v for k, v in batch.items()}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - ROLES_ARE_TEXT - {"glm4"}))
+def test_an_earlier_answer_without_any_end_is_found(name, packed):
+    """Its end was never appended; GLM's is the header of the next turn."""
+    batch = collated(name, example(name, "chat"), packed=packed)
+    at = ends(name, batch)
+    half = int(at.nonzero()[0]) + len(tokenizer_of(name)(FAMILIES[name].end)["input_ids"]) + 1
+    at[half:] = False
+    cut = without(batch, at)
+    findings = look(cut, tokenizer=tokenizer_of(name), eos=stops_of(name))
+    assert [(f.code, f.severity) for f in findings] == [("no-eos", "error")]
+    (last,) = findings[0].tokens
+    assert last == int(at.nonzero()[0]) - 1
+    assert "another turn follows" in findings[0].message
+    (said,) = look(cut, tokenizer=tokenizer_of(name), eos=stops_of(name), max_length=last + 1)
+    assert said.severity == "error", "no window cut it"
+
+
+@pytest.mark.parametrize("name", sorted(set(WITH_TOOLS) - {"glm4"}))
+def test_a_call_of_a_tool_without_any_end_is_found(name):
+    batch = collated(name, example(name, "trace"))
+    scored = batch["labels"][0] != -100
+    first = int(scored.long().argmax())
+    last = first + int(scored[first:].long().cumprod(0).sum()) - 1
+    stops = read(batch, tokenizer=tokenizer_of(name), eos=stops_of(name)).eos
+    end = next(t for t in range(last, first, -1) if int(batch["input_ids"][0, t]) in stops)
+    cut = without(batch, (torch.arange(len(scored)) >= end) & (torch.arange(len(scored)) <= last))
+    findings = look(cut, tokenizer=tokenizer_of(name), eos=stops_of(name))
+    assert [(f.code, f.severity) for f in findings] == [("no-eos", "error")]
+    assert findings[0].tokens == (end - 1,)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_everything_that_carries_loss_is_said_once(name):
     batch = collated(name, example(name, "chat"), context_loss=True)

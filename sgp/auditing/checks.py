@@ -166,8 +166,14 @@ def ends(view: View) -> Iterator[Finding]:
         "the end of a turn stands after an answer and carries no loss: the model does not learn "
         "to stop there. The mask is one token short, or the end was masked as padding",
     )
-    names = _texts(view, view.eos)
-    for row, last, sure in _without_end(view, unscored):
+    names, unended = _texts(view, view.eos), masks.unended(view)
+    yield from _each(
+        "no-eos",
+        unended,
+        f"an answer that another turn follows has no end ({names}): it was never appended, and the "
+        "model does not learn to stop there",
+    )
+    for row, last, sure in _without_end(view, unscored | unended):
         token = f"row {row}, token {last}"
         if sure:
             message = (
@@ -183,8 +189,11 @@ def ends(view: View) -> Iterator[Finding]:
             yield replace(_of("no-eos", token, message, row, (last,)), severity="warning")
 
 
-def _without_end(view: View, unscored: Tensor) -> Iterator[tuple[int, int, bool]]:
-    """Row and last scored token of sequences without a scored end; whether surely not cut."""
+def _without_end(view: View, said: Tensor) -> Iterator[tuple[int, int, bool]]:
+    """Row and last scored token of sequences without a scored end; whether surely not cut.
+
+    Not of those of which something is `said` there, or behind it.
+    """
     B, T = view.input_ids.shape
     key = view.sequence + torch.arange(B)[:, None] * (T + 1)  # one number for each sequence
     columns = torch.arange(T).expand(B, T)
@@ -193,7 +202,7 @@ def _without_end(view: View, unscored: Tensor) -> Iterator[tuple[int, int, bool]
         found = torch.full((B * (T + 1),), -1)
         return found.scatter_reduce_(0, key[mask], columns[mask], "amax")
 
-    final = last(view.scored)
+    final = last(view.scored & view.attended)
     which = (final >= 0).nonzero()[:, 0]
     if not len(which):
         return
@@ -201,7 +210,7 @@ def _without_end(view: View, unscored: Tensor) -> Iterator[tuple[int, int, bool]
     end = view.scored & torch.isin(view.labels, torch.tensor(sorted(view.eos)))
     before = (at - 1).clamp(min=0)  # a template may write a line break after the end
     ended = end[rows, at] | end[rows, before]
-    ended |= last(unscored)[which] > at  # which is said already
+    ended |= last(said)[which] >= at
     beyond = torch.isin(view.targets[:, -1], torch.tensor(sorted(view.eos)))
     ended |= beyond[rows] & (key[rows, -1] == which)  # the target of the row's last token
     lengths = torch.bincount(key[view.attended], minlength=len(final))[which]
@@ -290,7 +299,7 @@ def missing(view: View) -> Iterator[Finding]:
             "",
             f"{_parameters(view.not_run)}, trainable, in a module that this batch did not run",
         )
-    if view.zero:
+    if view.zero and bool(view.predicts.any()):
         yield _of(
             "zero-gradient",
             "",
@@ -348,7 +357,9 @@ def worse_than_uniform(view: View) -> Iterator[Finding]:
 
 
 def not_a_number(view: View) -> Iterator[Finding]:
-    """A loss or a gradient that is not finite."""
+    """A loss or a gradient that is not finite; that of nothing is another finding."""
+    if not bool(view.predicts.any()):
+        return
     if view.log_prob is not None:
         wrong = ~view.log_prob.isfinite() & view.predicts
         yield from _each("nan", wrong, "the loss of these predictions is not finite")

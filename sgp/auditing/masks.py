@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sgp.auditing.turns import is_blank
+from sgp.auditing.turns import MARKS, is_blank, text_of
 from sgp.auditing.view import View, later
 from sgp.labels import IGNORE
 
@@ -110,6 +110,12 @@ def roles(view: View) -> Tensor | None:
 
     0 where none does; None where the chat template says too little.
     """
+    begun = _headers(view)
+    return begun.gather(1, _since(view, begun)) if begun is not None else None
+
+
+def _headers(view: View) -> Tensor | None:
+    """(B, T) int64: the number of the header that begins at a token; 0 where none does."""
     headers = view.turns.headers
     if not headers:
         return None
@@ -125,9 +131,43 @@ def roles(view: View) -> Tensor | None:
         for offset, token in enumerate(header):
             here &= ids[:, offset : T - n + 1 + offset] == token
         begun[:, : T - n + 1][here] = number + 1
+    return begun
+
+
+def _since(view: View, begun: Tensor) -> Tensor:
+    """(B, T) int64: where the message or the sequence that a token belongs to begins."""
     reset = (begun > 0) | view.starts
-    at = torch.where(reset, torch.arange(T), 0).cummax(1).values
-    return begun.gather(1, at)
+    return torch.where(reset, torch.arange(reset.shape[1]), 0).cummax(1).values
+
+
+def unended(view: View) -> Tensor:
+    """Last tokens with loss of answers that another's turn follows, without an end between."""
+    found = torch.zeros_like(view.attended)
+    begun = _headers(view)
+    if begun is None or not view.eos:
+        return found
+    columns, since = torch.arange(begun.shape[1]), _since(view, begun)
+
+    def last(mask: Tensor) -> Tensor:
+        return torch.where(mask, columns, -1).cummax(1).values
+
+    scored, end = last(view.scored & view.attended), is_end(view)
+    ended = last(end & (scored >= since)) >= since
+    open_ = _of_assistant(view, begun.gather(1, since)) & (scored >= since) & ~ended
+    others = (begun > 0) & ~_of_assistant(view, begun) & ~view.starts & ~end
+    for row, column in (open_[:, :-1] & others[:, 1:]).nonzero().tolist():
+        if not _may_end(view, row, column):
+            found[row, scored[row, column]] = True
+    return found
+
+
+def _may_end(view: View, row: int, column: int) -> bool:
+    """Whether a message ends with a special token, which may be an end that no one names."""
+    for token in view.input_ids[row, max(0, column - BLANKS) : column + 1].flip(0).tolist():
+        if not is_blank(view.tokenizer, token):
+            known = getattr(view.tokenizer, "all_special_ids", ())
+            return token in known and not MARKS.search(text_of(view.tokenizer, token))
+    return False
 
 
 def _of_assistant(view: View, turn: Tensor) -> Tensor:
