@@ -21,10 +21,14 @@ from tests.audited import (
     B,
     T,
     Tokenizer,
+    chat_tokenizer,
     codes,
     make,
     make_batch,
+    make_chat,
 )  # fmt: skip
+from tests.test_audit_leaks import CODE as LEAK
+from tests.test_audit_leaks import LEAKING, make_packed
 from tests.test_context import DetachedContext
 
 pytestmark = pytest.mark.filterwarnings(  # of PEFT, which asks transformers
@@ -343,14 +347,16 @@ def test_a_correct_batch_has_no_error_in_any_family(family, trained):
         model = peft.get_peft_model(model, kind).train()
     elif trained == "frozen":
         model.get_input_embeddings().requires_grad_(False)
-    report = sgp.audit(model, batch)
-    assert [f for f in report.findings if f.severity != "note"] == []
+    packed = make_packed((5,), 12, families.V)
     if trained in ("lora", "frozen"):
         noted |= {"not-measured"}
-        assert report.grad_norm[1:].isfinite().all()
-    else:
-        assert report.grad_norm.isfinite().all()
-    assert codes(report) <= noted
+    for given, leaks in ((batch, False), (packed, family in LEAKING)):
+        report = sgp.audit(model, given)
+        wrong = {f.code for f in report.findings if f.severity != "note"}
+        assert wrong == ({LEAK} if leaks else set())
+        assert codes(report) <= noted | wrong
+        first = 1 if trained in ("lora", "frozen") else 0
+        assert report.grad_norm[first:].isfinite().all()
 
 
 # -- models in their wrappers, and partly frozen ---------------------------------------------------
@@ -480,6 +486,19 @@ def test_roles_begin_anew_with_each_packed_sequence(model, batch):
         *["context"] * 3, "predictor", *["output"] * 2, *["ignored"] * 2,
         *["context"] * 3, "predictor", *["output"] * 2, *["ignored"] * 3,
     ]  # fmt: skip
+
+
+def test_what_stands_between_two_answers_is_context(model):
+    """A chat's second question: the second answer attends to it, and gives it a gradient."""
+    chat = (("user", [9, 10]), ("assistant", [11]), ("user", [12, 13]), ("assistant", [14]))
+    batch = make_chat(*chat, ("user", [15]))
+    report = sgp.audit(model, batch, tokenizer=chat_tokenizer())
+    question = report.tokens[0][9:14]  # header and words of the second one
+    assert [token.role for token in question] == ["context"] * 5
+    assert bool((report.grad_norm[0, 0, 9:14] > 0).all())
+    after = report.tokens[0][-4:]
+    assert [token.role for token in after] == ["ignored"] * 4
+    assert bool((report.grad_norm[:, 0, -4:] == 0).all())
 
 
 def test_a_target_that_is_no_input(model, batch):

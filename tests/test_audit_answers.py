@@ -73,6 +73,42 @@ def test_a_turn_may_end_with_another_token_than_a_text():
     assert [(a.generated, a.ends) for a in answer(parrot, view, None, 1)] == [("9", True)]
 
 
+def test_a_full_window_leaves_no_room_for_an_answer():
+    """The rows after it are asked in its place."""
+    model, batch = make("llama"), make_batch()
+    model.config = copy.deepcopy(model.config)
+    model.config.max_position_embeddings = CONTEXTS[0]
+    found = answer(model, read(batch, tokenizer=Words()), Words(), 1)
+    assert [(a.row, a.tokens) for a in found] == [(1, CONTEXTS[0] - CONTEXTS[1])]
+
+
+@pytest.mark.parametrize("name", ["masked", "other", "blank", "beyond"])
+def test_whether_the_labels_end(name):
+    """By what carries loss; a template may write a line break after an end."""
+    batch = make_batch()
+    ids, labels = batch["input_ids"], batch["labels"]
+    if name == "masked":
+        labels[0, -1] = -100
+    elif name == "other":
+        ids[0, -1] = labels[0, -1] = 9
+    else:
+        at = -2 if name == "blank" else -3
+        ids[0, at], ids[0, at + 1 :] = EOS, 9
+        labels[0, at:] = ids[0, at:]
+    found = answer(Parrot([]), read(batch, tokenizer=Words()), Words(), B)
+    assert [a.expected_ends for a in found] == [name == "blank", True, True]
+
+
+def test_a_model_that_does_not_say_its_embeddings():
+    class Wrapped(Parrot):
+        def get_input_embeddings(self):
+            raise NotImplementedError
+
+    batch = make_batch()
+    found = answer(Wrapped(known_rows(batch)), read(batch, tokenizer=Words()), Words(), 1)
+    assert found[0].generated == found[0].expected
+
+
 def test_each_sequence_of_a_packed_row_has_its_own_context():
     """A row whose first sequence carries no loss: its tokens are no context of the second's."""
     ids = torch.arange(3, 13)[None]
@@ -126,7 +162,7 @@ def test_generate_and_the_loop_say_the_same(name):
     model.config = copy.deepcopy(model.config)  # which other tests share
     model.config.max_position_embeddings = CONTEXTS[0] + 2
     short = answer(model, view, Words(), B)
-    assert [(a.tokens, a.ends) for a in short] == [(2, False), (6, False), (0, False)]
+    assert [(a.row, a.tokens, a.ends) for a in short] == [(0, 2, False), (1, 6, False)]
     assert short == answer(Bare(), view, Words(), B)
 
 

@@ -164,6 +164,66 @@ def test_a_further_pass_is_made_where_there_is_doubt():
     assert calls == [True, False]
 
 
+def leaking(count, pairs_of, size=4):
+    """Sequences of four tokens, kept apart but for the pairs (who sees, who is seen)."""
+    batch = make_packed(tuple(range(size, count * size, size)), count * size)
+    number = torch.arange(count * size) // size
+    seen = number[:, None] == number
+    for sees, other in pairs_of:
+        seen |= (number[:, None] == sees) & (number == other)
+    seen &= torch.ones_like(seen).tril()
+    batch["attention_mask"] = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
+    return batch
+
+
+@pytest.mark.parametrize("sees", range(1, 5))
+@pytest.mark.parametrize("other", range(4))
+def test_one_sequence_that_sees_one_other_is_found(sees, other):
+    """Wherever they stand: nothing else leaks, and the batch's last sequence is innocent."""
+    report = sgp.audit(make("llama"), leaking(5, [(sees, other)] if sees > other else []))
+    if sees <= other:
+        assert report.findings == []
+        return
+    (found,) = report.errors
+    assert found.code == CODE
+    assert found.where == (
+        f"row 0, the loss of sequence {sees} (tokens {4 * sees} to {4 * sees + 3}) has gradient at "
+        f"the tokens of sequence {other}"
+    )
+    assert found.tokens == tuple(range(4 * other, 4 * other + 4))
+
+
+@pytest.mark.parametrize("sees", range(1, 12))
+def test_what_three_passes_cannot_tell_apart_is_told_together(sees):
+    model, calls = make("llama"), []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    batch = leaking(12, [(sees, 0)])
+    (found,) = sgp.audit(model, batch).errors
+    assert len(calls) == 4
+    group = next(g for g in ((1, 2), (3, 5), (6, 8), (9, 11)) if g[0] <= sees <= g[1])
+    assert f"the loss of one of the sequences {group[0]} to {group[1]} " in found.where
+    assert found.where.endswith("of sequence 0")
+
+
+@pytest.mark.parametrize("way", ["auxiliary", "crossing"])
+def test_leaks_of_a_middle_sequence_where_the_first_pass_tells_nothing(way):
+    """A loss that has gradient everywhere; labels that leave no token behind the last predictor."""
+    model, batch = make("llama"), leaking(5, [(3, 2), (3, 1)])
+
+    def spread(_module, _args, result):
+        if result.loss is not None:
+            result.loss = result.loss + sum(h.square().mean() for h in result.hidden_states)
+        return result
+
+    if way == "auxiliary":
+        model.register_forward_hook(spread)
+    else:
+        batch["labels"] = batch["input_ids"].clone()
+    (found,) = [f for f in sgp.audit(model, batch).findings if f.code == CODE]
+    assert "the loss of sequence 3 (tokens 12 to 15)" in found.where
+    assert found.where.endswith("sequences 1 to 2")
+
+
 def test_the_rows_that_leak_are_named():
     """Two rows, of which one is packed and leaks; numbers without a seam are no sequences."""
     batch = make_packed()

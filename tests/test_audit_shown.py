@@ -192,17 +192,31 @@ def test_the_picture_has_the_colours_of_the_page(model, batch, tmp_path, monkeyp
 def test_answers_are_shown(model, batch, tmp_path):
     from sgp.auditing.answers import Answer
 
-    answers = (Answer(0, "Paris", "Par\nis", True, 3), Answer(1, "Rome", "R" * 9, False, 20))
+    answers = (
+        Answer(0, "Paris", "Par\nis", ends=True, tokens=3, expected_ends=True),
+        Answer(1, "Rome", "R" * 9, ends=False, tokens=20, expected_ends=True),
+        Answer(2, "Bern", "Bern", ends=True, tokens=1, expected_ends=False),
+        Answer(3, "Oslo", "O", ends=False, tokens=20, expected_ends=False),
+    )
     report = dataclasses.replace(sgp.audit(model, batch), answers=answers)
     console = Console(width=200, record=True, file=io.StringIO())
     report.print(console, labels=["line 4"])
     shown = console.export_text()
     assert "line 4: the model answers 'Par\\nis'" in shown
-    assert "and ends; expected 'Paris'" in shown
-    assert "row 1: the model answers 'RRRRRRRRR' and does not end within 20 tokens" in shown
+    said = (
+        "and ends, as the labels do; expected 'Paris'",
+        "row 1: the model answers 'RRRRRRRRR' and does not end within 20 tokens; the labels end; ",
+        "row 2: the model answers 'Bern' and ends; the labels do not; ",
+        "and does not end within 20 tokens; the labels do not end either; expected 'Oslo'",
+    )
     text = html.unescape(report.to_html(tmp_path / "audit.html").read_text())
+    for words in said:
+        assert words in shown
+        assert words in text
     assert "row 0: the model answers" in text
-    assert report.to_dict()["answers"][0]["expected"] == "Paris"
+    told = report.to_dict()["answers"]
+    assert told[0]["expected"] == "Paris"
+    assert [answer["expected_ends"] for answer in told] == [True, True, False, False]
 
 
 LOOK = """<script>

@@ -213,6 +213,10 @@ def test_the_callback_passes_its_options_on(tmp_path):
         Run(tmp_path, AuditCallback(Tokenizer(), stop_on_errors=True, **asked)).forward()
     with pytest.raises(ValueError, match="'no-oes'"):
         AuditCallback(severity={"no-oes": "note"})
+    with pytest.raises(ValueError, match="'no-oes', which is no finding"):
+        AuditCallback(ignore=["no-oes"])
+    with pytest.raises(TypeError, match="ignore is 'no-eos'"):
+        AuditCallback(ignore="no-eos")
     seen = []
     callback = AuditCallback(autocast=torch.bfloat16)
     run = Run(tmp_path, callback)
@@ -220,6 +224,17 @@ def test_the_callback_passes_its_options_on(tmp_path):
     layer.register_forward_hook(lambda *args: seen.append(args[-1].dtype))
     run.forward()
     assert seen == [torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("word", ["noeos", "*.visual.*", "model.layer"])
+def test_a_word_to_ignore_that_fits_nothing_stops_a_run_before_its_first_batch(tmp_path, word):
+    """It would silence the audit, which then only says that it could not be made."""
+    for fits in ("lm_head", "*.layers.0.*", "no-eos"):
+        Run(tmp_path, AuditCallback(ignore=[fits]))
+    callback = AuditCallback(ignore=["lm_head", word])
+    with pytest.raises(ValueError, match="which is no finding and fits no parameter") as error:
+        Run(tmp_path, callback)
+    assert repr(word) in str(error.value)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 9), (4, 4, 9), (4, 9), (1, 9)])

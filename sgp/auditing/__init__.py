@@ -32,7 +32,7 @@ from sgp.auditing.findings import (
 from sgp.auditing.leaks import find_leaks, packed
 from sgp.auditing.outcome import Token
 from sgp.auditing.report import AuditReport
-from sgp.auditing.trace import OF_LOSS, Trace, gradient_at, input_embeddings, trace
+from sgp.auditing.trace import OF_LOSS, Trace, device_of, gradient_at, trace
 from sgp.auditing.turns import Turns, text_of
 from sgp.auditing.view import NAME, View, read, suffixes
 from sgp.context import SHARDED
@@ -101,12 +101,12 @@ def audit(
             parameters are sharded over processes.
     """
     severities = check_severity(severity)
-    model = _unwrapped(model)
+    model = unwrapped(model)
     ignored = check_ignored(ignore, [name for name, _ in model.named_parameters()])
     ends = ends_of(model) if tokenizer is not None else ()
     view = read(batch, selection=selection, tokenizer=tokenizer, eos=ends, max_length=max_length)
     _check_model(model, view)
-    device = _device(model)
+    device = device_of(model)
     inputs = _inputs(model, batch, device, with_labels=selection is None)
     outputs = suffixes(view)
     found = trace(
@@ -188,7 +188,7 @@ def look(
 # -- the model -------------------------------------------------------------------------------------
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """Out of DistributedDataParallel and torch.compile: one process, one eager pass."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
@@ -243,13 +243,6 @@ def ends_of(model: nn.Module) -> tuple[int, ...]:
     """What generation stops at: a chat model ends a turn with another token than a text."""
     found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return (found,) if isinstance(found, int) else tuple(found or ())
-
-
-def _device(model: nn.Module) -> torch.device:
-    """Where the inputs go: a model over several devices starts with its embeddings."""
-    embeddings = input_embeddings(model)
-    first = next((embeddings or model).parameters(), None)
-    return first.device if first is not None else torch.device("cpu")
 
 
 def _takes(model: nn.Module) -> tuple[set[str], bool]:
@@ -314,16 +307,17 @@ def _roles(view: View) -> list[list[str]]:
     sequence = view.sequence.tolist()
     rows = []
     for b in range(len(scored)):
-        row, begun = [], -1  # the sequence whose output has begun
+        last = {n: t for t, n in enumerate(sequence[b]) if scored[b][t]}  # of each with an output
+        row = []
         for t in range(len(scored[b])):
             if scored[b][t]:
-                role, begun = "output", sequence[b][t]
+                role = "output"
             elif not attended[b][t]:
                 role = "padding"
             elif predicts[b][t]:
                 role = "predictor"
             else:
-                role = "ignored" if begun == sequence[b][t] else "context"
+                role = "ignored" if t > last.get(sequence[b][t], t) else "context"
             row.append(role)
         rows.append(row)
     return rows

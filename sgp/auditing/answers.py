@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgp.auditing.trace import device_of
 from sgp.auditing.turns import text_of
 from sgp.auditing.untouched import as_before
 from sgp.auditing.view import View
 
 BEYOND = 16
 """Tokens that an answer may have beyond the expected one."""
+LAST = 2
+"""Tokens among which an answer's end is: a template may write a line break after it."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Answer:
     generated: str
     ends: bool  # with an end of text or of a turn
     tokens: int  # generated, the end included
+    expected_ends: bool  # the labels have such an end there
 
 
 def answer(
@@ -39,7 +43,8 @@ def answer(
     """Answer the contexts of the first rows that carry loss, greedily.
 
     A context is a row's first sequence up to its first token with loss; the answer ends with an
-    end of text or of a turn, or 16 tokens after the expected one. The model answers in eval mode
+    end of text or of a turn, or 16 tokens after the expected one, or where the model's window is
+    full. The model answers in eval mode
     and without gradients; modes, buffers and the random state are then as before. `generate` is
     used where the model has it and its configuration, else its forward, once for each token. Images
     and sound are not passed on.
@@ -52,7 +57,8 @@ def answer(
         model: as for `sgp.audit`.
         view: of the batch.
         tokenizer: decodes; None: numbers.
-        number: of answers, at most; rows without a context or without loss have none.
+        number: of answers, at most; rows without a context or without loss have none, nor those
+            whose context fills the window.
         autocast: the dtype of the forward passes; None: as it is.
     """
     found: list[Answer] = []
@@ -62,14 +68,19 @@ def answer(
         for row, context, expected in _contexts(view):
             if len(found) == number:
                 break
-            said = _greedy(model, context, len(expected) + BEYOND, view.eos)
+            most = len(expected) + BEYOND
+            most = min(most, _window(model, len(context) + most) - len(context))
+            if most < 1:
+                continue
+            said = _greedy(model, context, most, view.eos)
             found.append(
                 Answer(
                     row,
                     text_of(tokenizer, *expected),
                     text_of(tokenizer, *said),
-                    ends=bool(said) and said[-1] in view.eos,
+                    ends=said[-1] in view.eos,
                     tokens=len(said),
+                    expected_ends=not view.eos.isdisjoint(expected[-LAST:]),
                 )
             )
     return tuple(found)
@@ -101,12 +112,7 @@ def _answering(model: nn.Module, autocast: torch.dtype | None) -> Iterator[None]
 
 
 def _greedy(model: nn.Module, context: list[int], most: int, ends: frozenset[int]) -> list[int]:
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    first = next((embeddings or model).parameters(), None)
-    ids = torch.tensor([context], device=first.device if first is not None else "cpu")
-    most = min(most, _window(model, len(context) + most) - len(context))
-    if most < 1:
-        return []
+    ids = torch.tensor([context], device=device_of(model))
     configured = getattr(model, "generation_config", None) is not None
     if configured and hasattr(model, "generate") and not _is_prompted(model):
         return _generated(model, ids, most, ends)

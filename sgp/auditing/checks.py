@@ -260,10 +260,11 @@ def leaks(view: View) -> Iterator[Finding]:
     for leak in view.leaks:
         first, last = leak.span
         others = f"sequence{'s' * (len(leak.reached) > 1)} {ranges(leak.reached)}"
+        one = "one of the sequences" if len(leak.sequences) > 1 else "sequence"
         yield _of(
             "attends-across-boundary",
-            f"row {leak.row}, the loss of sequence {leak.sequence} (tokens {first} to {last}) has "
-            f"gradient at the tokens of {others}",
+            f"row {leak.row}, the loss of {one} {ranges(leak.sequences)} (tokens {first} to "
+            f"{last}) has gradient at the tokens of {others}",
             "the loss of a packed sequence has gradient at the tokens of other sequences: the "
             "model attends across their seams. Leave out an attention_mask of ones beside "
             "position_ids, give a mask of pairs, or do not pack for this model",

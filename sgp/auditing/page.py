@@ -128,7 +128,13 @@ def to_html(
 
 def said(answer: Any, name: str) -> str:
     """A greedy answer beside the expected one, in one line; `name` is the row's."""
-    end = "and ends" if answer.ends else f"and does not end within {answer.tokens} tokens"
+    if answer.ends:
+        end = (
+            "and ends, as the labels do" if answer.expected_ends else "and ends; the labels do not"
+        )
+    else:
+        labels = "end" if answer.expected_ends else "do not end either"
+        end = f"and does not end within {answer.tokens} tokens; the labels {labels}"
     return f"{name}: the model answers {answer.generated!r} {end}; expected {answer.expected!r}"
 
 

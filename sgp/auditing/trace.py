@@ -221,3 +221,10 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
         return model.get_input_embeddings()  # type: ignore[operator, no-any-return]
     except (AttributeError, NotImplementedError):
         return None
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the inputs go: a model over several devices starts with its embeddings."""
+    embeddings = input_embeddings(model)
+    first = next((embeddings or model).parameters(), None)
+    return first.device if first is not None else torch.device("cpu")

@@ -25,8 +25,8 @@ class Leak(NamedTuple):
     """A sequence of a packed row whose loss has gradient at other sequences' tokens."""
 
     row: int
-    sequence: int  # its number within the row
-    span: tuple[int, int]  # its first and last token
+    sequences: tuple[int, ...]  # its number within the row; or several, of which it is one
+    span: tuple[int, int]  # their first and last token
     reached: tuple[int, ...]  # the other sequences
     tokens: tuple[int, ...]  # of theirs, those with gradient
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from sgp.auditing import AuditReport, audit, grouped
-from sgp.auditing.findings import check_severity
+from sgp.auditing import AuditReport, audit, grouped, unwrapped
+from sgp.auditing.findings import check_ignored, check_severity
+from sgp.context import SHARDED
 
 LOG = logging.getLogger("sgp.huggingface")
 LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "note": logging.INFO}
@@ -47,7 +48,9 @@ class AuditCallback(TrainerCallback):
         report: the `AuditReport`, once there is one.
 
     Raises:
-        ValueError: a code or a severity that there is not.
+        ValueError: a code or a severity that there is not; when training begins, also a word of
+            `ignore` that is no code and fits no parameter of the model.
+        TypeError: `ignore` is one word.
         AuditError: from the model's first forward pass, with every error.
     """
 
@@ -64,6 +67,8 @@ class AuditCallback(TrainerCallback):
     ) -> None:
         """Nothing happens before training begins."""
         check_severity(severity)
+        words = ignore if isinstance(ignore, str) else [word for word in ignore if "-" in word]
+        check_ignored(words)  # the codes; the parameters are not known yet
         self.tokenizer = tokenizer
         self.stop_on_errors = stop_on_errors
         self.page = page
@@ -79,6 +84,10 @@ class AuditCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Wait for the first batch."""
         del control
+        model: nn.Module = kwargs["model"]
+        if not any(hasattr(p, mark) for p in model.parameters() for mark in SHARDED):
+            names = [name for name, _ in unwrapped(model).named_parameters()]
+            check_ignored(self.options["ignore"], names)
         if not state.is_world_process_zero:
             return
         tokenizer = self.tokenizer or kwargs.get("processing_class")
@@ -89,7 +98,6 @@ class AuditCallback(TrainerCallback):
             self._audit(module, batch, tokenizer, page)
 
         # Before the hook of a patch, which a forward pass of its own would confuse.
-        model: nn.Module = kwargs["model"]
         self._handle = model.register_forward_pre_hook(first, prepend=True, with_kwargs=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
