@@ -1,9 +1,11 @@
 """See where the gradient flows: `audit` looks at one batch and one backward pass.
 
-`view.py` reads the batch, `trace.py` is the backward pass seen from inside (`parts.py` the two
-parts of the linear layers' gradient, `untouched.py` what it leaves as it was), `findings.py` has
-what can be wrong, `outcome.py` what came out of it all, and `report.py` shows it (`page.py`,
-`plot.py`). `repair.py` mends labels, and `answers.py` has what the model would say.
+`view.py` reads the batch (`turns.py` what a chat template says), and `trace.py` is the backward
+pass seen from inside (`parts.py` the two parts of the linear layers' gradient, `untouched.py` what
+it leaves as it was, `leaks.py` whether packed sequences see one another). `checks.py` has what can
+be wrong (`masks.py` where), `findings.py` how it is told, `outcome.py` what came out of it all, and
+`report.py` shows it (`page.py`, `plot.py`, `colors.py`). `repair.py` mends labels, `answers.py` has
+what the model would say, and `survey.py` what is said of a whole file.
 """
 
 from __future__ import annotations
@@ -74,8 +76,10 @@ def audit(
             `output_hidden_states`, `.hidden_states`, as Hugging Face's do.
         batch: `input_ids` (B, T) and, unless a selection is given, `labels` (B, T): -100 where
             there is no loss, not shifted; as Hugging Face has them (or `shift_labels`, shifted).
-            Padding, seams and masks of output tokens are read from what else there is
-            (view.py says from which keys); what the model's forward takes is passed on.
+            Padding and seams are read from `attention_mask`, `position_ids`, `seq_idx`,
+            `cu_seqlens`, `cu_seq_lens_q` or `lengths`, which tokens are output from
+            `completion_mask`, `assistant_masks` or `context_lengths`, as far as they are there.
+            What the model's forward takes is passed on.
         selection: which tokens carry loss, in place of labels. The loss is its (weighted) mean.
         tokenizer: decodes tokens and knows the special ones; None: numbers, and no findings about
             special tokens and the end of text, which the model's generation_config adds to.
@@ -84,21 +88,21 @@ def audit(
         severity: other severities than the table's, `{"no-eos": "warning"}`.
         autocast: the dtype that training runs in; None: no autocast.
         max_length: the window: sequences that reach it may have been cut, and then need no end.
-        generate: how many greedy answers to make in the batch's own contexts (answers.py), at most
-            one a row.
+        generate: how many greedy answers to make in the batch's own contexts, at most one a row.
 
     Returns:
         The report: `.tokens`, `.grad_norm`, `.context_share`, `.cosine_detached`, `.findings`,
         `.answers`.
         `context_share` and `cosine_detached` are None where a row is not context, then output
         (the two parts of the gradient are then not defined), and where not all of a linear
-        layer's gradient was seen; parts.py says when.
+        layer's gradient was seen: it runs twice, its weight is used elsewhere too, or its input is
+        not (B, T, D).
 
     Raises:
         ValueError: without labels and selection, if shapes disagree, a token is outside the model's
             vocabulary, or a word of `ignore` or `severity` means nothing.
-        TypeError: if the batch is no mapping, the model takes no `output_hidden_states` or its
-            parameters are sharded over processes.
+        TypeError: if the batch is no mapping, `ignore` is one word, the model takes no
+            `output_hidden_states` or its parameters are sharded over processes.
     """
     severities = check_severity(severity)
     model = unwrapped(model)

@@ -1,7 +1,6 @@
 """What can be wrong with a batch, and what a look at it and at its gradient says.
 
-Each check is a function of a `View` of one batch; its finding names where it is. An error is a
-fault of mask or gradient; a warning may be meant; a note is worth knowing.
+Each check is a function of a `View` of one batch; its finding names where it is.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import math
 STOPS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 """From small to large, as matplotlib's viridis runs."""
 STEPS = 24  # colours of the page
-UNKNOWN = (255, 255, 255)
 
 
 def color(share: float) -> tuple[int, int, int]:

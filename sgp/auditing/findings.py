@@ -119,6 +119,10 @@ def ranges(numbers: Iterable[int]) -> str:
 def check_severity(severity: Mapping[str, str] | None) -> dict[str, str]:
     """The severities that were asked for.
 
+    Example:
+        >>> check_severity({"no-eos": "warning"}), check_severity(None)
+        ({'no-eos': 'warning'}, {})
+
     Raises:
         ValueError: a code or a severity that there is not.
     """
@@ -135,6 +139,11 @@ def check_ignored(
     ignore: Collection[str], names: Collection[str] | None = None
 ) -> Callable[[str], bool]:
     """Which parameters no finding is to be about: those of the words that are no codes.
+
+    Example:
+        >>> ignored = check_ignored(["no-eos", "*.visual.*"])
+        >>> ignored("model.visual.weight"), ignored("lm_head.weight")
+        (True, False)
 
     Args:
         ignore: codes and patterns of parameters' or modules' names.
@@ -164,7 +173,13 @@ def check_ignored(
 def settled(
     findings: Iterable[Finding], ignore: Collection[str], severity: Mapping[str, str]
 ) -> list[Finding]:
-    """Without the codes that are ignored, with the severities asked for, errors first."""
+    """Without the codes that are ignored, with the severities asked for, errors first.
+
+    Example:
+        >>> found = [Finding("nan", "error", "", "..."), Finding("no-eos", "error", "", "...")]
+        >>> [str(f) for f in settled(found, ["nan"], {"no-eos": "note"})]
+        ['note: no-eos: ...']
+    """
     found = [
         replace(f, severity=severity[f.code]) if f.code in severity else f
         for f in findings

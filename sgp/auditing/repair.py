@@ -90,7 +90,14 @@ class Repair:
         return whole
 
     def write(self, path: str | Path) -> Path:
-        """Write the rows as JSON lines, which `sgp audit` and any trainer read."""
+        """Write the rows as JSON lines, which `sgp audit` and any trainer read.
+
+        Example:
+            >>> report.repair().write("mended.jsonl")  # doctest: +SKIP
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         path = Path(path)
         with path.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in self.rows)

@@ -105,7 +105,7 @@ class AuditReport(Outcome):
         return table
 
     def plot(self, path: str | Path, *, row: int = 0, label: str = "") -> Path:
-        """Draw one row's tokens over a map of its gradient norms (plot.py); needs matplotlib."""
+        """Draw one row's tokens over a map of its gradient norms as a picture; needs matplotlib."""
         return plot(self, path, row=row, label=label)
 
     def to_html(
@@ -116,11 +116,11 @@ class AuditReport(Outcome):
         labels: Sequence[str] = (),
         after: Survey | None = None,
     ) -> Path:
-        """Write one self-contained page (page.py); `survey` has the findings of a whole file."""
+        """Write one self-contained page; `survey` has the findings of a whole file."""
         return to_html(self, path, survey=survey, labels=labels, after=after)
 
     def repair(self) -> Repair:
-        """What can be mended in the batch's labels without a guess (repair.py)."""
+        """What can be mended in the batch's labels without a guess."""
         return repair(self.view)
 
     def to_dict(self) -> dict[str, Any]:

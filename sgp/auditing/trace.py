@@ -1,7 +1,7 @@
 """One exact backward pass of a causal language model, looked at from inside.
 
 What is kept of it are norms: of the gradient of each position's logits and hidden states, and of
-the two parts of the linear layers' gradient (parts.py).
+the two parts of the linear layers' gradient.
 """
 
 from __future__ import annotations
