@@ -2,11 +2,13 @@
 
 import math
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
 import transformers.pytorch_utils
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sgp
@@ -21,6 +23,7 @@ from tests.audited import (
     B,
     T,
     Tokenizer,
+    V,
     codes,
     make,
     make_batch,
@@ -238,6 +241,28 @@ def test_rotary_embeddings_that_grow_are_as_before(fails, batch):
     for name, buffer in rotary.named_buffers():
         assert buffer is buffers[name]
         assert torch.equal(buffer, before[name])
+
+
+def test_the_norm_of_several_streams_is_that_of_all(batch):
+    """Hidden states (B, T, streams, D), as models with hyper-connections have them."""
+
+    class Streams(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(V, 8), nn.Linear(8, V)
+
+        def forward(self, input_ids, output_hidden_states):
+            assert output_hidden_states
+            first = self.embed(input_ids)
+            streams = torch.stack([first, 2 * first], 2)
+            last = streams.sum(2)
+            hidden = (first, streams, last)
+            return SimpleNamespace(logits=self.head(last), hidden_states=hidden)
+
+    report = sgp.audit(Streams(), batch)
+    assert report.findings == []
+    assert report.grad_norm.shape == (3, B, T)
+    assert torch.allclose(report.grad_norm[1], 2**0.5 * report.grad_norm[2])
 
 
 @pytest.mark.parametrize("kind", ["raises", "has none"])

@@ -249,6 +249,32 @@ def test_what_the_first_column_has_is_nobodys_loss_and_stays():
     assert not found.changes
 
 
+def test_a_target_after_the_last_token_is_not_lost():
+    """As a packed row of `shift_labels` may have it."""
+    batch = {
+        "input_ids": torch.tensor([[9, 10, 11, 12, 13]]),
+        "shift_labels": torch.tensor([[-100, 11, -100, 13, EOS]]),
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1]]),
+    }
+    found = mended(batch)
+    assert found.rows == [
+        {"input_ids": [9, 10, 11], "labels": [-100, -100, 11]},
+        {"input_ids": [12, 13, EOS], "labels": [-100, 13, EOS]},
+    ]
+    assert not found.changes
+
+
+@pytest.mark.parametrize("ids", [torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("labels", [torch.int16, torch.int32, torch.int64])
+def test_ids_of_every_width(ids, labels):
+    batch = batch_of([9, 10, 11, 12], [-100, 11, 12, EOS])
+    wide = {k: v.to(ids if k == "input_ids" else labels) for k, v in batch.items()}
+    assert mended(wide) == mended(batch)
+    assert mended(batch).rows[0]["input_ids"][-1] == EOS
+    with pytest.raises(TypeError, match=r"labels is torch\.bool"):
+        mended({**batch, "labels": batch["labels"] > 0})
+
+
 def test_targets_in_place_of_labels():
     """`shift_labels` and a `Selection` say what is predicted: labels come out."""
     batch = batch_of([1, 5, 6, 2], [-100, -100, 6, 2])

@@ -65,6 +65,16 @@ def test_templates_that_say_nothing(template):
     assert codes(batch, tokenizer) == set()
 
 
+def test_a_template_that_wants_parts():
+    """As those of vision models do; of a content that is text some write nothing, some raise."""
+    parts = "{% for part in m.content %}{{ part.text }}{% endfor %}"
+    strict = "{% if m.content is string %}{{ raise_exception('no list') }}{% endif %}" + parts
+    for content in (parts, strict):
+        tokenizer = chat_tokenizer(CHATML.replace("{{ m.content }}", content))
+        assert learn(tokenizer) == learn(chat_tokenizer())
+        assert found(make_chat(*CHATTED), tokenizer) == []
+
+
 def test_a_template_that_is_changed_is_asked_again():
     tokenizer = chat_tokenizer()
     assert learn(tokenizer) is learn(tokenizer)
@@ -278,6 +288,13 @@ def test_who_is_at_fault_for_a_missing_end_is_said_by_severity():
     ]  # fmt: skip
     asked = {"no-eos": "warning"}
     assert {f.severity for f in look(packed, tokenizer=Tokenizer(), severity=asked)} == {"warning"}
+
+
+def test_scored_padding_behind_a_scored_end_is_one_fault():
+    ids = torch.tensor([[9, 10, 11, EOS, 0, 0]])
+    labels = torch.where(torch.arange(6) > 1, ids, -100)
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": (ids > 0).long()}
+    assert codes(batch, Tokenizer()) == {"padding-scored"}
 
 
 def test_sequences_that_a_window_cut_are_no_error():

@@ -193,12 +193,13 @@ def _without_end(view: View, unscored: Tensor) -> Iterator[tuple[int, int, bool]
         found = torch.full((B * (T + 1),), -1)
         return found.scatter_reduce_(0, key[mask], columns[mask], "amax")
 
-    final = last(view.scored)
+    scored = view.scored & view.attended
+    final = last(scored)
     which = (final >= 0).nonzero()[:, 0]
     if not len(which):
         return
     rows, at = which // (T + 1), final[which]
-    end = view.scored & torch.isin(view.labels, torch.tensor(sorted(view.eos)))
+    end = scored & torch.isin(view.labels, torch.tensor(sorted(view.eos)))
     before = (at - 1).clamp(min=0)  # a template may write a line break after the end
     ended = end[rows, at] | end[rows, before]
     ended |= last(unscored)[which] > at  # which is said already

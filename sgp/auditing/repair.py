@@ -144,6 +144,7 @@ def repair(view: View) -> Repair:
 
     * Labels that are the next token's are moved back. A label after the last token, which the row
       then lacks, says what that token is: it is added.
+    * A target of a row's last token, which `shift_labels` may have, is that token too.
     * Packed rows are cut at their seams, and the first token of a sequence carries no loss there.
     * Padding is left out.
     * The first output token carries loss, where the batch's own mask says that it is output.
@@ -169,6 +170,7 @@ def repair(view: View) -> Repair:
     moved, beyond = _moved_back(parts, shifted)
     guess = masks.not_the_inputs(parts.view) | masks.differing(moved).any(1)
     changed = {"labels-shifted-twice": shifted * ((moved.labels != IGNORE).sum(1) + (beyond >= 0))}
+    beyond = torch.where(shifted, beyond, parts.target_beyond)
     whole = _lengthened(moved, beyond)
     whole, of_seams, of_padding = _seams_and_padding(parts, whole, shifted, beyond)
     changed |= {"crosses-boundary": of_seams, "padding-scored": of_padding}
@@ -186,7 +188,8 @@ class _Parts:
     """The S sequences of a batch as a view of their own, (S, L), padded on the right.
 
     And what stood around each: `row`, `first` (its column), `rows` (sequences of each row), and of
-    the token after it (`inside` the row): `next_id`, `next_label`, `next_attended`.
+    the token after it (`inside` the row): `next_id`, `next_label`, `next_attended`; `target_beyond`
+    is what the row's last token has to predict, -1 where it is not this sequence's or nothing.
     """
 
     def __init__(self, view: View) -> None:
@@ -206,6 +209,7 @@ class _Parts:
         self.next_id = view.input_ids.flatten()[after]
         self.next_label = view.labels.flatten()[after]
         self.next_attended = view.attended.flatten()[after] & self.inside
+        self.target_beyond = torch.where(self.inside, -1, view.targets[self.row, -1].clamp(min=-1))
         self.front_id = view.input_ids[self.row, 0]
         self.front_labelled = view.labels[self.row, 0] != IGNORE
         self.crossed = masks.crossed(view).flatten()[at[first]]

@@ -188,11 +188,11 @@ def _loss(logits: Tensor, targets: Tensor, selection: Selection | None) -> Tenso
 
 
 def _norm(x: Tensor, virtual: int) -> Tensor:
-    """(B, T): of the gradient; 0 where none arrived, NaN where none could."""
+    """(B, T): of the gradient, of all streams; 0 where none arrived, NaN where none could."""
     if x.grad is None:
         shape = (x.shape[0], x.shape[1] - virtual)
         return torch.full(shape, 0.0 if x.requires_grad else torch.nan)
-    norms: Tensor = x.grad.detach()[:, virtual:].float().norm(dim=-1).cpu()
+    norms: Tensor = x.grad.detach()[:, virtual:].float().flatten(2).norm(dim=-1).cpu()
     return norms
 
 

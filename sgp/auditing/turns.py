@@ -96,6 +96,9 @@ def _learn(tokenizer: Any, template: Any) -> Turns:
 def _of_template(ask: _Asked, turns: Turns) -> Turns:
     tokenizer, added = ask.tokenizer, ask.added
     between = ask.between(_chat())
+    if between is None:  # templates of vision models may want lists of parts
+        ask.in_parts = True
+        between = ask.between(_chat())
     if between is None:
         return turns
     start = ask.started()
@@ -155,10 +158,15 @@ class _Asked:
         own = getattr(tokenizer, "chat_template", None)  # or else it is a processor's
         self.given = {} if own else {"chat_template": template}
         self.added = added
+        self.in_parts = False  # contents are lists of parts, one of text each
         names = sorted(added, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
     def render(self, messages: list[dict[str, Any]], **options: Any) -> str | None:
+        if self.in_parts:
+            messages = [
+                {**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages
+            ]
         try:
             options |= {"tokenize": False, **self.given}
             text = self.tokenizer.apply_chat_template(messages, **options)

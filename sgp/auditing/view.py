@@ -156,7 +156,7 @@ def _tokens(batch: Mapping[str, Any], selection: Selection | None) -> tuple[Tens
     if "input_ids" not in batch:
         raise ValueError(f"{NAME}: the batch has {sorted(batch)}; expected input_ids")
     _check_ids(batch)
-    input_ids = batch["input_ids"].cpu()
+    input_ids = batch["input_ids"].cpu().long()
     if input_ids.dim() != 2 or not input_ids.numel():
         raise ValueError(
             f"{NAME}: input_ids is {tuple(input_ids.shape)}; expected (B, T), not empty"
@@ -177,8 +177,8 @@ def _tokens(batch: Mapping[str, Any], selection: Selection | None) -> tuple[Tens
                 f"{NAME}: {name} is {tuple(given.shape)}, input_ids {tuple(input_ids.shape)}"
             )
         if name == "shift_labels":
-            return _from_targets(input_ids, given.cpu())
-        labels = given.cpu()
+            return _from_targets(input_ids, given.cpu().long())
+        labels = given.cpu().long()
         targets = torch.full_like(labels, IGNORE)
         targets[:, :-1] = labels[:, 1:]
         return input_ids, labels, targets
@@ -191,7 +191,8 @@ def _check_ids(batch: Mapping[str, Any]) -> None:
         if given is None:
             continue
         found = given.dtype if isinstance(given, Tensor) else type(given).__name__
-        if not isinstance(given, Tensor) or given.is_floating_point():
+        wrong = not isinstance(given, Tensor) or given.is_floating_point()
+        if wrong or given.dtype == torch.bool:
             raise TypeError(f"{NAME}: {name} is {found}; expected a tensor (B, T) of token ids")
 
 
