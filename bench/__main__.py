@@ -16,6 +16,7 @@ COMMANDS = {
     "context": "time and memory of the gradient through the context, three modes",
     "recall": "what is lost when the context is held constant: a toy task, trained twice",
     "sft": "TRL's SFTTrainer and sgp's: the same steps, losses and time",
+    "audit": "how long `sgp audit` takes to read a file, beside `sgp train`",
     "memory": "peak memory of the linear head, way by way: planned and counted",
     "gpu": "eight minutes of a GPU: checks, row kernels, whole calls, a model, beside others",
     "host": "the host's time of a call, to the least that a loss can take; needs no GPU",
@@ -26,7 +27,7 @@ ROOMS = {
     "against": ("compare",),
     "proof": ("traffic", "loops", "resources", "host", "predict"),
     "gpu": ("gpu",),
-    "studies": ("context", "memory", "recall", "sft"),
+    "studies": ("audit", "context", "memory", "recall", "sft"),
     "shown": ("report",),
 }
 INTERRUPTED = 130  # the exit code

@@ -348,3 +348,12 @@ def test_a_vision_models_leaks_and_crossings(axes):
     assert CODE in codes(sgp.audit(model, batch))
     batch["labels"][0, AT[0]] = batch["input_ids"][0, AT[0]]
     assert "crosses-boundary" in codes(sgp.audit(model, batch))
+
+
+def test_a_vision_models_positions_are_as_before():
+    """It keeps what it has found of a batch, and would use it for the next."""
+    model = vision()
+    assert model.model.rope_deltas is None
+    batch = make_packed(vocabulary=50)
+    sgp.audit(model, {k: batch[k] for k in ("input_ids", "labels")}, generate=1)
+    assert model.model.rope_deltas is None

@@ -436,6 +436,19 @@ def test_a_template_without_generation_is_refused(tokenizer):
         tokenizer.chat_template = TEMPLATE
 
 
+def test_what_a_template_refuses_is_said_by_roles(tokenizer):
+    asked = {"role": "user", "content": "Where?"}
+    with pytest.raises(ValueError, match=r"no message of the roles \['user'\] is the assistant's"):
+        sgp.Collator(tokenizer)([{"messages": [asked]}])
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    refused = r"example 0: .*refuses messages of the roles \['user', 'user'\]: .*must alternate"
+    try:
+        with pytest.raises(ValueError, match=refused):
+            sgp.Collator(tokenizer)([{"messages": [asked, asked]}])
+    finally:
+        tokenizer.chat_template = TEMPLATE
+
+
 def test_the_context_loss_of_a_prompt(tokenizer):
     for kind in ("prompt and completion", "conversations"):
         found = sgp.Collator(tokenizer, context_loss=True)(EXAMPLES[kind])

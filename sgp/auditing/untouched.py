@@ -50,12 +50,13 @@ def untouched(model: nn.Module, visit: Callable[[str, nn.Parameter], None]) -> I
 
 @contextmanager
 def as_before(model: nn.Module) -> Iterator[None]:
-    """Afterwards modes, buffers, recording hooks and random state are as they were."""
+    """Afterwards modes, buffers, numbers, recording hooks and random state are as they were."""
     modes = {module: module.training for module in model.modules()}
     recording = _recording(model)
     moving = (b for b in model.buffers() if b.is_floating_point() or b.numel() == 1)
     buffers = [(b, b.detach().clone()) for b in moving]  # as a batch norm's; no packed weights
-    owners = {m: (dict(m._buffers), dict(vars(m))) for m in modes if m._buffers}  # noqa: SLF001
+    held = {module: dict(module._buffers) for module in modes if module._buffers}  # noqa: SLF001
+    plain = {module: _plain(module) for module in modes}
     devices = {p.device for p in model.parameters() if p.is_cuda}
     with torch.random.fork_rng(list(devices)):
         try:
@@ -63,8 +64,14 @@ def as_before(model: nn.Module) -> Iterator[None]:
         finally:
             for module, mode in modes.items():
                 module.training = mode
-            for module, (held, known) in owners.items():
-                _put_back(module, held, known)
+            for module, values in plain.items():
+                now = _plain(module)
+                for name in values.keys() & now.keys():
+                    if now[name] is not values[name]:
+                        setattr(module, name, values[name])
+            for module, named in held.items():  # some replace theirs, as embeddings that grow
+                module._buffers.clear()  # noqa: SLF001
+                module._buffers.update(named)  # noqa: SLF001
             _restore(buffers)
             _forget_recording(model, recording)
 
@@ -75,16 +82,14 @@ def _is_patched(module: nn.Module) -> bool:
     return hasattr(owner, "memory_budget") and hasattr(owner, "selective")
 
 
-def _put_back(module: nn.Module, held: dict[str, Any], known: dict[str, Any]) -> None:
-    """Buffers that were replaced, as rotary embeddings that grow do, and what is counted beside."""
-    now = module._buffers  # noqa: SLF001
-    if now.keys() == held.keys() and all(now[name] is held[name] for name in held):
-        return
-    now.clear()
-    now.update(held)
-    for name, value in known.items():
-        if isinstance(value, int | float | Tensor):
-            setattr(module, name, value)
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """What a module may count or keep of a batch, as the positions of a vision model."""
+    kinds = (int, float, Tensor, type(None))
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, kinds) and not isinstance(value, bool)
+    }
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from sgp.caller import warn
-from sgp.data.examples import COLUMNS, NAME, Row, tokenize
+from sgp.data.examples import COLUMNS, Row, tokenize
+from sgp.data.messages import NAME
 from sgp.labels import IGNORE
 from sgp.selection import Selection
 

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sgp.caller import warn
+from sgp.data.messages import NAME, messages_of, tools_of
 from sgp.labels import IGNORE
 
-NAME = "sgp.Collator"
 MASKS = ("completion_mask", "assistant_masks")
 KEYS = ("input_ids", "prompt", "completion", "messages", "text")
 KINDS = "input_ids (with labels or masks), prompt and completion, messages, or text"
@@ -27,8 +26,6 @@ COLUMNS = {
 """What is read of an example, or has nothing that a batch needs."""
 
 REMOVED = "(Trainer removes the columns that a model does not take: remove_unused_columns=False.)"
-NULLABLE = ("default", "const")
-"""What may be null in the JSON schema of a tool."""
 
 
 class Row(NamedTuple):
@@ -311,7 +308,7 @@ def _prompt_and_completion(
         mask = [1] * len(ids)
     else:
         given = _given(example)
-        prompt, completion = (_messages(example, name) for name in ("prompt", "completion"))
+        prompt, completion = (messages_of(example, name) for name in ("prompt", "completion"))
         alone = _template(tokenizer, prompt, **given, add_generation_prompt=True)["input_ids"]
         ids, mask = _turns(tokenizer, [*prompt, *completion], given, assistant_only_loss)
     start = len(alone)
@@ -328,7 +325,7 @@ def _ended(text: str, tokenizer: Any) -> str:
 
 
 def _of_messages(example: Mapping[str, Any], tokenizer: Any, *, context_loss: bool) -> Row:
-    messages = _messages(example, "messages")
+    messages = messages_of(example, "messages")
     ids, mask = _turns(tokenizer, messages, _given(example), not context_loss)
     return Row(ids, _marked(ids, mask))
 
@@ -347,11 +344,20 @@ def _turns(
     found = _template(tokenizer, messages, **given, return_assistant_tokens_mask=True)
     ids, mask = found["input_ids"], found.get("assistant_masks", [])
     if not any(mask):
+        roles = _roles(messages)
+        if "assistant" not in roles:
+            raise ValueError(f"{NAME}: no message of the roles {roles} is the assistant's")
         raise ValueError(
-            f"{NAME}: the chat template marks no token of {str(messages)[:80]!r} as the "
-            "assistant's; it needs {% generation %} ... {% endgeneration %} around those turns"
+            f"{NAME}: the chat template marks no token of the roles {roles} as the assistant's: "
+            "write {% generation %} and {% endgeneration %} around its turns in the template, or "
+            "give prompt and completion as messages, which need no marks"
         )
     return ids, mask
+
+
+def _roles(messages: Any) -> list[Any]:
+    found = messages if isinstance(messages, list) else []
+    return [message.get("role") if isinstance(message, Mapping) else None for message in found]
 
 
 def _no_turns(what: str) -> str:
@@ -365,76 +371,15 @@ def _given(example: Mapping[str, Any]) -> dict[str, Any]:
     """What an example says to the template beside its messages."""
     options = example.get("chat_template_kwargs") or {}
     options = {name: value for name, value in options.items() if value is not None}
-    return {"tools": _tools(example), **options}
+    return {"tools": tools_of(example), **options}
 
 
 def _template(tokenizer: Any, messages: Any, **options: Any) -> dict[str, list[int]]:
-    found = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
-    return {name: list(column) for name, column in found.items()}
-
-
-# -- None that `datasets` put where another row has a key ------------------------------------------
-
-
-def _tools(example: Mapping[str, Any]) -> Any:
-    tools = example.get("tools")
-    if not isinstance(tools, str):
-        return _without_none(tools, keep=NULLABLE)
     try:
-        return json.loads(tools)
-    except json.JSONDecodeError as error:
+        found = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+    except Exception as error:  # a template raises what it likes
         raise ValueError(
-            f"{NAME}: tools is {tools[:60]!r}, which is not valid JSON ({error}); expected a list "
-            "of tools, this list as JSON, or None"
-        ) from None
-
-
-def _without_none(value: Any, *, keep: Sequence[str] = ()) -> Any:
-    """The value without the keys of its mappings that are None."""
-    if isinstance(value, Mapping):
-        return {
-            k: _without_none(v, keep=keep) for k, v in value.items() if v is not None or k in keep
-        }
-    if isinstance(value, list):
-        return [_without_none(v, keep=keep) for v in value]
-    return value
-
-
-def _messages(example: Mapping[str, Any], name: str) -> Any:
-    required: dict[str, Sequence[str]] = {}
-    tools = _tools(example)
-    for tool in tools if isinstance(tools, list) else []:
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        parameters = function.get("parameters") if isinstance(function, Mapping) else None
-        if isinstance(function, Mapping) and isinstance(
-            parameters, Mapping
-        ):  # neither JSON nor code
-            required[function.get("name", "")] = parameters.get("required") or ()
-    messages = example[name]
-    return [_message(m, required) for m in messages] if isinstance(messages, list) else messages
-
-
-def _message(message: Any, required: dict[str, Sequence[str]]) -> Any:
-    if not isinstance(message, Mapping):
-        return message
-    found = {k: v for k, v in message.items() if v is not None or k == "content"}
-    if isinstance(found.get("content"), list):
-        found["content"] = _without_none(found["content"])
-    if isinstance(found.get("tool_calls"), list):
-        found["tool_calls"] = [_call(call, required) for call in found["tool_calls"]]
-    return found
-
-
-def _call(call: Any, required: dict[str, Sequence[str]]) -> Any:
-    """A call of OpenAI's form, with a `function` inside, or a name and arguments alone."""
-    if not isinstance(call, Mapping):
-        return call
-    found = {k: v for k, v in call.items() if v is not None or k == "arguments"}
-    if "function" in found:
-        found["function"] = _call(found["function"], required)
-    if isinstance(found.get("arguments"), Mapping):
-        keep = required.get(found.get("name", ""), ())
-        found["arguments"] = {
-            k: _without_none(v) for k, v in found["arguments"].items() if v is not None or k in keep
-        }
-    return found
+            f"{NAME}: the chat template refuses messages of the roles {_roles(messages)}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return {name: list(column) for name, column in found.items()}
