@@ -200,11 +200,16 @@ def test_a_planted_fault_is_found(code, model, batch):
     assert found[0].row == row
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_batch_without_targets_has_one_fault(name, batch):
-    """A loss of nothing is no number, and all gradients are zero or none."""
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "patched", "without a graph"])
+def test_a_batch_without_targets_has_one_fault(kind, batch):
+    """A loss of nothing is no number, or 0; all gradients are zero, or there are none."""
     batch["labels"][:] = -100
-    report = sgp.audit(make(name), batch, tokenizer=Tokenizer())
+    model = make("gpt2" if kind == "gpt2" else "llama").train()
+    if kind == "patched":
+        sgp.huggingface.patch(model)
+    elif kind == "without a graph":
+        model.forward = OtherLoss(model.forward, lambda out: out.logits.detach().sum() * 0)
+    report = sgp.audit(model, batch, tokenizer=Tokenizer())
     assert {f.code for f in report.findings} == {"no-targets"}
 
 

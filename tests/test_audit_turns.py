@@ -339,6 +339,32 @@ def test_messages_in_a_row_and_ends_that_no_one_names():
         assert codes(batch, tokenizer) == expected
 
 
+@pytest.mark.parametrize("calls_end", [True, False])
+def test_calls_of_tools_that_a_template_does_not_end(calls_end):
+    """Results that stand in the same turn, as Apertus has them."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}[TOOL_OUT] {{ m.content }} [/TOOL_OUT] "
+        "{% else %}<|im_start|>{{ m.role }} {{ m.content }} {% if m.tool_calls %}"
+        "{{ m.tool_calls[0].function.arguments.x }} {% if END %}<|im_end|>{% endif %}"
+        "{% else %}<|im_end|>{% endif %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    ).replace("END", str(calls_end))
+    tokenizer = chat_tokenizer(template)
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": [*CHAT[3:5], CHAT[8], "[TOOL_OUT]", "[/TOOL_OUT]"]}
+    )
+    result, back = tokenizer.convert_tokens_to_ids(["[TOOL_OUT]", "[/TOOL_OUT]"])
+    turns = learn(tokenizer)
+    assert dict(turns.headers)["tool"] == (result,)
+    assert turns.calls_end == calls_end
+    asked = [START, USER, 9, END, START, ASSISTANT]
+    ids = torch.tensor([[*asked, 10, result, 11, back, START, ASSISTANT, 12, END]])
+    labels = torch.where(torch.isin(ids, torch.tensor([10, 12])), ids, -100)
+    labels[0, -1] = END
+    batch = {"input_ids": ids, "labels": labels}
+    assert codes(batch, tokenizer) == ({"no-eos"} if calls_end else set())
+
+
 def test_scored_padding_is_no_answer_without_an_end():
     ids = torch.tensor([[9, 10, 11, EOS, 0, 0, 0, 0]])
     labels = torch.where(torch.arange(8) > 1, ids, -100)

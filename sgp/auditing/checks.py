@@ -287,7 +287,8 @@ def context_logits(view: View) -> Iterator[Finding]:
 
 def missing(view: View) -> Iterator[Finding]:
     """A trainable parameter that the loss does not reach."""
-    if view.without_gradient:
+    trained = bool(view.predicts.any())
+    if view.without_gradient and trained:
         yield _of(
             "missing-gradient",
             "",
@@ -300,7 +301,7 @@ def missing(view: View) -> Iterator[Finding]:
             "",
             f"{_parameters(view.not_run)}, trainable, in a module that this batch did not run",
         )
-    if view.zero and bool(view.predicts.any()):
+    if view.zero and trained:
         yield _of(
             "zero-gradient",
             "",

@@ -80,7 +80,7 @@ def unscored_ends(view: View) -> Tensor:
         return at
     turn = roles(view)
     if turn is not None:  # what is scored of others' turns is no answer
-        at &= later(answered & (_of_assistant(view, turn) | (turn == 0)))
+        at &= later(answered & (_of(view, turn, "assistant") | (turn == 0)))
     found = at & ends
     for steps in range(1, BLANKS + 1):
         at = later(at & _blank(view, at & ~ends)) & free
@@ -153,8 +153,10 @@ def unended(view: View) -> Tensor:
 
     scored, end = last(view.scored & view.attended), is_end(view)
     ended = last(end & (scored >= since)) >= since
-    open_ = _of_assistant(view, begun.gather(1, since)) & (scored >= since) & ~ended
-    others = (begun > 0) & ~_of_assistant(view, begun) & ~view.starts & ~end
+    open_ = _of(view, begun.gather(1, since), "assistant") & (scored >= since) & ~ended
+    others = (begun > 0) & ~_of(view, begun, "assistant") & ~view.starts & ~end
+    if not view.turns.calls_end:
+        others &= ~_of(view, begun, "tool")
     for row, column in (open_[:, :-1] & others[:, 1:]).nonzero().tolist():
         if not _may_end(view, row, column):
             found[row, scored[row, column]] = True
@@ -170,8 +172,8 @@ def _may_end(view: View, row: int, column: int) -> bool:
     return False
 
 
-def _of_assistant(view: View, turn: Tensor) -> Tensor:
-    numbers = [n for n, (role, _) in enumerate(view.turns.headers, 1) if role == "assistant"]
+def _of(view: View, turn: Tensor, role: str) -> Tensor:
+    numbers = [n for n, (known, _) in enumerate(view.turns.headers, 1) if known == role]
     return torch.isin(turn, torch.tensor(numbers))
 
 
@@ -196,7 +198,7 @@ def special_scored(view: View) -> Tensor:
     found = view.scored & view.attended & torch.isin(view.labels, ids)
     turn = roles(view)
     if turn is not None and bool(found.any()):
-        assistant = _of_assistant(view, turn)
+        assistant = _of(view, turn, "assistant")
         header = torch.tensor([token for _, ids in view.turns.headers for token in ids])
         again = assistant & later(assistant & view.scored)  # it goes on with another message
         found &= ~(again & torch.isin(view.labels, header))

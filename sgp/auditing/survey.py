@@ -51,7 +51,7 @@ class Survey:
     Example:
         >>> survey = Survey("data.jsonl")
         >>> for line in (21, 22, 23):
-        ...     survey.add(Finding("nan", "error", "", "the loss is nan"), line)
+        ...     _ = survey.add(Finding("nan", "error", "", "the loss is nan"), line)
         >>> survey.where(survey.entries[0])
         'lines 21 to 23'
 

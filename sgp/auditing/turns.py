@@ -33,6 +33,7 @@ class Turns:
     headers: tuple[tuple[str, tuple[int, ...]], ...] = ()  # (role, the tokens its turn begins with)
     several_begins: bool = False  # a chat has more than one begin of text
     unlearned: frozenset[int] = frozenset()  # tokens that are no part of any answer
+    calls_end: bool = True  # a call of a tool has an end before the tool's turn
 
 
 _KNOWN: weakref.WeakKeyDictionary[Any, tuple[Any, Turns]] = weakref.WeakKeyDictionary()
@@ -42,8 +43,8 @@ def learn(tokenizer: Any) -> Turns:
     """Ask a tokenizer's chat template, once; nothing is known without one.
 
     Example:
-        >>> learn(None)
-        Turns(ends=frozenset(), headers=(), several_begins=False, unlearned=frozenset())
+        >>> learn(None) == Turns(ends=frozenset(), headers=(), unlearned=frozenset())
+        True
     """
     if tokenizer is None:
         return Turns()
@@ -112,6 +113,7 @@ def _of_template(ask: _Asked, turns: Turns) -> Turns:
         headers=headers,
         several_begins=begin is not None and whole.count(begin) > 1,
         unlearned=_unlearned(tokenizer, added, headers) - known,
+        calls_end=ask.calls_end(known),
     )
 
 
@@ -257,13 +259,10 @@ class _Asked:
         self, others: list[tuple[str, tuple[int, ...]]], ends: frozenset[int]
     ) -> list[tuple[str, tuple[int, ...]]]:
         """A tool's result, and the answer to it: not all templates begin that as another turn."""
-        result, answer = {"role": "tool", "name": "find", "content": WORDS[3]}, WORDS[2]
-        messages = [*_chat()[:1], _call(), result, {"role": "assistant", "content": answer}]
-        text = self.render(messages, tools=[_tool()])
-        if text is None or not 0 <= text.rfind(WORDS[4]) < text.find(WORDS[3]) < text.find(answer):
+        around = self.around_a_result()
+        if around is None:
             return []
-        to_result = self.from_end(text[text.rfind(WORDS[4]) : text.find(WORDS[3])], ends)
-        to_answer = self.from_end(text[text.find(WORDS[3]) : text.find(answer)], ends)
+        to_result, to_answer = (self.from_end(text, ends) for text in around)
         to_result = to_result.partition("find")[0]
         tool = self.starts(to_result)
         if tool == dict(others)["user"]:  # a user's turn with a mark of its own
@@ -274,6 +273,22 @@ class _Asked:
         begins = [ids for role, ids in others if role == "assistant"]
         known = any(back[: len(ids)] == ids for ids in begins)
         return [("tool", tool), *([] if known else [("assistant", back)])]
+
+    def calls_end(self, ends: frozenset[int]) -> bool:
+        """Whether an end stands between a call and its result, as far as there are any."""
+        around = self.around_a_result()
+        found = self.pattern.findall(around[0]) if around is not None else []
+        return around is None or any(self.added[name] in ends for name in found)
+
+    def around_a_result(self) -> tuple[str, str] | None:
+        """What is written between a call's arguments and its result, and on to the answer."""
+        result, answer = {"role": "tool", "name": "find", "content": WORDS[3]}, WORDS[2]
+        messages = [*_chat()[:1], _call(), result, {"role": "assistant", "content": answer}]
+        text = self.render(messages, tools=[_tool()])
+        if text is None or not 0 <= text.rfind(WORDS[4]) < text.find(WORDS[3]) < text.find(answer):
+            return None
+        at = text.find(WORDS[3])
+        return text[text.rfind(WORDS[4]) : at], text[at : text.find(answer)]
 
     def from_end(self, text: str, ends: frozenset[int]) -> str:
         """What follows the last end of a turn in a text, or the end, if that begins the next."""
