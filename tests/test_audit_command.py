@@ -8,15 +8,18 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import sgp
+from sgp.auditing import look
 from sgp.auditing.findings import Finding
 from sgp.auditing.survey import OF_FILES, Survey, shown
 from sgp.cli import main
-from sgp.commands.audit_rows import Sample, batch_of, batches
+from sgp.commands.audit_rows import FileRow, Maker, batch_of, batches, chunks
+from sgp.data.reading import Line
 from sgp.train.prepare import CHAT
 from tests.audited import make
 
@@ -255,9 +258,7 @@ def test_every_form_is_tokenized_as_the_collator_does(tmp_path, capsys, tokenize
         count = sum(x["role"] != "padding" for x in row)
         targets = [-100 if x["target_id"] is None else x["target_id"] for x in row]
         seen[line] = ([x["token_id"] for x in row][:count], targets[: count - 1])
-    masked = {list(FORMS).index("padded") + 1}
-    assert set(trained) - set(seen) == masked, "a batch has a mask in every row or in none"
-    assert seen == {line: row for line, row in trained.items() if line in seen}
+    assert seen == trained
     merged = findings(out)["prompt-merged"]
     assert merged["samples"][0]["line"] == list(FORMS).index("merged") + 1
 
@@ -320,6 +321,8 @@ def test_the_window_reaches_every_line(tmp_path, capsys, folder, small):
     assert "completion-cut: lines 2 to 3 (2 of 4): the window of 6 tokens cuts" in said
     assert "1 of 4 tokens with loss are beyond it: abc [ddd]" in said
     assert "no-targets: line 4:" in said
+    assert "completion-cut: line 4: the window of 6 tokens cuts the completion: nothing of" in said
+    assert "line 4: all 2 tokens with loss are beyond it: aaaaaa" in said
     assert "no-eos" not in said, "completion-cut says it"
     long = [{"input_ids": [5] * 40 + [6] * 40 + [2], "labels": [-100] * 40 + [6] * 40 + [2]}]
     data = write(tmp_path / "b.jsonl", *long, RIGHT)
@@ -346,6 +349,11 @@ def test_whether_an_end_was_cut_off_is_judged_by_the_whole_file(tmp_path, capsys
     fixed = tmp_path / "fixed"
     assert audited(capsys, data, "--tokenizer", folder, "--repair", fixed)[0] == 0
     assert audited(capsys, data, "--tokenizer", folder, "--error", "no-eos")[0] == 1
+    wide = [data, "--tokenizer", folder, "--max-length"]
+    code, said, _ = audited(capsys, *wide, "2048", "--repair", fixed)
+    assert code == 1
+    assert said.count("error: no-eos: line 1: ") == 2, "no window cut it, after the repair neither"
+    assert audited(capsys, *wide, "6")[0] == 0, "it fills the window"
 
 
 def test_text_without_an_end_was_not_cut_off(tmp_path, capsys, tokenizer):
@@ -384,6 +392,30 @@ def test_severities_and_what_is_ignored(tmp_path, capsys):
     assert (code, "2 lines of a.jsonl: no findings" in said) == (0, True)
 
 
+def test_modules_are_ignored_by_pattern(tmp_path, capsys, small, monkeypatch):
+    from sgp.commands import audit as command
+
+    load = command.load
+
+    def without_gradient(*words):
+        model, tokenizer = load(*words)
+        model.model.layers[0].mlp.forward = lambda x: x * 0
+        return model, tokenizer
+
+    monkeypatch.setattr(command, "load", without_gradient)
+    row = {"input_ids": [5, 6, 7, 8, 2], "labels": [-100, -100, 7, 8, 2]}
+    words = [write(tmp_path / "a.jsonl", row), "--model", small, "--error", "module-not-run"]
+    words += ["--error", "missing-gradient"]
+    code, said, _ = audited(capsys, *words)
+    assert (code, "layers.0.mlp" in said) == (1, True)
+    for pattern in ("*.layers.0.mlp.*", "model.layers.0.mlp"):
+        code, said, _ = audited(capsys, *words, "--ignore", pattern)
+        assert (code, "layers.0.mlp" in said) == (0, False), pattern
+    for pattern in ("*.nix.*", "mlp", "no-eoss"):
+        said = refused(capsys, *words, "--ignore", "no-eos", "--ignore", pattern)
+        assert f"--ignore {pattern}: no such finding, and no module of --model {small}" in said
+
+
 def test_repair_writes_what_is_mended_and_judges_what_is_left(tmp_path, capsys):
     guess = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, 17, 18, 19]}
     fixed, out = tmp_path / "fixed.jsonl", tmp_path / "out"
@@ -394,11 +426,20 @@ def test_repair_writes_what_is_mended_and_judges_what_is_left(tmp_path, capsys):
     assert "after the repair, by the lines of the file as it was: 50 lines of fixed.jsonl" in said
     assert [json.loads(x) for x in fixed.read_text().splitlines()] == [RIGHT] * 50
     content = json.loads((out / "audit.json").read_text())
-    assert content["repair"]["changes"] == {"labels-shifted-twice": 30}
+    repaired = content["repair"]
+    assert repaired["changes"] == {"labels-shifted-twice": 30}
+    assert repaired["labels"] == {"labels-shifted-twice": 90}
+    assert [x["line"] for x in repaired["samples"]] == [21, 22, 23]
+    assert repaired["samples"][0]["rules"] == ["labels-shifted-twice"]
+    assert "mended: labels-shifted-twice: 30 sequences, 90 labels: moved back" in said
     assert content["exit_code"] == 0
-    assert (
-        "after the repair: 50 lines of fixed.jsonl: no findings" in (out / "audit.html").read_text()
-    )
+    page = html.unescape((out / "audit.html").read_text())
+    assert "after the repair: 50 lines of fixed.jsonl: no findings" in page
+    for words in (
+        "mended: labels-shifted-twice: 30 sequences, 90 labels: moved back", "line 21, labels-sh",
+        f"before: {repaired['samples'][0]['before']}", f"after:  {repaired['samples'][0]['after']}",
+    ):  # fmt: skip
+        assert words in page, words
     code, said, _ = audited(capsys, fixed)
     assert (code, "50 lines of fixed.jsonl: no findings" in said) == (0, True)
     code, said, _ = audited(
@@ -419,6 +460,126 @@ def test_repair_says_which_lines_it_could_not_write(tmp_path, capsys):
     assert "unusable-line: line 2: not written: broken JSON" in after
     assert "error: outside-vocabulary: line 4: not written: " in after
     assert code == 1
+
+
+def test_an_end_that_comes_early_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    """Ctrl-C, a full disk, a model that fails: no half of a file, and nothing beside it."""
+    from sgp.auditing.repair import Repair
+    from sgp.commands import audit
+    from sgp.train.errors import UserError
+
+    data, fixed = write(tmp_path / "a.jsonl", *[TWICE] * 3), tmp_path / "fixed.jsonl"
+    fixed.write_text("before\n")
+    fixed.chmod(0o640)
+    command = ["audit", data, "--repair", str(fixed)]
+    for what, error, code in (
+        ((Repair, "json_lines"), KeyboardInterrupt(), 130),
+        ((Repair, "json_lines"), OSError(28, "No space left"), 2),
+        ((audit, "_closer_look"), KeyboardInterrupt(), 130),
+        ((audit, "_closer_look"), UserError("a model that fails"), 2),
+        ((Path, "replace"), OSError(28, "No space left"), 2),
+    ):
+
+        def fails(*_, error=error):
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(*what, fails)
+            assert main(command) == code
+        assert sorted(x.name for x in tmp_path.iterdir()) == ["a.jsonl", "fixed.jsonl"]
+        assert fixed.read_text() == "before\n"
+    link = tmp_path / "link"
+    link.symlink_to(fixed)
+    assert main([*command[:-1], str(link)]) == 0
+    assert link.is_symlink()
+    assert [json.loads(x) for x in fixed.read_text().splitlines()] == [RIGHT] * 3
+    assert fixed.stat().st_mode & 0o777 == 0o640
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["a.jsonl", "fixed.jsonl", "link"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sgp", *command[:-1], "/dev/stderr"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert [json.loads(x) for x in done.stderr.splitlines()] == [RIGHT] * 3
+
+
+def test_padding_that_no_mask_says(tmp_path, capsys, folder, tokenizer):
+    """Is found as in a batch without a mask, and not written by the repair."""
+    ids = [5, 6, 7, 2]
+    ended = {"input_ids": ids, "labels": [-100, -100, 7, 2]}
+    padded = [
+        {"input_ids": ids + [0] * 4, "labels": [-100, -100, 7, 2] + [label] * 4}
+        for label in (0, -100)
+    ]
+    positions = {"position_ids": [*range(8)]}
+    data, fixed, out = tmp_path / "a.jsonl", tmp_path / "fixed.jsonl", tmp_path / "out"
+    for more in ({}, positions, {"attention_mask": [1] * 4 + [0] * 4}):
+        rows = [row | more for row in padded]
+        batch = {k: torch.tensor([row[k] for row in rows]) for k in rows[0]}
+        expected = look(batch, tokenizer=tokenizer)
+        assert ("padding-scored", 0) in [(x.code, x.row) for x in expected]
+        where = {x.code: x.where.removeprefix("row 0, ") for x in expected}
+        write(data, *rows)
+        words = [
+            "--tokenizer",
+            folder,
+            "--out",
+            out,
+            "--repair",
+            fixed,
+            "--error",
+            "padding-scored",
+        ]
+        code, said, _ = audited(capsys, data, *words)
+        assert code == 0, "after the repair"
+        found = findings(out)
+        assert {k: x["samples"][0]["where"] for k, x in found.items()} == where
+        assert found["padding-scored"]["where"] == "line 1"
+        assert [json.loads(x) for x in fixed.read_text().splitlines()] == [ended] * 2
+        assert "mended: padding-scored: 1 sequence, 4 labels" in said
+
+
+def test_padding_by_the_end_of_text(tmp_path, capsys, tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.pad_token = other.eos_token
+    other.save_pretrained(tmp_path / "ends")
+    ids = [5, 6, 7, 2, 2, 2]
+    rows = [{"input_ids": ids, "labels": [-100, -100, 7, 2, -100, -100]}]
+    rows += [{"input_ids": [5, 6, 7, 2], "labels": [-100, -100, 7, 2]}]
+    rows += [{"input_ids": ids, "labels": [-100, -100, 7, 2, 2, 2], "attention_mask": [1] * 6}]
+    data, fixed = write(tmp_path / "a.jsonl", *rows), tmp_path / "fixed"
+    _, said, _ = audited(capsys, data, "--tokenizer", tmp_path / "ends", "--repair", fixed)
+    assert "padding-scored" not in said, "where the mask says that they are tokens"
+    written = [json.loads(x)["input_ids"] for x in fixed.read_text().splitlines()]
+    assert written == [[5, 6, 7, 2], [5, 6, 7, 2], ids]
+
+
+def test_findings_come_first_whatever_the_columns(tmp_path, capsys):
+    """A mask of ones says nothing that other rows do not say."""
+    empty = RIGHT | {"labels": [-100] * 5}
+    masks = ([1] * 5, [True] * 5, [1, 1, 1, 0, 0])
+    lines = [TWICE, *(empty | {"attention_mask": mask} for mask in masks)]
+    out = tmp_path / "out"
+    audited(capsys, write(tmp_path / "a.jsonl", *lines), "--out", out)
+    content = json.loads((out / "audit.json").read_text())
+    assert content["lines"] == [1, 2, 3, 4]
+    roles = [x["role"] for x in content["report"]["tokens"][3]]
+    assert roles[3:] == ["padding"] * 2
+    kept = [
+        RIGHT | {"attention_mask": [0, 0, 1, 1, 1]},
+        RIGHT | {"attention_mask": [1, 1, 2, 2, 2]},
+    ]
+    audited(capsys, write(tmp_path / "a.jsonl", *kept), "--out", out)
+    tokens = json.loads((out / "audit.json").read_text())["report"]["tokens"]
+    assert [x["role"] for x in tokens[0]][:2] == ["padding"] * 2
+    assert tokens[1][1]["target_id"] == 7, "crosses a seam"
+
+
+def test_brackets_are_explained_where_there_are_any(tmp_path, capsys):
+    line = RIGHT | {"input_ids": [5, 1 << 40, 7, 8, 9]}
+    said = audited(capsys, write(tmp_path / "a.jsonl", RIGHT, line))[1]
+    assert "input_ids[1] is 1099511627776" in said
+    assert "[ ]: carries loss" not in said
+    assert "[ ]: carries loss" in audited(capsys, write(tmp_path / "a.jsonl", line, TWICE))[1]
 
 
 def test_contexts_longer_than_the_backward_pass_looks_at(tmp_path, capsys):
@@ -464,6 +625,7 @@ def test_the_model_answers(tmp_path, capsys, small):
 def test_what_it_refuses_is_one_line_and_code_2(tmp_path, capsys):
     data = write(tmp_path / "a.jsonl", RIGHT)
     empty, useless = write(tmp_path / "empty"), write(tmp_path / "b", b"nonsense", b"nonsense")
+    nothing = write(tmp_path / "nothing", *[RIGHT | {"labels": [-100] * 5}] * 2)
     file = tmp_path / "a.jsonl"
     for words, message in (
         ([empty], "empty: the file has no samples; expected a line like"),
@@ -477,13 +639,15 @@ def test_what_it_refuses_is_one_line_and_code_2(tmp_path, capsys):
         ([data, "--tokenizer", tmp_path / "nope"], "--tokenizer "),
         ([data, "--out", file], "is a file, not a folder"),
         ([data, "--out", "x" * 300], "File name too long"),
+        ([data, "--out", "/proc/x/y"], "--out /proc/x/y: cannot write "),
+        ([nothing, "--ignore", "no-targets"], "nothing: no line carries loss"),
         ([data, "--repair", file], "a.jsonl: is the file that is read; name another"),
         ([data, "--repair", tmp_path], "is a folder; name a file"),
         ([data, "--repair", tmp_path / "no" / "x"], f"no folder {tmp_path / 'no'}"),
         ([data, "--repair", tmp_path / ("x" * 300)], "File name too long"),
     ):
         assert message in refused(capsys, *words), words
-    assert sorted(x.name for x in tmp_path.iterdir()) == ["a.jsonl", "b", "empty"]
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["a.jsonl", "b", "empty", "nothing"]
 
 
 @pytest.mark.parametrize(
@@ -514,17 +678,18 @@ def test_a_foreign_model_that_fails_is_one_line(tmp_path, capsys, small, monkeyp
     assert err.splitlines()[-1].startswith("sgp audit: --model ")
 
 
-@pytest.mark.parametrize(("row", "code"), [(RIGHT, 0), (TWICE, 1)])
-def test_a_reader_that_leaves_changes_nothing(row, code, tmp_path):
+@pytest.mark.parametrize("row", [RIGHT, TWICE])
+def test_a_reader_that_leaves_changes_nothing(row, tmp_path):
     """As `sgp audit ... | head` does."""
     data, fixed = write(tmp_path / "a.jsonl", *[row] * 9), tmp_path / "fixed"
     read, gone = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "sgp", "audit", data, "--rows", "9"]
+    command += ["--repair", str(fixed)]
     done = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, text=True, check=False)
     os.close(gone)
-    assert (done.returncode, done.stderr) == (code, ""), done.stderr
-    assert not fixed.exists()
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert [json.loads(x) for x in fixed.read_text().splitlines()] == [RIGHT] * 9
 
 
 def test_a_terminal_of_few_letters(tmp_path, folder):
@@ -555,34 +720,58 @@ def test_batches_hold_every_sample_once_and_no_more_than_fits(monkeypatch):
     monkeypatch.setattr(audit_rows, "ROWS", 4)
     monkeypatch.setattr(audit_rows, "TOKENS", 24)
 
-    def sample(line):
+    def row(line):
         ids = [5] * (1 + line * 7 % 11)
         more = {"seq_idx": ids} if line % 3 == 0 else {}
         columns = {"input_ids": ids, "labels": ids} | more
-        return Sample(line, columns, columns)
+        return FileRow(line, columns, columns)
 
-    samples = [sample(line) for line in range(50)]
-    for ordered in (False, True):
-        found = list(batches(samples, ordered=ordered))
+    rows = [row(line) for line in range(50)]
+    for whole in (False, True):
+        found = list(batches(rows, whole=whole))
         lines = [x.line for group in found for x in group]
         assert sorted(lines) == list(range(50))
-        assert not ordered or lines == sorted(lines)
+        assert not whole or lines == sorted(lines)
         for group in found:
             assert len({tuple(x.columns) for x in group}) == 1
             longest = max(len(x.columns["labels"]) for x in group)
             assert len(group) <= 4
             assert len(group) * longest <= 24
-    long = Sample(0, {"input_ids": [5] * 99, "labels": [5] * 99}, {})
+    long = FileRow(0, {"input_ids": [5] * 99, "labels": [5] * 99}, {})
     assert list(batches([long])) == [[long]]
+    short = {"input_ids": [5], "labels": [5]}
+    cut = [FileRow(line, short, {"input_ids": [5] * 20, "labels": [5] * 20}) for line in (1, 2)]
+    assert list(batches(cut)) == [cut]
+    assert list(batches(cut, whole=True)) == [cut[:1], cut[1:]], "what a window leaves out counts"
+
+
+def test_long_rows_are_read_a_few_at_a_time(monkeypatch):
+    from sgp.commands import audit_rows
+
+    monkeypatch.setattr(audit_rows, "CHUNK_TOKENS", 100)
+    maker = Maker(None, None, "model", None)
+
+    def counts(*lengths):
+        lines = [Line(n, {"input_ids": [5] * x, "labels": [5] * x}) for n, x in enumerate(lengths)]
+        return [len(rows) for rows in chunks(lines, maker, Survey("a"))]
+
+    assert counts(*[1] * 1500) == [100] * 15
+    assert counts(60, 60, 60, 200, 10) == [2, 2, 1]
+    monkeypatch.setattr(audit_rows, "CHUNK_TOKENS", 1 << 20)
+    assert counts(*[1] * 1500) == [1024, 476]
+    lines = [Line(n, {"text": "a" * (4 << 20)}, "no tokenizer") for n in range(3)]
+    assert list(chunks(lines, maker, Survey("a"))) == [[], [], []]
 
 
 def test_a_batch_is_padded_and_cut():
     rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
-    batch = batch_of(rows, most=2)
+    rows = [FileRow(n, row, row).beginning(2) for n, row in enumerate(rows)]
+    batch = batch_of([row.columns for row in rows])
     assert batch["input_ids"].tolist() == [[5, 6], [8, 0]]
     assert batch["labels"].tolist() == [[-100, 6], [8, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
     assert batch["lengths"].tolist() == [2, 1]
+    assert batch_of([rows[0].columns], attended=[1])["attention_mask"].tolist() == [[1, 0]]
     assert all(x.dtype == torch.int64 for x in batch.values())
 
 

@@ -587,8 +587,18 @@ def test_output_folder_is_checked_before_the_work(options, tmp_path, monkeypatch
     file.write_text("")
     assert f"--out {file}: {file} is a file" in refused(options, out=file)
     assert f"--out {file / 'x'}: {file} is a file" in refused(options, out=file / "x")
-    monkeypatch.setattr("os.access", lambda *_: False)
-    assert "no permission to write" in refused(options, out=tmp_path / "new" / "deep")
+    new = tmp_path / "new" / "deep"
+    with pytest.raises(TypeError):
+        run(Options(**vars(options) | {"out": new}))
+    assert not (tmp_path / "new").exists(), "nothing is left of the trial"
+
+    def refuses(*_, **__):
+        raise PermissionError(13, "Permission denied", str(new))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuses)
+    message = f"--out {new}: cannot write {new}: Permission denied"
+    assert message in refused(options, out=new)
+    assert not (tmp_path / "new").exists()
 
 
 def test_missing_packages_are_named(options, monkeypatch):

@@ -191,6 +191,20 @@ def test_skips_are_counted_by_reason_and_the_first_lines_named():
         "4 lines skipped: broken JSON (lines 2, 7, 8, ...)",
         "1 line skipped: empty completion (line 4)",
     ]
+    assert describe_skips([Skip(2, "no tokens", "row")]) == ["1 row skipped: no tokens (row 2)"]
+
+
+def test_rows_of_parquet_are_called_rows(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    path = tmp_path / "rows"
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}]
+    datasets.Dataset.from_list(rows).to_parquet(path)
+    skips = read_jsonl(path)[1]
+    assert describe_skips(skips) == ["1 row skipped: empty completion (row 2)"]
+    datasets.Dataset.from_list(rows[1:]).to_parquet(path)
+    with pytest.raises(UserError, match="no usable row; 1 row skipped: empty completion"):
+        read_jsonl(path)
 
 
 # -- chats ------------------------------------------------------------------------------------

@@ -99,12 +99,12 @@ def grouped(findings: Iterable[Finding]) -> list[Group]:
     ]
 
 
-def ranges(numbers: Iterable[int]) -> str:
-    """Numbers as ranges, the first few of them.
+def runs(numbers: Iterable[int]) -> list[list[int]]:
+    """The first and the last number of each run.
 
     Example:
-        >>> ranges([0, 2, 5, 6, 7, 8, 9])
-        '0, 2, 5 to 9'
+        >>> runs([0, 2, 5, 6, 7, 8, 9])
+        [[0, 0], [2, 2], [5, 9]]
     """
     found: list[list[int]] = []
     for number in sorted(set(numbers)):
@@ -112,6 +112,17 @@ def ranges(numbers: Iterable[int]) -> str:
             found[-1][1] = number
         else:
             found.append([number, number])
+    return found
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Numbers as ranges, the first few of them.
+
+    Example:
+        >>> ranges([0, 2, 5, 6, 7, 8, 9])
+        '0, 2, 5 to 9'
+    """
+    found = runs(numbers)
     shown = [f"{a} to {b}" if a < b else str(a) for a, b in found[:SHOWN]]
     return ", ".join(shown + ["..."] * (len(found) > SHOWN))
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sgp.auditing.colors import dark_text, step, steps, visible
-from sgp.auditing.findings import LEVELS, grouped
+from sgp.auditing.findings import grouped
 from sgp.auditing.outcome import ROLES, Outcome, Token
-from sgp.auditing.survey import Survey
+from sgp.auditing.survey import Survey, verdict
 
 SEVERITIES = {"error": "#c0392b", "warning": "#b9770e", "note": "#2471a3"}
 PADDING = 3  # padding tokens in a row that are shown; more are counted
@@ -30,6 +30,8 @@ ul.findings li { border-left: 4px solid var(--c); padding: .2rem .7rem; margin: 
   background: #f6f8fa; overflow-wrap: anywhere; }
 .findings b { color: var(--c); } .where { color: #57606a; }
 .findings code { display: block; font-size: 13px; white-space: pre-wrap; color: #57606a; }
+.mended { border-left: 4px solid #1a7f37; padding: .2rem .7rem; background: #f6f8fa;
+  font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
 .none { border-left: 4px solid #1a7f37; padding: .2rem .7rem; background: #f6f8fa; }
 .bar { position: sticky; top: 0; z-index: 1; background: #fff; padding: .4rem 0;
   border-bottom: 1px solid #d0d7de; font-size: 13px; }
@@ -84,6 +86,7 @@ def to_html(
     survey: Survey | None = None,
     labels: Sequence[str] = (),
     after: Survey | None = None,
+    mended: Sequence[str] = (),
 ) -> Path:
     """Write the report as one self-contained page.
 
@@ -98,6 +101,7 @@ def to_html(
         survey: of the file that the rows are from: its findings stand in place of the batch's.
         labels: what the rows are called ("line 21").
         after: of the file that was repaired, where one was written.
+        mended: what was changed in it, line by line.
 
     Returns:
         The path.
@@ -106,7 +110,7 @@ def to_html(
     names = [report.name_of(n, labels) for n in range(len(report.tokens))]
     rows = "".join(_row(report, n, name, scale) for n, name in enumerate(names))
     where = f"{survey.name}, {report.model_name}" if survey is not None else report.model_name
-    verdict = survey.summary() if survey is not None else _verdict(report)
+    summary = survey.summary() if survey is not None else verdict(report.findings)
     title = f"Audit: {where}"
     found = Path(path)
     found.write_text(
@@ -114,9 +118,9 @@ def to_html(
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{_text(title)}</title><style>{STYLE}{_colors()}</style></head><body>"
         f"<h1>Where the gradient went: {_text(where)}</h1>"
-        f"<p class='sub'>{_text(verdict)}</p>"
+        f"<p class='sub'>{_text(summary)}</p>"
         f"{_of_file(survey) if survey is not None else _of_batch(report, labels)}"
-        f"{_repaired(after) if after is not None else ''}"
+        f"{_repaired(after, mended) if after is not None else ''}"
         f"<p class='sub'>loss {report.loss:.4f} nats{_parts(report)}</p>{_answers(report, labels)}"
         "<input class='by' type='radio' name='by' id='by-role' checked>"
         "<input class='by' type='radio' name='by' id='by-loss'>"
@@ -141,11 +145,6 @@ def said(answer: Any, name: str) -> str:
 # -- findings --------------------------------------------------------------------------------------
 
 
-def _verdict(report: Outcome) -> str:
-    counts = {level: sum(f.severity == level for f in report.findings) for level in LEVELS}
-    return ", ".join(f"{n} {s}{'s' * (n != 1)}" for s, n in counts.items() if n) or "no findings"
-
-
 def _of_file(survey: Survey) -> str:
     """Every finding with its lines; brackets stand around what carries loss."""
 
@@ -163,9 +162,10 @@ def _of_file(survey: Survey) -> str:
     )
 
 
-def _repaired(after: Survey) -> str:
-    verdict = f"<p class='sub'>after the repair: {_text(after.summary())}</p>"
-    return verdict + (_of_file(after) if after.entries else "")
+def _repaired(after: Survey, mended: Sequence[str]) -> str:
+    done = f"<pre class='mended'>{_text(chr(10).join(mended))}</pre>" if mended else ""
+    summary = f"<p class='sub'>after the repair: {_text(after.summary())}</p>"
+    return done + summary + (_of_file(after) if after.entries else "")
 
 
 def _of_batch(report: Outcome, labels: Sequence[str]) -> str:

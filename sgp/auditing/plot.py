@@ -57,7 +57,7 @@ def plot(report: Outcome, path: str | Path, *, row: int = 0, label: str = "") ->
             strip.text(
                 token.position,
                 0.5,
-                visible(token.text.strip(" ") or token.text)[:10],
+                visible(token.text.strip(" ") or token.text)[:8],
                 rotation=90,
                 ha="center",
                 va="center",

@@ -43,7 +43,7 @@ class Left(NamedTuple):
     code: str
 
 
-class Sample(NamedTuple):
+class Changed(NamedTuple):
     """A row before and after; what carries loss stands in brackets."""
 
     row: int  # of the batch
@@ -62,7 +62,7 @@ class Repair:
     changes: Counter[str] = field(default_factory=Counter)  # rule: sequences
     labels: Counter[str] = field(default_factory=Counter)  # rule: labels that it changed
     left: list[Left] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[Changed] = field(default_factory=list)
     cut: int = 0  # packed rows that were taken apart
     num_rows: int = 0  # of the batch
 
@@ -77,17 +77,28 @@ class Repair:
         """
         whole = Repair()
         for part in repairs:
-            before = whole.num_rows
-            whole.rows += part.rows
-            whole.sources += [before + row for row in part.sources]
-            whole.changes.update(part.changes)
-            whole.labels.update(part.labels)
-            whole.left += [Left(before + row, code) for row, code in part.left]
-            room = SAMPLES - len(whole.samples)
-            whole.samples += [s._replace(row=before + s.row) for s in part.samples[:room]]
-            whole.cut += part.cut
-            whole.num_rows += part.num_rows
+            whole.add(part)
         return whole
+
+    def add(self, part: Repair) -> None:
+        """Take in the repair of the batch that comes next.
+
+        Example:
+            >>> whole = Repair(num_rows=2)
+            >>> whole.add(Repair(left=[Left(0, "no-targets")], num_rows=1))
+            >>> whole.left
+            [Left(row=2, code='no-targets')]
+        """
+        before = self.num_rows
+        self.rows += part.rows
+        self.sources += [before + row for row in part.sources]
+        self.changes.update(part.changes)
+        self.labels.update(part.labels)
+        self.left += [Left(before + row, code) for row, code in part.left]
+        room = SAMPLES - len(self.samples)
+        self.samples += [s._replace(row=before + s.row) for s in part.samples[:room]]
+        self.cut += part.cut
+        self.num_rows += part.num_rows
 
     def write(self, path: str | Path) -> Path:
         """Write the rows as JSON lines, which `sgp audit` and any trainer read.
@@ -100,27 +111,40 @@ class Repair:
         """
         path = Path(path)
         with path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in self.rows)
+            file.writelines(self.json_lines())
         return path
 
-    def print(self, console: Console | None = None, *, lines: Sequence[int] | None = None) -> None:
+    def json_lines(self) -> Iterator[str]:
+        """The rows as they are written."""
+        return (json.dumps(row) + "\n" for row in self.rows)
+
+    def print(
+        self,
+        console: Console | None = None,
+        *,
+        lines: Sequence[int] | None = None,
+        unit: str = "line",
+    ) -> None:
         """Every change by rule and count, what was left out, and three rows before and after.
 
         Args:
             console: of rich; None: the terminal.
             lines: of a file, the line of each row of the batch, which is then named instead.
+            unit: what these are called.
         """
         from rich.console import Console  # noqa: PLC0415
         from rich.text import Text  # noqa: PLC0415
 
         console = console or Console()
-        for line in self._lines(lines):
+        for line in self.said(lines, unit):
             console.print(Text(line), soft_wrap=True)
 
-    def _lines(self, lines: Sequence[int] | None) -> Iterator[str]:
+    def said(self, lines: Sequence[int] | None = None, unit: str = "line") -> Iterator[str]:
+        """What `print` prints, line by line."""
+
         def place(rows: Iterable[int]) -> str:
             found = sorted({row if lines is None else lines[row] for row in rows})
-            name = "row" if lines is None else "line"
+            name = "row" if lines is None else unit
             return f"{name}{'s' * (len(found) != 1)} {ranges(found)}"
 
         for rule, what in DONE.items():
@@ -346,7 +370,7 @@ def _written(parts: _Parts, whole: View, guess: Tensor, changed: dict[str, Tenso
         }
         at = _first_change(old, found.rows[n])
         before, after = (_text(whole.tokenizer, row, at) for row in (old, found.rows[n]))
-        found.samples.append(Sample(found.sources[n], rules, before, after))
+        found.samples.append(Changed(found.sources[n], rules, before, after))
     return found
 
 

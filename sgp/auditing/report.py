@@ -15,7 +15,7 @@ from sgp.auditing.outcome import ROLES, Outcome, Token
 from sgp.auditing.page import said, to_html
 from sgp.auditing.plot import plot
 from sgp.auditing.repair import Repair, repair
-from sgp.auditing.survey import Survey
+from sgp.auditing.survey import STYLES, Survey
 
 if TYPE_CHECKING:  # rich is imported where it prints
     from rich.console import Console
@@ -66,11 +66,10 @@ class AuditReport(Outcome):
             )
         for answer in self.answers:
             console.print(Text(said(answer, self.name_of(answer.row, labels))), soft_wrap=True)
-        styles = {"error": "bold red", "warning": "yellow", "note": "cyan"}
         if not findings:
             return
         for group in grouped(self.findings):
-            console.print(Text(str(group), style=styles[group.severity]), soft_wrap=True)
+            console.print(Text(str(group), style=STYLES[group.severity]), soft_wrap=True)
         if not self.findings:
             console.print(Text("no findings", style="green"))
 
@@ -115,9 +114,18 @@ class AuditReport(Outcome):
         survey: Survey | None = None,
         labels: Sequence[str] = (),
         after: Survey | None = None,
+        mended: Sequence[str] = (),
     ) -> Path:
-        """Write one self-contained page; `survey` has the findings of a whole file."""
-        return to_html(self, path, survey=survey, labels=labels, after=after)
+        """Write one self-contained page.
+
+        Args:
+            path: of the page.
+            survey: the findings of a whole file, in place of the batch's.
+            labels: what the rows are called ("line 21").
+            after: the findings of the file that was repaired.
+            mended: what was changed in it, line by line.
+        """
+        return to_html(self, path, survey=survey, labels=labels, after=after, mended=mended)
 
     def repair(self) -> Repair:
         """What can be mended in the batch's labels without a guess."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sgp.auditing.colors import visible
-from sgp.auditing.findings import LEVELS, SEVERITY, Finding, ranges
+from sgp.auditing.findings import LEVELS, SEVERITY, Finding, ranges, runs
 from sgp.labels import IGNORE
 
 if TYPE_CHECKING:  # rich is imported where it prints
@@ -19,7 +19,9 @@ OF_FILES = {  # what is found where lines are read, beside what a batch can have
     "completion-cut": "warning",
     "prompt-merged": "warning",
 }
-SAMPLES = 3  # of a finding
+PLAIN = ("outside-vocabulary", "unusable-line", "prompt-merged")
+"""Whose samples are no tokens of a row, with brackets around what carries loss."""
+TOLD = 3  # samples of a finding
 AROUND = 6  # tokens on either side of what a sample shows
 STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 
@@ -101,7 +103,7 @@ class Survey:
             self._entries[name] = entry
         if not entry.lines or entry.lines[-1] != line:
             entry.lines.append(line)
-        if len(entry.samples) < SAMPLES:
+        if len(entry.samples) < TOLD:
             where = finding.where.partition(", ")[2] if finding.row is not None else finding.where
             entry.samples.append(Sample(line, where, text()))
         return entry
@@ -111,7 +113,7 @@ class Survey:
         self.add(Finding(code, OF_FILES[code], "", message), line, text)
 
     def soften(self, code: str, lines: Collection[int], severity: str, message: str) -> None:
-        """Tell a finding of these lines in another way, unless its severity was asked for."""
+        """Give a finding of these lines another severity and message, unless one was asked for."""
         if code in self.severity:
             return
         for entry in [entry for entry in self.entries if entry.code == code]:
@@ -152,9 +154,7 @@ class Survey:
 
     def verdict(self) -> str:
         """'2 errors, 1 warning' or 'no findings'."""
-        counts = {level: sum(e.severity == level for e in self.entries) for level in LEVELS}
-        words = [f"{n} {level}{'s' * (n != 1)}" for level, n in counts.items() if n]
-        return ", ".join(words) or "no findings"
+        return verdict(self.entries)
 
     def summary(self) -> str:
         """'50 lines of data.jsonl: 1 error'."""
@@ -178,7 +178,7 @@ class Survey:
                     "message": entry.message,
                     "count": len(set(entry.lines)),
                     "where": self.where(entry),
-                    "ranges": _runs(entry.lines),
+                    "ranges": runs(entry.lines),
                     "backward": entry.backward,
                     "samples": [sample._asdict() for sample in entry.samples],
                 }
@@ -199,9 +199,22 @@ class Survey:
                 number, where, text = entry.samples[0]
                 place = f"{self.unit} {number}" + (f", {where}" if where else "")
                 console.print(Text(f"    {place}: {text}", style="dim"), soft_wrap=True)
-                bracketed = bracketed or "[" in text
+                bracketed |= entry.code not in PLAIN and "[" in text
         if bracketed:
             console.print(Text("    [ ]: carries loss", style="dim"))
+
+
+def verdict(found: Iterable[Any]) -> str:
+    """How many errors, warnings and notes there are among what has a severity.
+
+    Example:
+        >>> verdict([Finding("nan", "error", "", "the loss is nan")])
+        '1 error'
+    """
+    severities = [x.severity for x in found]
+    counts = {level: severities.count(level) for level in LEVELS}
+    words = [f"{n} {level}{'s' * (n != 1)}" for level, n in counts.items() if n]
+    return ", ".join(words) or "no findings"
 
 
 def known_codes() -> list[str]:
@@ -230,13 +243,3 @@ def shown(
             start = t + 1
     words = ["..."] * (first > 0) + pieces + ["..."] * (end < len(ids))
     return visible(" ".join(words))
-
-
-def _runs(lines: Iterable[int]) -> list[list[int]]:
-    found: list[list[int]] = []
-    for number in sorted(set(lines)):
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    return found

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +16,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from sgp.auditing import audit, ends_of, vocabulary_of
-from sgp.auditing.findings import LEVELS, OF_THE_GRADIENT, SEVERITY
+from sgp.auditing.findings import LEVELS, OF_THE_GRADIENT, SEVERITY, Finding, check_ignored
 from sgp.auditing.report import AuditReport
 from sgp.auditing.survey import OF_FILES, Survey, known_codes
 from sgp.auditing.turns import learn
 from sgp.commands.audit_repair import Mended, check_file
 from sgp.commands.audit_rows import (
+    FileRow,
     Maker,
-    Sample,
     alike_seams,
     batch_of,
     batches,
@@ -67,21 +66,22 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.repair:
         check_file(arguments.repair, arguments.data)
     job = _job(arguments)
-    mended = None
-    try:
-        # of small tensors: more threads would wait for each other
-        with at_most(1), _bar(errors, job.reading) as advance:
-            mended = _survey(job, advance, repair=arguments.repair)
-        report = _closer_look(job)
-        _print(job, report, console)
-        if mended:
-            mended.print(console)
-    except UnreadableError as error:
-        raise UserError(str(error)) from error
-    except KeyboardInterrupt:
-        raise Interrupted("before it wrote anything") from None
-    if arguments.out or mended:
-        _write(job, report, mended, console)
+    mended = Mended(job.maker, job.survey, arguments.repair) if arguments.repair else None
+    with mended or nullcontext():
+        try:
+            # one thread: the tensors are small
+            with at_most(1), _bar(errors, job.reading) as advance:
+                _survey(job, advance, mended)
+            report = _closer_look(job)
+            _print(job, report, console)
+            if mended:
+                mended.print(console)
+        except UnreadableError as error:
+            raise UserError(str(error)) from error
+        except KeyboardInterrupt:
+            raise Interrupted("before it wrote anything") from None
+        if arguments.out or mended:
+            _write(job, report, mended, console)
     return 1 if (mended.after if mended else job.survey).failed else 0
 
 
@@ -95,10 +95,10 @@ class _Job:
     maker: Maker
     model: Any  # None until the tiny Llama is made
     ignored: list[str]  # of --ignore, what a batch can have, and patterns of modules
-    marked: dict[int, Sample] = field(default_factory=dict)  # with findings, by their line
-    clean: list[Sample] = field(default_factory=list)
-    rows: list[Sample] = field(default_factory=list)  # of the backward pass
-    earliest: tuple[int, Sample] | None = None  # the first token with loss, and its row
+    marked: dict[int, FileRow] = field(default_factory=dict)  # with findings, by their line
+    clean: list[FileRow] = field(default_factory=list)
+    rows: list[FileRow] = field(default_factory=list)  # of the backward pass
+    earliest: tuple[int, FileRow] | None = None  # the first token with loss, and its row
     reach: int = 0  # tokens that it takes to see loss, where no row has any within LONGEST
 
     @property
@@ -108,25 +108,35 @@ class _Job:
         most: int = self.arguments.max_length or (min(LONGEST, window) if window else LONGEST)
         return max(most, self.reach)
 
-    def keep(self, marked: dict[int, Sample], clean: list[Sample]) -> None:
-        """Rows for the backward pass: with findings, and without."""
-        rows = self.arguments.rows
-        if len(self.marked) < CANDIDATES * rows:
-            self.marked |= marked
-        self.clean += islice(filter(self.reaches_loss, clean), rows - len(self.clean))
+    def keep(self, marked: dict[int, FileRow], clean: list[FileRow]) -> None:
+        """Rows for the backward pass, as far as it looks at them: with findings, and without."""
+        count, most = self.arguments.rows, self.most
+        if len(self.marked) < CANDIDATES * count:
+            seen = {line: row.beginning(most) for line, row in marked.items() if self._usable(row)}
+            self.marked |= seen
+        more = islice(filter(self._reaches_loss, clean), count - len(self.clean))
+        self.clean += [row.beginning(most) for row in more]
         if not self.clean:
             self._note_earliest((*marked.values(), *clean))
 
-    def _note_earliest(self, samples: Iterable[Sample]) -> None:
-        for sample in samples:
-            labels = sample.columns["labels"]
-            first = next((t for t in range(1, len(labels)) if labels[t] != IGNORE), None)
+    def _note_earliest(self, rows: Iterable[FileRow]) -> None:
+        for row in rows:
+            first = first_with_loss(row.columns["labels"])
             if first is not None and (self.earliest is None or first < self.earliest[0]):
-                self.earliest = first, sample
+                self.earliest = first, row.beginning(first + BEYOND)
 
-    def reaches_loss(self, sample: Sample) -> bool:
+    def _reaches_loss(self, row: FileRow) -> bool:
         """Whether the backward pass would see loss in a row."""
-        return any(x != IGNORE for x in sample.columns["labels"][1 : self.most])
+        return first_with_loss(row.columns["labels"][: self.most]) is not None
+
+    def _usable(self, row: FileRow) -> bool:
+        """Whether it would see what a row has: loss, or that there is none."""
+        return self._reaches_loss(row) or first_with_loss(row.columns["labels"]) is None
+
+
+def first_with_loss(labels: list[int]) -> int | None:
+    """Where the first token with loss is that can be predicted."""
+    return next((t for t in range(1, len(labels)) if labels[t] != IGNORE), None)
 
 
 def _job(arguments: argparse.Namespace) -> _Job:
@@ -150,6 +160,8 @@ def _job(arguments: argparse.Namespace) -> _Job:
     vocabulary, owner = (vocabulary_of(model), "model") if model is not None else (None, "model")
     if vocabulary is None and tokenizer is not None:
         vocabulary, owner = len(tokenizer), "tokenizer"
+    for word in patterns:
+        _check_pattern(word, model, arguments.model)
     if tokenizer is not None:
         tokenizer.model_max_length = int(1e30)  # what is too long is told by this command itself
     reading = Reading(arguments.data)
@@ -169,6 +181,16 @@ def _job(arguments: argparse.Namespace) -> _Job:
         model,
         [word for word in words if word not in OF_FILES],
     )
+
+
+def _check_pattern(word: str, model: Any, path: str) -> None:
+    try:
+        check_ignored([word], [name for name, _ in model.named_parameters()])
+    except ValueError as error:
+        raise UserError(
+            f"--ignore {word}: no such finding, and no module of --model {path}; the findings are "
+            f"{', '.join(known_codes())}"
+        ) from error
 
 
 def _severities(arguments: argparse.Namespace) -> dict[str, str]:
@@ -198,39 +220,60 @@ def _window(arguments: argparse.Namespace, model: Any) -> int | None:
 # -- every line ------------------------------------------------------------------------------------
 
 
-def _survey(job: _Job, advance: Callable[[], None], *, repair: Path | None) -> Mended | None:
+def _survey(job: _Job, advance: Callable[[], None], mended: Mended | None) -> None:
     """Look at the labels of every line; the rows with findings are kept for a closer look."""
-    survey, maker, most = job.survey, job.maker, job.arguments.rows
-    mended = Mended(maker, survey, repair) if repair else None
-    unended, longest = [], 0  # (length, line) of tokens whose last has loss and is no end
-    for samples in chunks(job.reading, maker, survey):
-        longest = max([longest, *(size(x) for x in samples if x.given)])
+    survey, longest = job.survey, _Longest()
+    for rows in chunks(job.reading, job.maker, survey):
+        longest.see(rows)
         survey.unit = job.reading.unit
-        found = [pair for group in batches(samples) for pair in maker.look(group)]
-        found.sort(key=lambda pair: pair[0].line)
-        marked = {sample.line: sample for sample in samples if sample.noted}
-        faulty = set(marked)
-        for sample, finding in found:
-            entry = survey.add(finding, sample.line, describe(sample, finding, maker))
-            if entry is None:
-                continue
-            faulty.add(sample.line)
-            if len(entry.lines) <= most:
-                marked[sample.line] = sample
-            if finding.code == "no-eos" and sample.given and finding.tokens[-1] == size(sample) - 1:
-                unended.append((size(sample), sample.line))
-        job.keep(marked, [sample for sample in samples if sample.line not in faulty])
+        job.keep(*_sorted_out(job, rows, longest))
         if mended:
-            for group in batches(samples, ordered=True):
-                mended.add(group)
+            mended.add(rows)
         advance()
     survey.unit = job.reading.unit
-    cut = {line for length, line in unended if length == longest}
-    for told in (survey, mended.after) if mended else (survey,):
-        told.soften("no-eos", cut, "warning", MAY_BE_CUT)
+    if not job.arguments.max_length:  # which says where rows are cut
+        for told in (survey, mended.after) if mended else (survey,):
+            told.soften("no-eos", longest.unended, "warning", MAY_BE_CUT)
     if not survey.samples:
         raise UserError(_nothing_usable(job))
-    return mended
+
+
+@dataclass
+class _Longest:
+    """Of the rows that came as tokens, those of the largest length: they may have been cut."""
+
+    length: int = 0
+    unended: set[int] = field(default_factory=set)  # lines whose last token has loss and is no end
+
+    def see(self, rows: list[FileRow]) -> None:
+        """Take in some rows."""
+        longest = max([self.length, *(size(row) for row in rows if row.given)])
+        if longest > self.length:
+            self.length, self.unended = longest, set()
+
+    def note(self, row: FileRow, finding: Finding) -> None:
+        """Take in a finding of such a row."""
+        if finding.code == "no-eos" and row.given and finding.tokens[-1] == self.length - 1:
+            self.unended.add(row.line)
+
+
+def _sorted_out(
+    job: _Job, rows: list[FileRow], longest: _Longest
+) -> tuple[dict[int, FileRow], list[FileRow]]:
+    """Tell the survey what is found; the rows to look at more closely, and those without."""
+    found = [pair for group in batches(rows) for pair in job.maker.look(group)]
+    found.sort(key=lambda pair: pair[0].line)
+    marked = {row.line: row for row in rows if row.noted}
+    faulty = set(marked)
+    for row, finding in found:
+        entry = job.survey.add(finding, row.line, describe(row, finding, job.maker))
+        if entry is None:
+            continue
+        faulty.add(row.line)
+        if len(entry.lines) <= job.arguments.rows:
+            marked[row.line] = row
+        longest.note(row, finding)
+    return marked, [row for row in rows if row.line not in faulty]
 
 
 def _nothing_usable(job: _Job) -> str:
@@ -272,7 +315,8 @@ def _bar(console: Console, reading: Reading) -> Iterator[Callable[[], None]]:
 def _closer_look(job: _Job) -> AuditReport:
     """One backward pass of the rows with findings, or else of the first that carry loss."""
     job.rows = _chosen(job)
-    batch = batch_of([row.columns for row in job.rows], most=job.most)
+    attended = [row.attended for row in job.rows]
+    batch = batch_of([row.columns for row in job.rows], attended=attended)
     if job.model is None:
         largest = int(max(batch["input_ids"].max(), batch["labels"].max()))
         job.model = tiny_llama(1 + max(1, largest), job.most, seed=0)
@@ -301,19 +345,20 @@ def _closer_look(job: _Job) -> AuditReport:
     return report
 
 
-def _chosen(job: _Job) -> list[Sample]:
+def _chosen(job: _Job) -> list[FileRow]:
     """A row of each finding, the worst first; then more of them; then any that carry loss."""
     entries = [entry for entry in job.survey.entries if set(entry.lines) & set(job.marked)]
     firsts = [next(x for x in entry.lines if x in job.marked) for entry in entries]
     others = [line for entry in entries for line in entry.lines if line in job.marked]
     faulty = [job.marked[line] for line in dict.fromkeys(firsts + others)]
-    none = [x for x in faulty if all(y == IGNORE for y in x.columns["labels"][1:])]
-    usable = [x for x in faulty if x in none or job.reaches_loss(x)] + job.clean
+    usable = faulty + job.clean
     if not usable and job.earliest:  # all carry loss beyond the backward pass alone
-        first, sample = job.earliest
-        job.reach, usable = first + BEYOND, [sample]
+        first, row = job.earliest
+        job.reach, usable = first + BEYOND, [row]
+    if not usable:
+        raise UserError(f"{job.reading.shown}: no {job.survey.unit} carries loss")
     chosen = alike_seams(usable)[: job.arguments.rows]
-    return sorted(chosen, key=lambda sample: (sample in job.clean, sample.line))
+    return sorted(chosen, key=lambda row: (row.line not in job.marked, row.line))
 
 
 def _labels(job: _Job) -> list[str]:
@@ -348,7 +393,10 @@ def _write(job: _Job, report: AuditReport, mended: Mended | None, console: Conso
                 report.plot(out / "audit.png", label=_labels(job)[0])
                 after = mended.after if mended else None
                 page = out / "audit.html"
-                report.to_html(page, survey=job.survey, labels=_labels(job), after=after)
+                said = mended.said() if mended else ()
+                report.to_html(
+                    page, survey=job.survey, labels=_labels(job), after=after, mended=said
+                )
                 text = json.dumps(content | {"report": report.to_dict()}, allow_nan=False)
                 (out / "audit.json").write_text(text + "\n", encoding="utf-8")
             of_out = ", ".join(sorted(path.name for path in out.glob("audit.*")))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from sgp.auditing.findings import SEVERITY, Finding
 from sgp.auditing.repair import Repair, repair
 from sgp.auditing.survey import Survey
-from sgp.commands.audit_rows import Maker, Sample, batches, describe, windowed
+from sgp.commands.audit_rows import FileRow, Maker, batches, describe, windowed
 from sgp.train.errors import UserError
 from sgp.train.output import writing
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from typing_extensions import Self
 
 UNWRITTEN = ("unusable-line", "outside-vocabulary")
 """Findings of lines that made no row."""
@@ -40,37 +45,70 @@ def check_file(path: Path, data: Path) -> None:
 
 
 class Mended:
-    """What was mended, and what an audit says of it.
+    """What was mended, and what an audit says of it; a context that leaves no half of a file.
+
+    Rows are written beside `path` as they come, and moved there by `write`.
 
     Args:
         maker: of rows.
         survey: of the file as it was.
-        path: where the rows will be written.
+        path: where the rows will be.
     """
 
     def __init__(self, maker: Maker, survey: Survey, path: Path) -> None:
         self.path = path
         self.after = Survey(path.name, ignore=survey.ignore, severity=survey.severity)
+        self.written = 0  # rows
         self._before, self._maker = survey, maker
-        self._repairs: list[Repair] = []
+        self._whole = Repair()  # without its rows
         self._lines: list[int] = []
+        target = path.resolve()
+        # a device or a pipe is written to at the end, and keeps its place
+        self._moves = not path.exists() or path.is_file()
+        folder = target.parent if self._moves else Path(tempfile.gettempdir())
+        self._draft = folder / f".sgp-audit-{os.getpid()}.jsonl"
 
-    def add(self, samples: list[Sample]) -> None:
-        """Mend the samples of one batch, in the order of the file, and look at them again."""
-        found = repair(self._maker.view(samples))
-        for row, code in found.left:
+    def __enter__(self) -> Self:
+        with writing(self.path, option="--repair"):
+            self._file = self._draft.open("w", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # of a full disk
+            self._file.close()
+        self._draft.unlink(missing_ok=True)
+
+    def add(self, rows: list[FileRow]) -> None:
+        """Mend rows, in the order of the file, and look at them again.
+
+        Raises:
+            UserError: the system refuses to write them.
+        """
+        for group in batches(rows, whole=True):
+            self._add(group)
+
+    def _add(self, rows: list[FileRow]) -> None:
+        found = repair(self._maker.view(rows))
+        for number, code in found.left:
             left = Finding(code, SEVERITY[code], "", "not mended, as the labels would be a guess")
-            self.after.add(left, samples[row].line)
-        written = [
-            windowed(Sample(samples[n].line, row, row), self._maker, self.after)
+            self.after.add(left, rows[number].line)
+        mended = [
+            windowed(FileRow(rows[n].line, row, row), self._maker, self.after)
             for row, n in zip(found.rows, found.sources, strict=True)
         ]
-        self.after.samples += len(written)
-        pairs = [pair for group in batches(written) for pair in self._maker.look(group)]
-        for sample, finding in sorted(pairs, key=lambda pair: pair[0].line):
-            self.after.add(finding, sample.line, describe(sample, finding, self._maker))
-        self._repairs.append(found)
-        self._lines += [sample.line for sample in samples]
+        self.after.samples += len(mended)
+        self.written += len(mended)
+        pairs = [pair for group in batches(mended) for pair in self._maker.look(group)]
+        for row, finding in sorted(pairs, key=lambda pair: pair[0].line):
+            self.after.add(finding, row.line, describe(row, finding, self._maker))
+        with writing(self.path, option="--repair"):
+            self._file.writelines(found.json_lines())
+        self._whole.add(replace(found, rows=[], sources=[]))
+        self._lines += [row.line for row in rows]
+
+    def said(self) -> list[str]:
+        """What was changed, line by line."""
+        return [*self._whole.said(self._lines, self._before.unit)]
 
     def print(self, console: Console) -> None:
         """What was changed, and what is left."""
@@ -81,26 +119,40 @@ class Mended:
             elif entry.code in UNWRITTEN:
                 self.after.keep(replace(entry, message=f"not written: {entry.message}"))
         console.print()
-        Repair.join(self._repairs).print(console, lines=self._lines)
-        console.print("after the repair, by the lines of the file as it was:")
+        self._whole.print(console, lines=self._lines, unit=self._before.unit)
+        console.print(f"after the repair, by the {self._before.unit}s of the file as it was:")
         self.after.print(console)
 
     def to_dict(self) -> dict[str, Any]:
         """For the JSON file: what was changed, and what is left."""
-        whole = Repair.join(self._repairs)
+        whole, lines = self._whole, self._lines
         return {
             "file": str(self.path),
-            "rows": len(whole.rows),
+            "rows": self.written,
             "changes": dict(whole.changes),
-            "left": [{"line": self._lines[row], "code": code} for row, code in whole.left],
+            "labels": dict(whole.labels),
+            "cut": whole.cut,
+            "left": [{"line": lines[row], "code": code} for row, code in whole.left],
+            "samples": [
+                {"line": lines[row], "rules": rules, "before": before, "after": after}
+                for row, rules, before, after in whole.samples
+            ],
             "after": self.after.to_dict(),
         }
 
     def write(self) -> None:
-        """Write the rows.
+        """Let the rows be where they were asked for.
 
         Raises:
             UserError: the system refuses.
         """
         with writing(self.path, option="--repair"):
-            Repair.join(self._repairs).write(self.path)
+            self._file.close()
+            if not self._moves:
+                with self._draft.open("rb") as draft, self.path.open("wb") as file:
+                    shutil.copyfileobj(draft, file)
+                return
+            target = self.path.resolve()
+            if target.exists():
+                shutil.copymode(target, self._draft)
+            self._draft.replace(target)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
-from types import MappingProxyType
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from sgp.auditing import look
 from sgp.auditing.findings import Finding
 from sgp.auditing.survey import OF_FILES, Survey, shown
-from sgp.auditing.turns import Turns
+from sgp.auditing.turns import Turns, inner, own_ends
 from sgp.auditing.view import View, read
 from sgp.data.examples import MASKS, Tokenized, tokenize_all
 from sgp.data.reading import Line, alike, kind
@@ -21,13 +21,14 @@ from sgp.labels import IGNORE
 
 AS_THEY_STAND = ("attention_mask", "position_ids", "seq_idx", *MASKS)
 SEAMS = ("attention_mask", "position_ids", "seq_idx")
-CHUNK = 1024  # lines that are tokenized at once
+CHUNK, CHUNK_TOKENS = 1024, 1 << 20  # lines that are tokenized at once, at most, and about
+LETTERS = 4  # of a token, about
 ROWS, TOKENS = 256, 1 << 18  # of a batch, at most
 UNBOUNDED = 1 << 40  # tokens: a row is as long as it is
 LARGEST = 1 << 20  # more than any vocabulary has
 
 
-class Sample(NamedTuple):
+class FileRow(NamedTuple):
     """One line's row."""
 
     line: int
@@ -35,41 +36,56 @@ class Sample(NamedTuple):
     whole: dict[str, list[int]]
     noted: bool = False  # the survey knows something of it
     given: bool = False  # it came as tokens, which someone may have cut
+    padding: int = 0  # tokens at the end of the whole row
 
     @property
     def cut(self) -> bool:
         """Whether tokens beyond the window were left out."""
         return self.columns is not self.whole
 
+    @property
+    def attended(self) -> int:
+        """Its tokens up to the window, without padding."""
+        return min(size(self), len(self.whole["input_ids"]) - self.padding)
 
-class Maker(NamedTuple):
+    def beginning(self, most: int) -> FileRow:
+        """Its first tokens alone."""
+        columns = {name: column[:most] for name, column in self.columns.items()}
+        attended = min(self.attended, most)
+        padding = len(columns["input_ids"]) - attended
+        return self._replace(columns=columns, whole=columns, padding=padding)
+
+
+@dataclass(frozen=True)
+class Maker:
     """What rows are made with, and looked at."""
 
     tokenizer: Any
     vocabulary: int | None  # the model's, or the tokenizer's
     owner: str  # "model" or "tokenizer"
     window: int | None
-    severity: Mapping[str, str] = MappingProxyType({})  # of codes that a batch can have
+    severity: Mapping[str, str] = field(default_factory=dict)  # of codes that a batch can have
     ends: tuple[int, ...] = ()  # what the model's generation stops at
-    turns: Turns = Turns()
+    turns: Turns = field(default_factory=Turns)
 
-    def look(self, samples: list[Sample]) -> list[tuple[Sample, Finding]]:
-        """The findings of samples that make one batch, each with its sample."""
+    def look(self, rows: list[FileRow]) -> list[tuple[FileRow, Finding]]:
+        """The findings of rows that make one batch, each with its row."""
         found = look(
-            batch_of([sample.columns for sample in samples]),
+            batch_of([row.columns for row in rows], attended=[row.attended for row in rows]),
             tokenizer=self.tokenizer,
             eos=self.ends,
             max_length=self.window or UNBOUNDED,
             severity=self.severity,
             turns=self.turns,
         )
-        pairs = [(samples[f.row], f) for f in found if f.row is not None]
+        pairs = [(rows[f.row], f) for f in found if f.row is not None]
         # Of a row that was cut at the window, completion-cut says it.
         return [(x, f) for x, f in pairs if not (x.cut and f.code == "no-eos")]
 
-    def view(self, samples: list[Sample]) -> View:
+    def view(self, rows: list[FileRow]) -> View:
         """One batch, with all its tokens."""
-        batch = batch_of([sample.whole for sample in samples])
+        attended = [len(row.whole["input_ids"]) - row.padding for row in rows]
+        batch = batch_of([row.whole for row in rows], attended=attended)
         return read(batch, tokenizer=self.tokenizer, eos=self.ends, turns=self.turns)
 
     def decode(self, ids: list[int]) -> str:
@@ -78,17 +94,51 @@ class Maker(NamedTuple):
             return " ".join(map(str, ids))
         return str(self.tokenizer.decode(ids))
 
+    @cached_property
+    def _filler(self) -> tuple[int | None, bool]:
+        """What collators pad with, and whether it ends a text too."""
+        own = inner(self.tokenizer)
+        pad = getattr(own, "pad_token_id", None)
+        fill = getattr(own, "eos_token_id", None) if pad is None else pad
+        return fill, fill in {*self.ends, *own_ends(own), *self.turns.ends}
 
-def chunks(lines: Iterable[Line], maker: Maker, survey: Survey) -> Iterator[list[Sample]]:
+    def padding(self, ids: list[int]) -> int:
+        """Padding at the end of a row of which no mask says it, as a batch without one is read."""
+        fill, is_end = self._filler
+        count = 0
+        while count < len(ids) and ids[-1 - count] == fill:
+            count += 1
+        return count - (is_end and count > 0)  # the first of them ends the text
+
+
+def chunks(lines: Iterable[Line], maker: Maker, survey: Survey) -> Iterator[list[FileRow]]:
     """The usable rows, some hundred at a time; what is wrong with the others goes to the survey."""
-    rest = iter(lines)
-    while chunk := list(islice(rest, CHUNK)):
-        usable = [line for line in chunk if not _refused(line, maker, survey)]
-        rows = [_to_tokenize(line.row) for line in usable]
-        found = tokenize_all(rows, maker.tokenizer)
-        pairs = zip(usable, found, strict=True)
-        samples = [_sample(line, of, maker, survey) for line, of in pairs]
-        yield [sample for sample in samples if sample is not None]
+    chunk: list[Line] = []
+    tokens = 0
+    for line in lines:
+        chunk.append(line)
+        tokens += _extent(line.row)
+        if len(chunk) == CHUNK or tokens >= CHUNK_TOKENS:
+            yield _rows(chunk, maker, survey)
+            chunk, tokens = [], 0
+    if chunk:
+        yield _rows(chunk, maker, survey)
+
+
+def _extent(row: Mapping[str, Any]) -> int:
+    """About how many tokens a row will have."""
+    ids = row.get("input_ids")
+    if ids is not None:
+        return len(ids) if hasattr(ids, "__len__") else 0
+    given = (row.get(name) for name in ("prompt", "completion", "messages", "text"))
+    return sum(len(str(x)) for x in given if x is not None) // LETTERS
+
+
+def _rows(chunk: list[Line], maker: Maker, survey: Survey) -> list[FileRow]:
+    usable = [line for line in chunk if not _refused(line, maker, survey)]
+    found = tokenize_all([_to_tokenize(line.row) for line in usable], maker.tokenizer)
+    rows = [_row(line, of, maker, survey) for line, of in zip(usable, found, strict=True)]
+    return [row for row in rows if row is not None]
 
 
 def _refused(line: Line, maker: Maker, survey: Survey) -> bool:
@@ -114,12 +164,12 @@ def _to_tokenize(row: dict[str, Any]) -> dict[str, Any]:
     return {k: row[k] for k in ("input_ids", "labels", *MASKS) if row.get(k) is not None}
 
 
-def _sample(line: Line, found: Tokenized, maker: Maker, survey: Survey) -> Sample | None:
+def _row(line: Line, found: Tokenized, maker: Maker, survey: Survey) -> FileRow | None:
     if found.reason or not found.rows[0].input_ids:
         unusable(survey, line.number, found.reason or "no tokens")
         return None
     ids, labels = found.rows[0]
-    columns = {"input_ids": ids, "labels": labels}
+    columns, padding = {"input_ids": ids, "labels": labels}, 0
     given = kind(line.row) == "input_ids"
     if given:
         # masks that labels were made of say nothing more
@@ -129,6 +179,7 @@ def _sample(line: Line, found: Tokenized, maker: Maker, survey: Survey) -> Sampl
         if wrong:
             unusable(survey, line.number, wrong)
             return None
+        padding = _taken_off(columns, maker)
     V, noted = LARGEST if maker.vocabulary is None else maker.vocabulary, False
     if max(*ids, *labels) >= V:
         _outside(line.number, ids, labels, maker, survey)
@@ -143,7 +194,20 @@ def _sample(line: Line, found: Tokenized, maker: Maker, survey: Survey) -> Sampl
             lambda: repr(found.merged),
         )
     survey.samples += 1
-    return windowed(Sample(line.number, columns, columns, noted, given), maker, survey)
+    row = FileRow(line.number, columns, columns, noted, given, padding)
+    return windowed(row, maker, survey)
+
+
+def _taken_off(columns: dict[str, list[int]], maker: Maker) -> int:
+    """Padding on the right, whose mask is left out where it says nothing else."""
+    mask = columns.get("attention_mask")
+    if mask is None:
+        return maker.padding(columns["input_ids"])
+    attended = sum(map(bool, mask))
+    if "position_ids" in columns or "seq_idx" in columns or any(x != 1 for x in mask[:attended]):
+        return 0
+    del columns["attention_mask"]
+    return len(mask) - attended
 
 
 def _seq_lengths(row: dict[str, Any], columns: dict[str, list[int]]) -> str:
@@ -177,82 +241,92 @@ def _outside(line: int, ids: list[int], labels: list[int], maker: Maker, survey:
     survey.note("outside-vocabulary", message, line, lambda: f"{name}[{at}] is {token}")
 
 
-def windowed(sample: Sample, maker: Maker, survey: Survey) -> Sample:
+def windowed(row: FileRow, maker: Maker, survey: Survey) -> FileRow:
     """Cut at the window, as it is trained on."""
-    labels, window = sample.columns["labels"], maker.window
+    labels, window = row.columns["labels"], maker.window
     if window is None or len(labels) <= window:
-        return sample
-    columns = {k: v[:window] for k, v in sample.columns.items()}
+        return row
+    columns = {k: v[:window] for k, v in row.columns.items()}
     lost = sum(x != IGNORE for x in labels[window:])
-    noted = bool(lost) and any(x != IGNORE for x in columns["labels"][1:])
-    if noted:
+    if lost:
+        some = any(x != IGNORE for x in columns["labels"][1:])
+        scored = sum(x != IGNORE for x in labels)
+        count = f"{lost} of {scored}" if some else f"all {scored}"
         survey.note(
             "completion-cut",
-            f"the window of {window} tokens cuts the completion: its end is not trained",
-            sample.line,
+            f"the window of {window} tokens cuts the completion: "
+            + ("its end is not trained" if some else "nothing of it is trained"),
+            row.line,
             lambda: (
-                f"{lost} of {sum(x != IGNORE for x in labels)} tokens with loss are beyond it: "
+                f"{count} tokens with loss are beyond it: "
                 + shown(columns["input_ids"], columns["labels"], [window - 1], maker.decode)
             ),
         )
-    return sample._replace(columns=columns, noted=noted or sample.noted)
+    return row._replace(columns=columns, noted=bool(lost) or row.noted)
 
 
 # -- batches ---------------------------------------------------------------------------------------
 
 
-def batches(samples: list[Sample], *, ordered: bool = False) -> Iterator[list[Sample]]:
-    """Samples that make one batch: of the same columns, and of similar length unless ordered."""
-    by_columns: dict[tuple[str, ...], list[Sample]] = {}
-    if ordered:
-        yield from _runs(samples)
+def batches(rows: list[FileRow], *, whole: bool = False) -> Iterator[list[FileRow]]:
+    """Rows that make one batch: of the same columns and of similar length.
+
+    Args:
+        rows: of which each is in one batch.
+        whole: in the order of the file, and with what the window leaves out.
+    """
+    if whole:
+        yield from _alternating(rows)
         return
-    for sample in samples:
-        by_columns.setdefault(tuple(sorted(sample.columns)), []).append(sample)
+    by_columns: dict[tuple[str, ...], list[FileRow]] = {}
+    for row in rows:
+        by_columns.setdefault(tuple(sorted(row.columns)), []).append(row)
     for similar in by_columns.values():
-        yield from _full(sorted(similar, key=size))
+        yield from _full(sorted(similar, key=size), size)
 
 
-def _runs(samples: list[Sample]) -> Iterator[list[Sample]]:
+def _alternating(rows: list[FileRow]) -> Iterator[list[FileRow]]:
     start = 0
-    for end in range(1, len(samples) + 1):
-        if end == len(samples) or set(samples[end].columns) != set(samples[start].columns):
-            yield from _full(samples[start:end])
+    for end in range(1, len(rows) + 1):
+        if end == len(rows) or set(rows[end].columns) != set(rows[start].columns):
+            yield from _full(rows[start:end], lambda row: len(row.whole["input_ids"]))
             start = end
 
 
-def _full(samples: list[Sample]) -> Iterator[list[Sample]]:
-    group: list[Sample] = []
+def _full(rows: list[FileRow], length: Callable[[FileRow], int]) -> Iterator[list[FileRow]]:
+    group: list[FileRow] = []
     longest = 0
-    for sample in samples:
-        longest = max(longest, size(sample))
+    for row in rows:
+        longest = max(longest, length(row))
         if group and (len(group) == ROWS or (len(group) + 1) * longest > TOKENS):
             yield group
-            group, longest = [], size(sample)
-        group.append(sample)
+            group, longest = [], length(row)
+        group.append(row)
     if group:
         yield group
 
 
-def size(sample: Sample) -> int:
+def size(row: FileRow) -> int:
     """Its tokens, up to the window."""
-    return len(sample.columns["input_ids"])
+    return len(row.columns["input_ids"])
 
 
-def batch_of(rows: list[dict[str, list[int]]], *, most: int | None = None) -> dict[str, Tensor]:
+def batch_of(
+    rows: list[dict[str, list[int]]], *, attended: list[int] | None = None
+) -> dict[str, Tensor]:
     """Padded on the right, with a mask unless positions say where sequences begin.
 
     Args:
         rows: columns, with the same seams; masks of outputs are left out where not all have them.
-        most: tokens of a row.
+        attended: the tokens of each that are not padding; None: all.
     """
-    lengths = torch.tensor([len(row["input_ids"][:most]) for row in rows])
-    longest = int(lengths.max())
+    longest = max(len(row["input_ids"]) for row in rows)
     found = {}
     for name in ("input_ids", "labels", *AS_THEY_STAND):
         if all(name in row for row in rows):
             fill = [IGNORE if name == "labels" else 0] * longest
             found[name] = torch.tensor([(row[name] + fill)[:longest] for row in rows]).long()
+    lengths = torch.tensor(attended or [len(row["input_ids"]) for row in rows])
     found["lengths"] = lengths
     if "attention_mask" not in found and "position_ids" not in found:
         # with positions, a model keeps packed rows apart where no mask is given
@@ -260,16 +334,16 @@ def batch_of(rows: list[dict[str, list[int]]], *, most: int | None = None) -> di
     return found
 
 
-def alike_seams(samples: list[Sample]) -> list[Sample]:
-    """Those that say padding and seams in the way of the first."""
+def alike_seams(rows: list[FileRow]) -> list[FileRow]:
+    """The rows whose columns for padding and seams are those of the first."""
 
-    def seams(sample: Sample) -> tuple[bool, ...]:
-        return tuple(name in sample.columns for name in SEAMS)
+    def seams(row: FileRow) -> tuple[bool, ...]:
+        return tuple(name in row.columns for name in SEAMS)
 
-    return [sample for sample in samples if seams(sample) == seams(samples[0])]
+    return [row for row in rows if seams(row) == seams(rows[0])]
 
 
-def describe(sample: Sample, finding: Finding, maker: Maker) -> Callable[[], str]:
+def describe(row: FileRow, finding: Finding, maker: Maker) -> Callable[[], str]:
     """The text of a finding's tokens, made if it is asked for."""
-    columns = sample.columns
+    columns = row.columns
     return lambda: shown(columns["input_ids"], columns["labels"], finding.tokens, maker.decode)

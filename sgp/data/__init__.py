@@ -1,1 +1,4 @@
-"""From data sets to batches: `examples` are rows with roles, `collator` makes a batch of them."""
+"""From data sets to batches.
+
+`reading` has the rows of a file, `examples` tokens and labels of a row, `collator` makes a batch.
+"""

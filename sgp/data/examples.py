@@ -17,7 +17,6 @@ from sgp.labels import IGNORE
 
 MASKS = ("completion_mask", "assistant_masks")
 KEYS = ("input_ids", "prompt", "completion", "messages", "text")
-KINDS = "input_ids (with labels or masks), prompt and completion, messages, or text"
 COLUMNS = {
     "input_ids", "labels", *MASKS, "attention_mask", "position_ids", "seq_idx", "seq_lengths",
     "token_type_ids", "special_tokens_mask", "prompt", "completion", "messages", "text", "tools",
@@ -173,7 +172,10 @@ def _tokenized(
         return Tokenized(_of_tokens(example, context_loss, assistant_only_loss))
     is_pair = {"prompt", "completion"} <= set(example)
     if not is_pair and not {"messages", "text"} & set(example):
-        raise ValueError(f"{NAME}: an example has {sorted(example)}; expected {KINDS}. {REMOVED}")
+        raise ValueError(
+            f"{NAME}: an example has {sorted(example)}; expected input_ids (with "
+            f"labels or masks), prompt and completion, messages, or text. {REMOVED}"
+        )
     if tokenizer is None:
         raise ValueError(f"{NAME}: an example has {sorted(example)}; that needs a tokenizer")
     if is_pair:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import io
 import json
-import lzma
 import re
 import sys
 import zlib
@@ -31,7 +30,8 @@ MARK = b"\xef\xbb\xbf"  # UTF-8's byte order mark
 EXPECTED = '{"prompt": "...", "completion": "..."}'
 KINDS = ("input_ids", "prompt", "messages", "text")
 TOKENS = ("input_ids", "labels", *MASKS, "attention_mask", "position_ids", "seq_idx")
-_ROWS = 1024  # of a Parquet file at once
+TRAIN = ("transformers", "tokenizers", "matplotlib")  # packages of the extra of that name
+CORE = ("rich", "torch", "numpy")
 
 
 class UnreadableError(Exception):
@@ -51,6 +51,7 @@ class Skip(NamedTuple):
 
     line: int  # counted from 1
     reason: str
+    unit: str = "line"  # "row", of Parquet
 
 
 class Reading:
@@ -111,7 +112,7 @@ class Reading:
         while True:
             try:
                 data = next(lines, None)
-            except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+            except _broken() as error:
                 if not number:
                     raise UnreadableError(f"{self.shown}: {_reason(error)}") from error
                 reason = f"the file breaks off here: {_reason(error)}"
@@ -149,21 +150,21 @@ class Reading:
         self.done = self.size or 0
 
 
-def needed(package: str) -> str:
+def needed(*packages: str) -> str:
     """What to install, in the words of every command.
 
     Example:
         >>> needed("datasets")
         'needs datasets; run: pip install datasets'
     """
-    if package in ("transformers", "tokenizers", "matplotlib"):
-        return f"needs {package}; in your clone of sgp, run: pip install -e '.[train]'"
-    if package in ("rich", "torch", "numpy"):
-        return f"needs {package}; in your clone of sgp, run: pip install -e ."
-    return f"needs {package}; run: pip install {package}"
+    names = " and ".join(packages)
+    if set(packages) <= {*TRAIN, *CORE}:
+        extra = "'.[train]'" if set(packages) & {*TRAIN} else "."
+        return f"needs {names}; in your clone of sgp, run: pip install -e {extra}"
+    return f"needs {names}; run: pip install {' '.join(packages)}"
 
 
-def describe_skips(skips: Sequence[Skip], *, shown: int = 3, unit: str = "line") -> list[str]:
+def describe_skips(skips: Sequence[Skip], *, shown: int = 3) -> list[str]:
     """Return one sentence for each reason: how many lines, and the first few line numbers.
 
     Example:
@@ -175,7 +176,7 @@ def describe_skips(skips: Sequence[Skip], *, shown: int = 3, unit: str = "line")
         lines_of.setdefault(skip.reason, []).append(skip.line)
     sentences = []
     for reason, lines in lines_of.items():
-        plural = "s" if len(lines) > 1 else ""
+        unit, plural = skips[0].unit, "s" if len(lines) > 1 else ""
         numbers = ", ".join(map(str, lines[:shown])) + (", ..." if len(lines) > shown else "")
         sentences.append(
             f"{len(lines)} {unit}{plural} skipped: {reason} ({unit}{plural} {numbers})"
@@ -205,22 +206,22 @@ def parsed(line: bytes) -> tuple[dict[str, Any], str]:
     """
     try:
         record = json.loads(line.decode())
+        if not isinstance(record, dict):
+            return {}, "not a JSON object"
+        # Strict UTF-8 has no surrogates: only an escape can make one.
+        if b"\\ud" in line or b"\\uD" in line:
+            for key, value in record.items():
+                if _has_surrogate(value) or _has_surrogate(key):
+                    return {}, f'"{key}" is not valid Unicode'.encode(errors="replace").decode()
     except UnicodeDecodeError:
         return {}, "not UTF-8"
     except (ValueError, RecursionError):
         return {}, "broken JSON"
-    if not isinstance(record, dict):
-        return {}, "not a JSON object"
-    # Strict UTF-8 has no surrogates: only an escape can make one.
-    if b"\\ud" in line or b"\\uD" in line:
-        for key, value in record.items():
-            if _has_surrogate(value) or _has_surrogate(key):
-                return {}, f'"{key}" is not valid Unicode'.encode(errors="replace").decode()
     return record, ""
 
 
 def kind(row: Mapping[str, Any], kinds: Sequence[str] = KINDS) -> str:
-    """What of these a row is by its columns that are not None; "" for none of them.
+    """Which kind of row this is, by its columns that are not None; "" for none of them.
 
     Example:
         >>> kind({"prompt": "a", "completion": "b"}), kind({"input_ids": None, "text": "c"})
@@ -351,7 +352,11 @@ def _unpacked(raw: Any, first: bytes, shown: str) -> Any:
         return raw
     if packing == "zstd":
         return _zstd(raw, shown)
-    return importlib.import_module(packing).open(raw)
+    try:
+        return importlib.import_module(packing).open(raw)
+    except ImportError as error:  # a Python that was built without the library
+        reason = f"is compressed with {packing}, which this Python does not have"
+        raise UnreadableError(f"{shown} {reason}") from error
 
 
 def _zstd(raw: IO[bytes], shown: str) -> Any:
@@ -364,6 +369,12 @@ def _zstd(raw: IO[bytes], shown: str) -> Any:
     except ModuleNotFoundError as error:
         raise UnreadableError(f"{shown} is compressed with zstd: {needed('datasets')}") from error
     return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"))
+
+
+def _broken() -> tuple[type[Exception], ...]:
+    """What reading a file that is not whole raises; not every Python has lzma."""
+    of_xz: type[Exception] = getattr(sys.modules.get("lzma"), "LZMAError", OSError)
+    return OSError, EOFError, ValueError, zlib.error, of_xz
 
 
 def _reason(error: Exception) -> str:

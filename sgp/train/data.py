@@ -14,7 +14,7 @@ __all__ = ["Chat", "Pair", "Skip", "describe_skips", "drop_duplicates", "read_js
 _Item = TypeVar("_Item")
 
 HELD_OUT_FRACTION = 0.05
-KINDS = ("prompt", "messages")
+TRAINED = ("prompt", "messages")  # kinds of rows
 
 
 class Pair(NamedTuple):
@@ -66,15 +66,15 @@ def read_jsonl(path: Path) -> tuple[list[Pair | Chat], list[Skip]]:
         >>> pairs
         [Pair(prompt='2+2=', completion='4', source='a.jsonl:1')]
         >>> skips
-        [Skip(line=2, reason='broken JSON')]
+        [Skip(line=2, reason='broken JSON', unit='line')]
     """
     rows: list[Pair | Chat] = []
     skips: list[Skip] = []
-    reading = Reading(path, KINDS)
+    reading = Reading(path, TRAINED)
     try:
         for number, row, reason in reading:
             if reason:
-                skips.append(Skip(number, reason))
+                skips.append(Skip(number, reason, reading.unit))
             else:
                 rows.append(_item(row, f"{reading.name}:{number}"))
     except UnreadableError as error:
@@ -85,13 +85,13 @@ def read_jsonl(path: Path) -> tuple[list[Pair | Chat], list[Skip]]:
         )
     if not rows:
         raise UserError(
-            f"--data {reading.shown}: no usable line; {'; '.join(describe_skips(skips))}"
+            f"--data {reading.shown}: no usable {reading.unit}; {'; '.join(describe_skips(skips))}"
         )
     return rows, skips
 
 
 def _item(row: dict[str, Any], source: str) -> Pair | Chat:
-    if kind(row, KINDS) == "prompt" and isinstance(row["prompt"], str):
+    if kind(row, TRAINED) == "prompt" and isinstance(row["prompt"], str):
         return Pair(row["prompt"], row["completion"], source)
     return Chat(row, source)
 

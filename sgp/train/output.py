@@ -2,22 +2,25 @@
 
 import contextlib
 import importlib.util
-import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from sgp.data.reading import needed
 from sgp.train.errors import UserError
 
 
 def check_folder(out: Path, *, files: Sequence[str], folders: Sequence[str] = ()) -> None:
     """Refuse an output folder that cannot be made or written, or has something else in the way.
 
+    It is made and, unless it was there, removed again: nothing else says whether it can be.
+
     Args:
         out: the folder of `--out`; it need not be there yet.
         files, folders: names of what will be written into it.
 
     Raises:
-        UserError: what stands there instead.
+        UserError: what stands there instead, or what the system refuses.
     """
     try:
         nearest = out.absolute()
@@ -28,8 +31,17 @@ def check_folder(out: Path, *, files: Sequence[str], folders: Sequence[str] = ()
         raise UserError(f"--out {str(out)[:80]}: {reason}") from error
     if not nearest.is_dir():
         raise UserError(f"--out {out}: {nearest} is a file, not a folder; name another folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"--out {out}: no permission to write in {nearest}")
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=out).close()
+            for name in filter(lambda name: (out / name).is_file(), files):
+                (out / name).open("ab").close()
+    finally:
+        for folder in new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
     for name in files:
         if (out / name).is_dir():
             raise UserError(f"--out {out}: {out / name} is a folder, where a file will be written")
@@ -60,9 +72,7 @@ def require(*packages: str) -> None:
     """
     missing = [name for name in packages if not _is_installed(name)]
     if missing:
-        raise UserError(
-            f"needs {' and '.join(missing)}; in your clone of sgp, run: pip install -e '.[train]'"
-        )
+        raise UserError(needed(*missing))
 
 
 def _is_installed(package: str) -> bool:
