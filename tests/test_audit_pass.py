@@ -94,6 +94,17 @@ def test_autocast(batch):
     assert report.findings == []
 
 
+@pytest.mark.parametrize("autocast", ["bf16", torch.int8, torch.zeros(1), False])
+def test_an_autocast_that_is_no_dtype_is_refused(autocast, batch):
+    """Before anything runs; torch takes a dtype of integers for none, with a warning."""
+    with pytest.raises(TypeError) as error:
+        sgp.audit(make("llama"), batch, autocast=autocast)
+    assert str(error.value) == (
+        f"sgp.audit: autocast is {autocast!r}; expected a torch.dtype such as torch.bfloat16, or "
+        "None"
+    )
+
+
 @pytest.mark.parametrize("mode", ["rows", "fused"])
 def test_a_patched_model_trains_as_it_did(mode, batch):
     """It makes no logits in training; its layers drop out all the same."""

@@ -452,3 +452,49 @@ def test_the_report_of_an_audit_can_be_mended():
     assert torch.equal(again["labels"], truth)
     del again["selection"]
     assert sgp.audit(make("llama").train(), again, tokenizer=Words()).errors == []
+
+
+# -- padding that only its loss shows --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ids", "kept"),
+    [
+        ([1, 5, 6, EOS, EOS, EOS], 4),
+        ([1, 5, 6, 0, 0, 0], 3),
+        ([1, 5, 6, EOS, EOS, EOS, 0, 0, 0], 4),
+        ([1, 5, 6, EOS, EOS], 5),  # doubled, which may be meant
+        ([1, 5, 6, EOS, 7, 7, 7], 7),  # padding, if one guesses
+        ([1, 5, 6, *[7] * 40], 43),
+    ],
+)
+def test_scored_padding_that_no_mask_names_is_left_out(ids, kept):
+    """The first of the ends is the answer's."""
+    batch = batch_of(ids, [-100, *ids[1:]], attention_mask=[1] * len(ids))
+    found = mended(batch, WithoutBegins())
+    assert found.rows == [{"input_ids": ids[:kept], "labels": [-100, *ids[1:kept]]}]
+    dropped = len(ids) - kept
+    assert found.changes == Counter({"padding-scored": 1} if dropped else {})
+    assert found.labels == Counter({"padding-scored": dropped} if dropped else {})
+    if dropped:
+        assert "padding-scored: 1 sequence" in printed(found)
+        assert found.samples[0].after.endswith(f"<{ids[kept - 1]}>]")
+        again = sgp.Collator(pad_token_id=0, selection=False)(found.rows)
+        assert "padding-scored" not in {f.code for f in look(again, tokenizer=WithoutBegins())}
+    shifted = batch | {"labels": batch["labels"].roll(-1, 1)}
+    assert mended(shifted, WithoutBegins()).rows == found.rows
+
+
+def test_a_sequence_of_scored_padding_alone_is_counted_with_its_row():
+    ids = [5, 6, EOS, EOS, EOS, EOS]
+    batch = batch_of(ids, [-100, 6, EOS, -100, EOS, EOS], seq_idx=[0] * 3 + [1] * 3)
+    found = mended(batch)
+    assert found.rows == [{"input_ids": [5, 6, EOS], "labels": [-100, 6, EOS]}]
+    assert (found.changes, found.labels) == ({"padding-scored": 1}, {"padding-scored": 2})
+    assert found.left == []
+
+
+def test_a_long_row_of_which_padding_is_left_out_is_shown_at_its_end():
+    ids = [*range(3, 103), EOS, EOS, EOS]
+    (sample,) = mended(batch_of(ids, [-100, *ids[1:]])).samples
+    assert sample.after.endswith("<102><2>]")

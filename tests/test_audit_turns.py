@@ -377,6 +377,44 @@ def test_scored_padding_is_no_answer_without_an_end():
     assert codes(batch, Tokenizer()) == {"padding-scored", "no-eos"}
 
 
+def test_a_blank_with_loss_behind_an_end_without():
+    """The end stands there: one fault, and not one that is missing."""
+
+    class Blanks(Tokenizer):
+        def decode(self, ids):
+            return " " if ids[0] == 7 else f"<{ids[0]}>"
+
+    for behind, expected in (
+        ([7], {"turn-end-unscored"}),
+        ([7, 7], {"turn-end-unscored"}),
+        ([8], {"turn-end-unscored"}),
+        ([8, 8], {"turn-end-unscored", "no-eos"}),
+        ([7, 7, 7], {"turn-end-unscored", "no-eos"}),
+    ):
+        ids = torch.tensor([[9, 10, 11, EOS, *behind]])
+        labels = torch.where(
+            torch.isin(torch.arange(ids.shape[1]), torch.tensor([0, 3])), -100, ids
+        )
+        assert codes({"input_ids": ids, "labels": labels}, Blanks()) == expected, behind
+    ids = torch.tensor([[9, 10, EOS, 9, 12]])  # of the next sequence
+    labels = torch.tensor([[-100, 10, -100, -100, 12]])
+    batch = {"input_ids": ids, "labels": labels, "position_ids": torch.tensor([[0, 1, 2, 0, 1]])}
+    assert codes(batch, Blanks()) == {"turn-end-unscored", "no-eos"}
+
+
+def test_a_sequence_alone_may_be_cut():
+    """Whatever stands beside it: padding to a multiple, or a sequence without loss."""
+    row = {"input_ids": list(range(9, 18)), "completion_mask": [0] * 2 + [1] * 7}
+    other = {"input_ids": list(range(20, 29)), "completion_mask": [0] * 6 + [1] * 3}
+    for rows in ([row], [row, other]):
+        batch = sgp.Collator(max_length=7, pad_to_multiple_of=16, packed=True)(rows)
+        batch["labels"] = torch.where(batch["input_ids"] < 20, batch["labels"], -100)
+        said = [(code, severity) for code, severity, _ in found(batch, Tokenizer())]
+        assert said == [("no-eos", "warning")]
+        severe = [severity for _, severity, _ in found(batch, Tokenizer(), max_length=8)]
+        assert severe == ["error"]
+
+
 def test_messages_are_text():
     batch = make_chat(*CHATTED)
     batch["labels"][0, -1] = batch["input_ids"][0, -1] = 20
@@ -404,6 +442,18 @@ def test_what_all_scored_says_is_not_said_again():
     batch = make_chat(*CHATTED)
     batch["labels"] = batch["input_ids"].clone()
     assert codes(batch) == {"all-scored", "special-scored"}
+
+
+def test_a_token_that_crosses_a_boundary_is_one_fault():
+    """Not also a header or another's word with loss."""
+    first, second = make_chat(*CHATTED), make_chat(*CHATTED)
+    second["labels"][0, 0] = START
+    batch = {k: torch.cat([first[k], second[k]], 1) for k in first}
+    T = first["input_ids"].shape[1]
+    batch["position_ids"] = torch.arange(T).repeat(2)[None]
+    assert found(batch) == [("crosses-boundary", "error", (T,))]
+    batch["labels"][0, T + 2] = batch["input_ids"][0, T + 2]
+    assert codes(batch) == {"crosses-boundary", "other-turns-scored"}
 
 
 def test_a_text_without_turns_has_no_others():
@@ -559,3 +609,106 @@ def test_padding_of_a_packed_row_is_not_doubled():
             del batch["selection"]
             for tokenizer in (begins(pad=pad), begins(EOS, pad=pad), begins(EOS, pad=None)):
                 assert codes(batch, tokenizer) == set(), (pad, step)
+
+
+# -- padding that only its loss shows --------------------------------------------------------------
+
+
+def scored(*rows, begin=2, **more):
+    """Everything carries loss from `begin` on, as where padding was copied into the labels."""
+    ids = torch.tensor(rows)
+    labels = torch.where(torch.arange(ids.shape[1]) >= begin, ids, -100)
+    return {"input_ids": ids, "labels": labels, **more}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("ids", "pad", "at"),
+    [
+        ((9, 10, 11, EOS, EOS, EOS), 0, (4, 5)),
+        ((9, 10, 11, EOS, EOS, EOS, EOS), None, (4, 5, 6)),
+        ((9, 10, 11, 12, 0, 0, 0), 0, (4, 5, 6)),
+        ((9, 10, 11, EOS, EOS, EOS, 0, 0, 0), 0, (4, 5, 6, 7, 8)),
+        ((9, 10, 11, EOS, 7, 7, 7), 0, (4, 5, 6)),
+        ((9, 10, 11, 12, *[7] * 32), 0, tuple(range(4, 36))),
+    ],
+)
+def test_a_token_that_ends_a_row_many_times_with_loss_is_padding(ids, pad, at, masked):
+    """No mask says so, or one that is all ones; an end at the first of them is the answer's own."""
+    batch = scored(ids)
+    if masked:
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    said = [f for f in look(batch, tokenizer=begins(pad=pad)) if f.code != "no-eos"]
+    assert {(f.code, f.severity) for f in said} == {("padding-scored", "warning")}
+    assert tuple(sorted(t for f in said for t in f.tokens)) == at
+    ended = EOS in ids
+    assert ("no-eos" in codes(batch, begins(pad=pad))) == (not ended)
+    assert [t for code, _, t in found(batch, begins(pad=pad)) if code == "no-eos"] == [(3,)] * (
+        not ended
+    )
+
+
+def test_scored_padding_is_told_by_its_text():
+    batch = scored((9, 10, 11, EOS, EOS, EOS, EOS), (9, 10, 11, 12, EOS, EOS, EOS))
+    (group,) = sgp.auditing.grouped(look(batch, tokenizer=begins()))
+    assert group.message == "'<2>' ends the row 3 times or more, with loss: is it padding?"
+    assert group.rows == (0, 1)
+
+
+def test_one_token_that_pads_several_rows():
+    """To one length, some more than others; of rows of other lengths no one knows."""
+    rows = (9, 10, 11, 7, 7, 7, 7), (9, 10, 11, 12, 7, 7, 7), (9, 10, 11, 12, 13, 14, 15)
+    said = [(code, t) for code, _, t in found(scored(*rows), Bare(None))]
+    assert said == [("padding-scored", (3, 4, 5, 6)), ("padding-scored", (4, 5, 6))]
+    mask = torch.ones(3, 7, dtype=torch.long)
+    mask[1, 0] = 0
+    batch = scored(*rows, attention_mask=mask)
+    assert "padding-scored" not in codes(batch, Bare(None))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [(9, 10, 11, 7, 7, 7)],
+        [(9, 10, 11, 7, 7, 7), (9, 12, 11, 7, 7, 7)],  # as often: both may say "!!!"
+        [(9, 10, 7, 7, 7, 7)],  # the answer itself
+        [(9, 10, *[7] * 40)],
+        [(9, 10, 11, 12, *[7] * 31)],
+        [(7, 7, 7, 7, 7, 7)],
+        [(9, 10, 11, EOS, EOS, 7)],
+        [(9, 10, 11, EOS, 8, 8, 8), (9, 10, EOS, 8, 8, 8, 8)],  # a template's line breaks
+        [(9, 10, 11, EOS, 8, 8, 8)],
+        [(7,)],
+        [(EOS,)],
+        [(EOS, EOS)],
+    ],
+)
+def test_tokens_that_an_answer_or_a_template_repeats_are_no_padding(rows):
+    class Blanks(Tokenizer):
+        def decode(self, ids):
+            return "\n" if ids[0] == 8 else f"<{ids[0]}>"
+
+    batch = scored(*rows)
+    assert "padding-scored" not in codes(batch, Blanks())
+    assert not repair(read(batch, tokenizer=Blanks())).changes
+
+
+def test_padding_without_loss_is_no_fault_whatever_pads():
+    for token in (0, EOS, 7):
+        batch = scored((9, 10, 11, EOS, token, token, token))
+        batch["labels"][0, 4:] = -100
+        assert codes(batch, begins(pad=None)) == set()
+
+
+def test_three_ends_within_a_row_are_doubled():
+    batch = scored((9, 10, 11, EOS, EOS, EOS, 12, 13, EOS))
+    assert found(batch, begins()) == [("doubled-special", "warning", (4, 5))]
+
+
+def test_scored_padding_of_each_packed_sequence():
+    """And a first token behind it crosses a boundary, and no padding has to predict it."""
+    batch = scored((9, 10, 11, EOS, EOS, EOS, 9, 10, 11, EOS, EOS, EOS))
+    batch["position_ids"] = torch.arange(6).repeat(2)[None]
+    assert found(batch, begins()) == [
+        ("crosses-boundary", "error", (6,)), ("padding-scored", "warning", (4, 5, 10, 11)),
+    ]  # fmt: skip

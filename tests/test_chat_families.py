@@ -277,8 +277,10 @@ def test_an_answer_without_its_end_is_no_answer_that_ends(name):
     both = {k: torch.cat([v, v[:, :1]], 1) for k, v in cut.items()}  # and a column of padding
     both["labels"][:, -1] = -100
     both["attention_mask"][:, -1] = 0
-    assert seen(name, both) == {("no-eos", "error")}
-    assert seen(name, cut) == {("no-eos", "warning")}, "the window may have cut it"
+    for some in (cut, both):
+        assert seen(name, some) == {("no-eos", "warning")}, "the window may have cut it"
+        longer = look(some, tokenizer=tokenizer_of(name), eos=stops_of(name), max_length=512)
+        assert {(f.code, f.severity) for f in longer} == {("no-eos", "error")}
 
 
 def without(batch, at):

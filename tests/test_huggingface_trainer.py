@@ -217,6 +217,13 @@ def test_the_callback_passes_its_options_on(tmp_path):
         AuditCallback(ignore=["no-oes"])
     with pytest.raises(TypeError, match="ignore is 'no-eos'"):
         AuditCallback(ignore="no-eos")
+    for autocast in ("bf16", torch.int8):
+        with pytest.raises(TypeError, match=r"expected a torch\.dtype"):
+            AuditCallback(autocast=autocast)
+    for length, said in ((12, "warning"), (13, "error"), (None, "warning")):
+        callback = AuditCallback(Tokenizer(), max_length=length)
+        Run(tmp_path, callback).forward()
+        assert [f.severity for f in callback.report.findings] == [said]
     seen = []
     callback = AuditCallback(autocast=torch.bfloat16)
     run = Run(tmp_path, callback)

@@ -34,7 +34,7 @@ from sgp.auditing.findings import (
 from sgp.auditing.leaks import find_leaks, packed
 from sgp.auditing.outcome import Token
 from sgp.auditing.report import AuditReport
-from sgp.auditing.trace import OF_LOSS, Trace, device_of, gradient_at, trace
+from sgp.auditing.trace import OF_LOSS, Trace, check_autocast, device_of, gradient_at, trace
 from sgp.auditing.turns import Turns, text_of
 from sgp.auditing.view import NAME, View, read, suffixes
 from sgp.context import SHARDED
@@ -101,10 +101,12 @@ def audit(
     Raises:
         ValueError: without labels and selection, if shapes disagree, a token is outside the model's
             vocabulary, or a word of `ignore` or `severity` means nothing.
-        TypeError: if the batch is no mapping, `ignore` is one word, the model takes no
-            `output_hidden_states` or its parameters are sharded over processes.
+        TypeError: if the batch is no mapping, `ignore` is one word, `autocast` no dtype of floating
+            point, the model takes no `output_hidden_states` or its parameters are sharded over
+            processes.
     """
     severities = check_severity(severity)
+    check_autocast(autocast)
     model = unwrapped(model)
     ignored = check_ignored(ignore, [name for name, _ in model.named_parameters()])
     ends = ends_of(model) if tokenizer is not None else ()

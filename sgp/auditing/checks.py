@@ -21,6 +21,11 @@ from sgp.auditing.view import View
 
 def find(view: View) -> list[Finding]:
     """Every finding, of every check, in their order."""
+    repeats = masks.repeated(view)
+    repeats |= masks.alike(replace(view, attended=view.attended & ~repeats))
+    if bool(repeats.any()):
+        text = view.attended & ~repeats
+        view = replace(view, attended=text, starts=view.starts & text, repeats=repeats)
     return [finding for check in CHECKS for finding in check(view)]
 
 
@@ -112,9 +117,13 @@ def boundaries(view: View) -> Iterator[Finding]:
 def padding(view: View) -> Iterator[Finding]:
     """Padding carries no loss."""
     wrong = masks.padding_scored(view)
-    yield from _each("padding-scored", wrong & ~view.attended, "padding carries loss")
+    again = torch.zeros_like(wrong) if view.repeats is None else view.repeats
+    yield from _each("padding-scored", wrong & ~view.attended & ~again, "padding carries loss")
+    for (row, at), names in _named(view, wrong & again, view.input_ids):
+        message = f"{names} ends the row {masks.OFTEN} times or more, with loss: is it padding?"
+        yield _at("padding-scored", row, at, message)
     early = torch.zeros_like(wrong)
-    early[:, :-1] = wrong[:, 1:] & view.attended[:, 1:]
+    early[:, :-1] = wrong[:, 1:] & view.attended[:, 1:] & ~again[:, :-1]
     yield from _each(
         "padding-scored",
         early,
@@ -172,7 +181,7 @@ def ends(view: View) -> Iterator[Finding]:
         f"an answer that another turn follows has no end ({names}): it was never appended, and the "
         "model does not learn to stop there",
     )
-    for row, last, sure in _without_end(view, unscored | unended):
+    for row, last, sure in _without_end(view, masks.near(view, unscored) | unended):
         token = f"row {row}, token {last}"
         if sure:
             message = (
@@ -216,10 +225,6 @@ def _without_end(view: View, said: Tensor) -> Iterator[tuple[int, int, bool]]:
     lengths = torch.bincount(key[view.attended], minlength=len(final))[which]
     if view.max_length is not None:
         sure = lengths < view.max_length
-    elif len(which) == 1:  # is there anything beside the only one?
-        row = int(rows[0])
-        own = ((key[row] == which) & view.attended[row]).nonzero()[:, 0]
-        sure = torch.tensor([int(own[-1]) < T - 1 or not bool(view.attended[row, 0])])
     else:  # those that are cut are as long as the window, and none is longer
         sure = lengths < lengths.max(dim=0, keepdim=True).values
     lacking = zip(rows[~ended].tolist(), at[~ended].tolist(), sure[~ended].tolist(), strict=True)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,9 @@ from sgp.auditing.view import View, later
 from sgp.labels import IGNORE
 
 BLANKS = 2  # tokens of white space between an answer and its end, at most
+OFTEN = 3  # times that one token ends a sequence: two ends are doubled, more are padding
+LONG = 32
+"""Times that any token does: rulers and drawn-out words are shorter, as tokenizers merge them."""
 
 
 def shifted_twice(view: View) -> Tensor:
@@ -57,13 +62,77 @@ def first_output_lost(view: View) -> Tensor:
 def crossed(view: View) -> Tensor:
     """First tokens of a packed sequence that the one before them would have to predict."""
     found = view.scored & view.starts
-    found[:, 1:] &= view.attended[:, :-1]
+    text = view.attended if view.repeats is None else view.attended | view.repeats
+    found[:, 1:] &= text[:, :-1]
     return found
 
 
 def padding_scored(view: View) -> Tensor:
     """Padding with loss, and tokens with loss that padding would have to predict."""
     return view.scored & ~(view.attended & later(view.attended))
+
+
+def repeated(view: View) -> Tensor:
+    """Padding tokens, or ends behind the first, that end a sequence many times over, with loss."""
+    found, pads = torch.zeros_like(view.attended), {view.pad} - {None} - view.eos
+    for tokens in (pads, view.eos):  # ends may stand before padding
+        rest = replace(view, attended=view.attended & ~found)
+        tail, first = _tails(rest)
+        tail &= torch.isin(view.input_ids, torch.tensor(sorted(tokens), dtype=torch.long))
+        found |= tail if tokens is pads else tail & (first < torch.arange(tail.shape[1]))
+    return found
+
+
+def alike(view: View) -> Tensor:
+    """Other tokens that end a sequence many times over, with loss, behind an answer: a guess.
+
+    An answer may end in "!!!", and a template in line breaks. So the token stands behind an end, or
+    ends several sequences of one length, of some more often than of others, and is no white space;
+    or it stands there `LONG` times.
+    """
+    tail, first = _tails(view)
+    tail &= view.scored
+    found = torch.zeros_like(tail)
+    final = tail.clone()
+    final[:, :-1] &= ~tail[:, 1:] | view.starts[:, 1:]
+    begin = _since(view, torch.zeros_like(view.input_ids))
+    runs: list[tuple[int, int, int, tuple[int, int]]] = []
+    times: dict[tuple[int, int], set[int]] = {}
+    for row, end in final.nonzero().tolist():
+        at, start = int(first[row, end]), int(begin[row, end])
+        answered = bool(view.scored[row, start:at].any())
+        if answered and bool(tail[row, at]):
+            kind = int(view.input_ids[row, end]), end - start
+            runs.append((row, at, end, kind))
+            times.setdefault(kind, set()).add(end - at)
+    for row, at, end, kind in runs:
+        behind = int(view.input_ids[row, at - 1]) in view.eos and bool(view.scored[row, at - 1])
+        several = behind or len(times[kind]) > 1
+        if end - at + 1 >= LONG or (several and not is_blank(view.tokenizer, kind[0])):
+            found[row, at : end + 1] = True
+    return found
+
+
+def _tails(view: View) -> tuple[Tensor, Tensor]:
+    """Tokens of which one alike ends their sequence, `OFTEN` or more, all but the first with loss.
+
+    And (B, T) int64: where the run that each token is of begins.
+    """
+    ids, attended = view.input_ids, view.attended
+    columns = torch.arange(ids.shape[1]).expand(ids.shape)
+    same = attended & later(attended) & ~view.starts
+    final = attended.clone()
+    final[:, :-1] &= ~same[:, 1:]
+    same[:, 1:] &= ids[:, 1:] == ids[:, :-1]
+    if not bool((final & same & view.scored).any()):
+        return torch.zeros_like(attended), columns
+    first = torch.where(same, -1, columns).cummax(1).values
+    last = torch.full_like(first, ids.shape[1] - 1)
+    last[:, :-1] = torch.where(same, ids.shape[1], columns).flip(1).cummin(1).values.flip(1)[:, 1:]
+    last[:, :-1] -= 1
+    count = view.scored.long().cumsum(1)
+    whole = count.gather(1, last) - count.gather(1, first) == last - first
+    return final.gather(1, last) & whole & (last - first + 1 >= OFTEN), first
 
 
 def unscored_ends(view: View) -> Tensor:
@@ -90,6 +159,12 @@ def unscored_ends(view: View) -> Tensor:
         for back in range(steps + 1):
             found[:, : end.shape[1] - back] |= end[:, back:]
     return found
+
+
+def near(view: View, ends: Tensor) -> Tensor:
+    """Ends, and what a template writes behind one: a token, white space after it."""
+    at = later(ends) & ~view.starts
+    return ends | at | later(at & _blank(view, at)) & ~view.starts
 
 
 def is_end(view: View) -> Tensor:
@@ -182,7 +257,7 @@ def others_scored(view: View) -> dict[str, Tensor]:
     found = roles(view)
     if found is None:
         return {}
-    scored = view.scored & view.attended
+    scored = view.scored & view.attended & ~crossed(view)
     scored &= ~(later(scored) & is_end(view)) if view.eos else scored
     by_role: dict[str, Tensor] = {}
     for number, (role, _) in enumerate(view.turns.headers, 1):
@@ -195,7 +270,7 @@ def others_scored(view: View) -> dict[str, Tensor]:
 def special_scored(view: View) -> Tensor:
     """Tokens with loss that are no part of an answer: begin of text, media, a turn's header."""
     ids = torch.tensor(sorted(view.special), dtype=view.input_ids.dtype)
-    found = view.scored & view.attended & torch.isin(view.labels, ids)
+    found = view.scored & view.attended & torch.isin(view.labels, ids) & ~crossed(view)
     turn = roles(view)
     if turn is not None and bool(found.any()):
         assistant = _of(view, turn, "assistant")
@@ -226,4 +301,6 @@ def doubled(view: View) -> Tensor:
         here = pair & (ids == end) & ~second
         here &= view.scored | (end != view.pad if view.pad is not None else view.bos == end)
         found |= here & ~(followed & (end == view.bos))
+        if end != view.bos:
+            found |= same & view.scored & (ids == end) & ~second
     return found

@@ -6,6 +6,7 @@ shift is undone first, and the other rules look at the labels that it leaves.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,7 +31,7 @@ WINDOW = 40  # tokens of a sample
 DONE = {  # rule: what was done about it, in the order in which it is done
     "labels-shifted-twice": "moved back by one token",
     "crosses-boundary": "first tokens of packed sequences carry no loss",
-    "padding-scored": "padding carries no loss",
+    "padding-scored": "padding is left out",
     "first-output-untrained": "the first output token carries loss",
     "turn-end-unscored": "the end of the turn carries loss",
 }
@@ -177,7 +178,8 @@ def repair(view: View) -> Repair:
       then lacks, says what that token is: it is added.
     * A target of a row's last token, which `shift_labels` may have, is that token too.
     * Packed rows are cut at their seams, and the first token of a sequence carries no loss there.
-    * Padding is left out.
+    * Padding is left out; also padding tokens that end a sequence many times over, with loss, and
+      such ends behind the first.
     * The first output token carries loss, where the batch's own mask says that it is output.
     * The end of a turn carries loss, where it stands directly after an answer that does.
 
@@ -212,6 +214,10 @@ def repair(view: View) -> Repair:
         at = find(whole)
         changed[rule] = at.sum(1)
         whole = _relabelled(whole, torch.where(at, whole.input_ids, whole.labels))
+    again = masks.repeated(whole)
+    changed["padding-scored"] += _with_text(parts, (again & whole.scored).sum(1))
+    whole = replace(whole, attended=whole.attended & ~again)
+    whole = _relabelled(whole, torch.where(again, IGNORE, whole.labels))
     return _written(parts, whole, guess, changed)
 
 
@@ -335,6 +341,15 @@ def _seams_and_padding(
     return _relabelled(view, labels), crossed.long(), padding
 
 
+def _with_text(parts: _Parts, padding: Tensor) -> Tensor:
+    """Of sequences of padding alone, counted with the row's first, as other padding is."""
+    alone = _is_padding(parts)
+    numbers = torch.arange(len(padding))
+    opens = torch.where(parts.row != parts.row.roll(1), numbers, 0).cummax(0).values
+    found = torch.where(alone, 0, padding)
+    return found.index_add(0, opens[alone], padding[alone])
+
+
 # -- what comes out --------------------------------------------------------------------------------
 
 
@@ -379,12 +394,12 @@ def _is_padding(parts: _Parts) -> Tensor:
     view = parts.view
     alike = ((view.input_ids == view.input_ids[:, :1]) | ~view.attended).all(1)
     if view.pad is not None:
-        alike &= view.input_ids[:, 0] == view.pad
+        alike &= _among(view.input_ids[:, 0], view.eos | {view.pad})
     return alike & (parts.first > 0)
 
 
 def _first_change(old: dict[str, list[int]], new: dict[str, list[int]]) -> int:
-    pairs = zip(old["labels"], new["labels"], strict=False)
+    pairs = itertools.zip_longest(old["labels"], new["labels"])
     return next((t for t, (a, b) in enumerate(pairs) if a != b), 0)
 
 

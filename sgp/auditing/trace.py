@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sgp.auditing.parts import Parts
 from sgp.auditing.untouched import untouched
+from sgp.auditing.view import NAME
 from sgp.log_probs import token_log_probs
 from sgp.losses import cross_entropy
 from sgp.selection import Selection
@@ -60,6 +61,25 @@ class _Seen:
             self.zero.append(name)
         if self.parts is not None:
             self.parts.check(p)
+
+
+def check_autocast(autocast: torch.dtype | None) -> None:
+    """Whether training can run in it.
+
+    Example:
+        >>> check_autocast(torch.bfloat16), check_autocast(None)
+        (None, None)
+
+    Raises:
+        TypeError: no dtype, or one of integers.
+    """
+    if autocast is None:
+        return
+    if not isinstance(autocast, torch.dtype) or not autocast.is_floating_point:
+        raise TypeError(
+            f"{NAME}: autocast is {autocast!r}; expected a torch.dtype such as torch.bfloat16, or "
+            "None"
+        )
 
 
 def trace(

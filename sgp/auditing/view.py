@@ -59,6 +59,7 @@ class View:
     pad: int | None = None
     max_length: int | None = None  # sequences that reach it may be cut
     turns: Turns = field(default_factory=Turns)  # what the chat template says
+    repeats: Tensor | None = None  # (B, T) bool: padding that only its loss shows, not `attended`
 
     @property
     def predicts(self) -> Tensor:

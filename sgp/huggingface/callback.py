@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from sgp.auditing import AuditReport, audit, grouped, unwrapped
 from sgp.auditing.findings import check_ignored, check_severity
+from sgp.auditing.trace import check_autocast
 from sgp.context import SHARDED
 
 LOG = logging.getLogger("sgp.huggingface")
@@ -43,6 +44,9 @@ class AuditCallback(TrainerCallback):
         ignore: as for `sgp.audit`: codes, and patterns of parameters' names.
         severity: as for `sgp.audit`: `{"no-eos": "warning"}`.
         autocast: as for `sgp.audit`; a Trainer's own (`bf16=True`) is in effect without it.
+        max_length: the collator's window: a sequence that reaches it may have been cut, and then
+            needs no end; None: a missing end is an error only where a longer sequence with loss is
+            in the batch, or another turn follows.
 
     Attributes:
         report: the `AuditReport`, once there is one.
@@ -50,7 +54,7 @@ class AuditCallback(TrainerCallback):
     Raises:
         ValueError: a code or a severity that there is not; when training begins, also a word of
             `ignore` that is no code and fits no parameter of the model.
-        TypeError: `ignore` is one word.
+        TypeError: `ignore` is one word, or `autocast` no dtype of floating point.
         AuditError: from the model's first forward pass, with every error.
     """
 
@@ -64,9 +68,11 @@ class AuditCallback(TrainerCallback):
         ignore: Sequence[str] = (),
         severity: Mapping[str, str] | None = None,
         autocast: torch.dtype | None = None,
+        max_length: int | None = None,
     ) -> None:
         """Nothing happens before training begins."""
         check_severity(severity)
+        check_autocast(autocast)
         words = ignore if isinstance(ignore, str) else [word for word in ignore if "-" in word]
         check_ignored(words)  # the codes; the parameters are not known yet
         self.tokenizer = tokenizer
@@ -77,6 +83,7 @@ class AuditCallback(TrainerCallback):
             "ignore": ignore,
             "severity": severity,
             "autocast": autocast,
+            "max_length": max_length,
         }
         self.report: AuditReport | None = None
         self._handle: Any = None
