@@ -198,7 +198,8 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
         type=_count,
         metavar="T",
         help="window in tokens, at which rows are cut (default: the model's positions; the "
-        "backward pass then has 512 tokens of a row at most)",
+        "backward pass then has 512 tokens of a row, or 64 beyond the first with loss where no "
+        "row has any before)",
     )
     add("--out", type=Path, metavar="FOLDER", help="write audit.png, audit.html and audit.json")
     add(

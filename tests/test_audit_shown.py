@@ -189,6 +189,31 @@ def test_the_picture_has_the_colours_of_the_page(model, batch, tmp_path, monkeyp
         assert [round(255 * x) for x in shown] == pytest.approx(color(share), abs=2)
 
 
+@pytest.mark.parametrize("depth", [1, 11])
+def test_the_text_of_long_tokens_stays_in_the_strip(depth, model, batch, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    report = sgp.audit(model, batch, tokenizer=Tokenizer())
+    row = [
+        dataclasses.replace(x, text=("<|im_start|>", "mammograms")[x.position % 2])
+        for x in report.tokens[0]
+    ]
+    report.tokens[0] = row
+    report = dataclasses.replace(report, grad_norm=report.grad_norm.repeat(depth, 1, 1))
+    outside = []
+
+    def look(figure, *_, **__):
+        figure.draw_without_rendering()
+        strip = figure.axes[0]
+        boxes = [text.get_window_extent() for text in strip.texts]
+        assert len(boxes) == len(row)
+        outside.extend(x for x in boxes if x.y0 < strip.bbox.y0 or x.y1 > strip.bbox.y1)
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    report.plot(tmp_path / "audit.png")
+    assert not outside
+
+
 def test_answers_are_shown(model, batch, tmp_path):
     from sgp.auditing.answers import Answer
 

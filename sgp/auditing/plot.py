@@ -10,6 +10,7 @@ from sgp.auditing.colors import STOPS, visible
 from sgp.auditing.outcome import ROLES, Outcome
 
 LONGEST = 96  # tokens that are drawn with their text
+STRIP, LETTERS = 0.7, 8  # its height in inches, and what of a text has room in it
 
 
 def plot(report: Outcome, path: str | Path, *, row: int = 0, label: str = "") -> Path:
@@ -46,9 +47,9 @@ def plot(report: Outcome, path: str | Path, *, row: int = 0, label: str = "") ->
     figure, (strip, field) = plt.subplots(
         2,
         1,
-        figsize=(width, 2.6 + 0.26 * layers),
+        figsize=(width, 2.7 + 0.26 * layers),
         sharex=True,
-        height_ratios=[1, max(3, layers)],
+        height_ratios=[STRIP, 1.0 + 0.26 * layers],
         layout="constrained",
     )
     for token in tokens:
@@ -57,7 +58,7 @@ def plot(report: Outcome, path: str | Path, *, row: int = 0, label: str = "") ->
             strip.text(
                 token.position,
                 0.5,
-                visible(token.text.strip(" ") or token.text)[:8],
+                visible(token.text.strip(" ") or token.text)[:LETTERS],
                 rotation=90,
                 ha="center",
                 va="center",

@@ -1,4 +1,4 @@
-"""A console that outlives its reader."""
+"""A console that goes on when the pipe is closed."""
 
 import os
 import sys
