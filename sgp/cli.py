@@ -217,7 +217,7 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
         )
     add(
         "--generate",
-        type=_count,
+        type=_count_or_none,
         default=0,
         metavar="N",
         help="let the model answer N of these rows, greedily; needs --model",
@@ -342,6 +342,10 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return value
+
+
+def _count_or_none(text: str) -> int:
+    return 0 if text.strip() == "0" else _count(text)
 
 
 def _positive(text: str) -> float:

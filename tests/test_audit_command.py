@@ -6,6 +6,7 @@ import html
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import sgp
 from sgp.auditing import look
 from sgp.auditing.findings import Finding
+from sgp.auditing.page import SEVERITIES
 from sgp.auditing.survey import OF_FILES, Survey, shown
 from sgp.cli import main
 from sgp.commands.audit_rows import FileRow, Maker, batch_of, batches, chunks
@@ -182,7 +184,7 @@ def test_lines_that_cannot_be_used_are_counted_and_the_rest_is_audited(tmp_path,
     for words in (
         "line 2: not UTF-8", "lines 3, 12 (2 of 11): broken JSON",
         'line 5: "input_ids" has numbers as text',
-        "line 6: is text, which needs --tokenizer or --model", "line 8: not a JSON object",
+        "line 6: needs --tokenizer or --model to become tokens", "line 8: not a JSON object",
         'line 7: "input_ids" has a number of 2^63 or more', "line 11: no tokens",
         'line 9: "messages" is not valid Unicode', 'line 10: has "foo"; expected "input_ids"',
     ):  # fmt: skip
@@ -261,6 +263,9 @@ def test_every_form_is_tokenized_as_the_collator_does(tmp_path, capsys, tokenize
     assert seen == trained
     merged = findings(out)["prompt-merged"]
     assert merged["samples"][0]["line"] == list(FORMS).index("merged") + 1
+    assert merged["samples"][0]["text"] == "tot  [all</s>]"
+    assert "move it to the completion" in merged["message"]
+    assert "[ ]: carries loss" in said
 
 
 def test_parquet_is_audited_by_rows(tmp_path, capsys, folder):
@@ -270,9 +275,13 @@ def test_parquet_is_audited_by_rows(tmp_path, capsys, folder):
     rows = [FORMS["messages"], FORMS["ended"], {"text": "a"}, {"prompt": "a", "completion": ""}]
     path = tmp_path / "rows.parquet"
     datasets.Dataset.from_list([{x: row.get(x) for x in names} for row in rows]).to_parquet(path)
-    code, said, _ = audited(capsys, path, "--tokenizer", folder)
+    fixed = tmp_path / "fixed"
+    code, said, _ = audited(capsys, path, "--tokenizer", folder, "--repair", fixed)
     assert code == 0
     assert "3 of 4 rows of rows.parquet" in said
+    assert "after the repair, by the rows of the file as it was: 3 rows of fixed: " in said
+    assert "unusable-line: row 4: not written: empty completion" in said
+    assert "line 4" not in said
     assert "unusable-line: row 4: empty completion" in said
     assert "row 1 t token" in said
 
@@ -298,6 +307,25 @@ def test_packed_rows_keep_their_seams(tmp_path, capsys):
     assert 'line 1: "seq_lengths" does not add up to the tokens' in said
 
 
+def test_rows_that_trl_packed_are_kept_apart(tmp_path, capsys, folder):
+    """With positions that count in each sequence, as its collator makes them."""
+    ids = [5, 6, 7, 8, 9, 10, 2]
+    packed = {"input_ids": ids, "labels": [-100, -100, 7, -100, -100, 10, 2]}
+    packed["seq_lengths"] = [3, 4]
+    more = {"input_ids": ids[:3], "labels": [-100, -100, 7], "position_ids": [0, 1, 2]}
+    padded = {k: packed[k] + [fill] * 2 for k, fill in (("input_ids", 0), ("labels", -100))}
+    padded["seq_lengths"] = [3, 4]
+    out = tmp_path / "out"
+    masks = [{}, {"attention_mask": [1] * 7}, {"attention_mask": [True] * 7}]
+    for rows in ([packed | mask for mask in masks], [packed, more], [packed, padded]):
+        words = [write(tmp_path / "a.jsonl", *rows), "--tokenizer", folder, "--ignore", "no-eos"]
+        code, said, _ = audited(capsys, *words, "--out", out)
+        assert (code, "no findings" in said) == (0, True), said
+        content = json.loads((out / "audit.json").read_text())
+        assert content["lines"] == list(range(1, len(rows) + 1))
+        assert content["report"]["tokens"][0][2]["target_id"] is None, "a seam"
+
+
 def test_a_mask_of_outputs_is_believed(tmp_path, capsys):
     row = {"input_ids": [5, 6, 7], "completion_mask": [False, False, True]}
     text = {"labels": [-100] * 3, "text": "a\u2028b\x85"}
@@ -320,7 +348,12 @@ def test_the_window_reaches_every_line(tmp_path, capsys, folder, small):
     assert code == 1
     assert "completion-cut: lines 2 to 3 (2 of 4): the window of 6 tokens cuts" in said
     assert "1 of 4 tokens with loss are beyond it: abc [ddd]" in said
-    assert "no-targets: line 4:" in said
+    assert "no-targets: line 4: the prompt alone fills the window of 6 tokens: no loss is" in said
+    empty = write(tmp_path / "empty.jsonl", RIGHT, {"input_ids": [5] * 9, "labels": [-100] * 9})
+    assert (
+        "no-targets: line 2: no token carries loss"
+        in (audited(capsys, empty, "--max-length", "6")[1])
+    )
     assert "completion-cut: line 4: the window of 6 tokens cuts the completion: nothing of" in said
     assert "line 4: all 2 tokens with loss are beyond it: aaaaaa" in said
     assert "no-eos" not in said, "completion-cut says it"
@@ -446,7 +479,8 @@ def test_repair_writes_what_is_mended_and_judges_what_is_left(tmp_path, capsys):
         capsys, write(tmp_path / "a.jsonl", TWICE, guess, RIGHT), "--repair", fixed
     )
     assert code == 1
-    assert "error: labels-not-the-inputs: line 2: not mended" in said
+    words = "line 2: not written: the right labels would be a guess"
+    assert f"error: labels-not-the-inputs: {words}" in said
     assert [json.loads(x) for x in fixed.read_text().splitlines()] == [RIGHT] * 2
 
 
@@ -460,6 +494,109 @@ def test_repair_says_which_lines_it_could_not_write(tmp_path, capsys):
     assert "unusable-line: line 2: not written: broken JSON" in after
     assert "error: outside-vocabulary: line 4: not written: " in after
     assert code == 1
+
+
+def test_what_is_not_written_is_no_line_of_what_is(tmp_path, capsys):
+    """Nor does anything stay that was found in it, or that was mended by taking rows apart."""
+    ids, labels = [5, 6, 7, 8, 9, 10], [-100, -100, 7, -100, -100, 10]
+    guess = {"input_ids": ids, "labels": [-100, -100, 17, 18, 19, 20]}
+    empty = {"input_ids": ids, "labels": [-100] * 6}
+    data, fixed = tmp_path / "a.jsonl", tmp_path / "fixed.jsonl"
+    write(data, empty, guess, empty, guess, {"input_ids": ids, "labels": labels})
+    code, said, _ = audited(capsys, data, "--repair", fixed)
+    assert code == 1
+    after = said.partition("after the repair")[2]
+    assert "1 line of fixed.jsonl: 2 errors" in after
+    assert "no-targets: lines 1, 3 (2 of 5): not written: no token carries loss" in after
+    assert "labels-not-the-inputs: lines 2, 4 (2 of 5): not written: the right labels" in after
+    leaks = {"position_ids": [0, 1, 2] * 2, "attention_mask": [1] * 6}
+    write(data, *[{"input_ids": ids, "labels": labels} | leaks] * 2)
+    code, said, _ = audited(capsys, data, "--repair", fixed)
+    before, _, after = said.partition("after the repair")
+    assert (code, "attends-across-boundary" in before) == (0, True)
+    assert "4 lines of fixed.jsonl: no findings" in after
+    assert "attends" not in after
+
+
+def test_a_gradient_that_is_not_finite_stays_with_what_is_written(tmp_path, capsys, small):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(small)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[9] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(small).save_pretrained(tmp_path / "model")
+    guess = RIGHT | {"labels": [-100, -100, 17, 18, 19]}
+    words = ["--model", tmp_path / "model", "--repair", tmp_path / "fixed", "--ignore", "no-eos"]
+    for rows, stays in (([guess], False), ([guess, RIGHT], True)):
+        _, said, _ = audited(capsys, write(tmp_path / "a.jsonl", *rows), *words)
+        before, _, after = said.partition("after the repair")
+        assert ("error: nan" in before, "error: nan" in after) == (True, stays)
+        assert ("backward pass of line 2:" in after) == stays
+
+
+def test_one_row_without_loss_takes_part_in_the_backward_pass(tmp_path, capsys):
+    empty = RIGHT | {"labels": [-100] * 5}
+    out = tmp_path / "out"
+    for lines, seen in (
+        ([empty] * 6 + [RIGHT] * 6, [1, 7, 8, 9]),
+        ([empty] * 6 + [TWICE] * 6, [1, 7, 8, 9]),
+        ([RIGHT] + [empty] * 6, [2, 1]),
+        ([empty] * 6, [1]),
+    ):
+        audited(capsys, write(tmp_path / "a.jsonl", *lines), "--out", out)
+        assert json.loads((out / "audit.json").read_text())["lines"] == seen
+
+
+def test_the_page_marks_what_findings_mean(tmp_path, capsys, folder):
+    """By the severity that the file's finding has, in the rows of the backward pass."""
+    merged = {"prompt": "tot a", "completion": "ll"}
+    padded = RIGHT | {"input_ids": [5, 6, 7, 8, 9, 0, 0], "labels": [-100, -100, 7, 8, 9, -100, 0]}
+    data = write(tmp_path / "a.jsonl", RIGHT, TWICE, merged, padded)
+    out = tmp_path / "out"
+    audited(capsys, data, "--tokenizer", folder, "--out", out, "--note", "prompt-merged")
+    page = (out / "audit.html").read_text()
+    lines = json.loads((out / "audit.json").read_text())["lines"]
+    rows = dict(zip(lines, page.split("<details open id='row-")[1:], strict=True))
+
+    def marks(line):
+        tokens = rows[line].split("tabindex='0'")[1:]
+        return {
+            n: re.findall(r"(?:error|warning|note): ([\w-]+)", token)
+            for n, token in enumerate(tokens)
+            if "<span class='f' style='--f:#" in token
+        }
+
+    assert marks(1) == {4: ["no-eos"]}
+    assert {t: codes[0] for t, codes in marks(2).items()} == dict.fromkeys(
+        (1, 2, 3), "labels-shifted-twice"
+    )
+    assert marks(3) == {4: ["prompt-merged"]}
+    assert marks(4)[6] == ["padding-scored"]
+    assert "note: prompt-merged" in rows[3]
+    assert f"--f:{SEVERITIES['note']}" in rows[3]
+    filled = rows[1].split("tabindex='0'")[-1]
+    assert "padding, id 0" in filled
+    assert "<span class='w'>&lt;pad&gt;</span>" in filled
+
+
+def test_padding_is_the_tokenizers(tmp_path, capsys, tokenizer, small):
+    other = copy.deepcopy(tokenizer)
+    other.pad_token = other.convert_ids_to_tokens(40)
+    other.save_pretrained(tmp_path / "other")
+    short = {"input_ids": [5, 6, 2], "labels": [-100, 6, 2]}
+    data = write(tmp_path / "a.jsonl", RIGHT, short)
+    out = tmp_path / "out"
+
+    def last(*words):
+        audited(capsys, data, "--tokenizer", tmp_path / "other", "--out", out, *words)
+        content = json.loads((out / "audit.json").read_text())
+        return content["report"]["tokens"][content["lines"].index(2)][4]["token_id"]
+
+    assert last() == 40
+    other.pad_token = other.convert_ids_to_tokens(99)
+    other.save_pretrained(tmp_path / "other")
+    assert last("--model", small) == 0, "a model of 61 classes has no 99"
 
 
 def test_an_end_that_comes_early_leaves_the_file_as_it_was(tmp_path, monkeypatch):
@@ -555,9 +692,9 @@ def test_padding_by_the_end_of_text(tmp_path, capsys, tokenizer):
 
 def test_findings_come_first_whatever_the_columns(tmp_path, capsys):
     """A mask of ones says nothing that other rows do not say."""
-    empty = RIGHT | {"labels": [-100] * 5}
+    twice = TWICE | {"labels": [-100, 7, -100, -100, -100]}
     masks = ([1] * 5, [True] * 5, [1, 1, 1, 0, 0])
-    lines = [TWICE, *(empty | {"attention_mask": mask} for mask in masks)]
+    lines = [TWICE, *(twice | {"attention_mask": mask} for mask in masks)]
     out = tmp_path / "out"
     audited(capsys, write(tmp_path / "a.jsonl", *lines), "--out", out)
     content = json.loads((out / "audit.json").read_text())
@@ -643,6 +780,9 @@ def test_what_it_refuses_is_one_line_and_code_2(tmp_path, capsys):
         ([nothing, "--ignore", "no-targets"], "nothing: no line carries loss"),
         ([data, "--repair", file], "a.jsonl: is the file that is read; name another"),
         ([data, "--repair", tmp_path], "is a folder; name a file"),
+        ([data, "--repair", "-"], "--repair -: name a file, or /dev/stdout"),
+        ([data, "--repair", "x.gz"], "--repair x.gz: JSON lines are written, as they are; name a"),
+        ([data, "--repair", "x.parquet"], "name a file that does not end in .parquet"),
         ([data, "--repair", tmp_path / "no" / "x"], f"no folder {tmp_path / 'no'}"),
         ([data, "--repair", tmp_path / ("x" * 300)], "File name too long"),
     ):
@@ -785,11 +925,14 @@ def test_a_survey_keeps_one_entry_for_what_lines_share():
     assert [(x.code, x.severity) for x in survey.entries] == [
         ("no-targets", "error"), ("completion-cut", OF_FILES["completion-cut"]), ("no-eos", "note"),
     ]  # fmt: skip
+    for line, message in ((3, "third"), (1, "first")):
+        survey.add(Finding("no-eos", "note", "", message), line)
+    assert [x.message for x in survey.entries[2:]] == ["first", "third", "y"], "by first lines"
     first = survey.entries[0]
     assert survey.where(first) == "rows 1 to 3, 9"
     assert [x.where for x in first.samples] == ["token 3", "token 1", "token 2"]
     assert survey.to_dict()["findings"][0]["ranges"] == [[1, 3], [9, 9]]
-    assert survey.verdict() == "1 error, 1 warning, 1 note"
+    assert survey.verdict() == "1 error, 1 warning, 3 notes"
     assert survey.failed
 
 

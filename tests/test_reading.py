@@ -55,6 +55,25 @@ def test_files_are_known_by_how_they_begin(name, tmp_path):
     assert (reading.unit, reading.done) == ("line", path.stat().st_size)
 
 
+@pytest.mark.parametrize("indent", [None, 0, 2])
+@pytest.mark.parametrize("rows", [ROWS, ROWS[2:] * 40])
+def test_a_file_of_one_json_array_is_told(rows, indent, tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(f"\n{json.dumps(rows, indent=indent)}\n\n")
+    with pytest.raises(UnreadableError, match=r"data.json: the file is one JSON array; write an"):
+        [*Reading(path)]
+    path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]")
+    with pytest.raises(UnreadableError, match="is one JSON array"):
+        [*Reading(path)]
+
+
+@pytest.mark.parametrize("lines", [["[1]"], ["[1]", "[2]"], ["[{}]", "[{}]"], ["[x", '{"a": 1}']])
+def test_lines_that_are_arrays_are_lines(lines, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(lines))
+    assert len([*Reading(path)]) == len(lines)
+
+
 @pytest.mark.parametrize("name", ["gz", "xz"])
 def test_a_file_that_breaks_off_is_read_up_to_there(name, tmp_path):
     rows = [{"text": str(n) * 50} for n in range(3000)]

@@ -563,13 +563,21 @@ def refused(options, **changes):
 def test_contexts_that_all_fill_the_window_are_an_error(options, tmp_path):
     data = jsonl(tmp_path / "d.jsonl", ("x" * 5000, "y"), ("z" * 5000, "y"))
     message = refused(options, data=data)
-    assert f"{data}: 0 usable pairs of 2" in message
+    assert f"{data}: 0 usable of 2 pairs" in message
     assert "2 have a context that fills the window of 128 tokens: raise --max-length" in message
+
+
+def test_one_context_that_fills_the_window_has_it(options, tmp_path):
+    data = jsonl(tmp_path / "d.jsonl", ("x" * 5000, "y"), ("z", "y"))
+    message = refused(options, data=data)
+    assert "1 usable of 2 pairs, but one to train on and one to hold out are needed; 1 has a" in (
+        message
+    )
 
 
 def test_one_pair_is_too_few(options, tmp_path):
     data = jsonl(tmp_path / "d.jsonl", ("a", "b"), ("a", "b"))
-    assert "1 usable pairs of 2, but one to train on and one to hold out" in refused(
+    assert "1 usable of 2 pairs, but one to train on and one to hold out" in refused(
         options, data=data
     )
 

@@ -1,11 +1,13 @@
 """What `sgp train` reads: pairs, splits, tokenizer cache, windows, batches."""
 
 import gc
+import io
 import json
 import random
 import sys
 import textwrap
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
@@ -240,9 +242,9 @@ def prepared(tmp_path, monkeypatch):
 
 def test_chats_are_trained_on_as_the_collator_has_them(prepared):
     found, said, _ = prepared
-    assert "data: 1 pair identical to an earlier pair: dropped" in said
-    assert "data: 1 pair with a context that fills the window of 128: skipped" in said
-    assert "data: 1 pair with a completion that passes the window of 128: cut there" in said
+    assert "data: 1 row identical to an earlier one: dropped" in said
+    assert "data: 1 row with a context that fills the window of 128: skipped" in said
+    assert "data: 1 row with a completion that passes the window of 128: cut there" in said
     refused = next(x for x in said if "skipped: no message" in x)
     assert refused.startswith("data: 1 skipped: no message of the roles ['user'] is")
     assert refused.endswith("(d.jsonl:2)")
@@ -271,6 +273,29 @@ def test_chats_and_pairs_share_a_batch(prepared):
     assert torch.equal(batch.to(torch.device("cpu")).labels, batch.labels)
 
 
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (CHATS[:1] + CHATS[2:3], "2 chats"),
+        ([{"prompt": "a", "completion": x} for x in "bc"], "2 pairs"),
+        ([CHATS[0], {"prompt": "a", "completion": "b"}], "2 rows"),
+    ],
+)
+def test_what_is_read_is_called_what_it_is(lines, words, prepared, monkeypatch):
+    options = prepared[2]
+    data = "".join(json.dumps(line) + "\n" for line in lines)
+    options.data.write_text(data)
+    said = []
+    prepare(options, said.append)
+    assert f"data: {words} from {options.data}" in said
+    one = words.replace("2", "1").removesuffix("s")
+    assert f"data: {one} to train on, 1 held out" in said
+    stream = io.TextIOWrapper(io.BytesIO(data.encode()))
+    monkeypatch.setattr(sys, "stdin", stream)
+    prepare(Options(**vars(options) | {"data": Path("-")}), said.append)
+    assert f"data: {words} from standard input" in said
+
+
 def test_chats_need_a_template(prepared, tmp_path):
     found, _, options = prepared
     found.model.save_pretrained(tmp_path / "model")
@@ -282,7 +307,7 @@ def test_chats_need_a_template(prepared, tmp_path):
     found.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     found.tokenizer.save_pretrained(tmp_path / "model")
     options.data.write_text(json.dumps(CHATS[0]) + "\n" + json.dumps(CHATS[5]) + "\n")
-    with pytest.raises(UserError, match=r"0 usable pairs of 2, .*; the chat template marks no tok"):
+    with pytest.raises(UserError, match=r"0 usable of 2 chats, .*; the chat template marks no tok"):
         prepare(wrong, print)
 
 
@@ -488,4 +513,4 @@ def test_a_pair_that_comes_again_is_trained_on_once(tmp_path, monkeypatch):
     assert len(kept) == len({repr(example) for example in kept}) == 4
     assert found.counts["pairs"] == 7
     assert found.counts["identical"] == 3
-    assert "data: 3 pairs identical to an earlier pair: dropped" in said
+    assert "data: 3 pairs identical to an earlier one: dropped" in said

@@ -6,13 +6,13 @@ Each token stands over its own column of the map, so that lines break where the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sgp.auditing.colors import dark_text, step, steps, visible
-from sgp.auditing.findings import grouped
+from sgp.auditing.findings import LEVELS, Finding, grouped
 from sgp.auditing.outcome import ROLES, Outcome, Token
 from sgp.auditing.survey import Survey, verdict
 
@@ -59,6 +59,7 @@ summary { font-weight: 600; cursor: pointer; }
 .t:hover, .t:focus { outline: 2px solid #1b1f24; outline-offset: 1px; }
 .w { padding: .1em .25em; white-space: pre; text-align: center; border-bottom: 3px solid var(--c);
   max-width: 20em; overflow: hidden; text-overflow: ellipsis; min-height: 1.4em; }
+.f { display: block; height: 6px; min-width: 14px; margin: 0 -1px 2px 0; background: var(--f); }
 .m { display: block; height: 7px; min-width: 14px; margin-top: 1px; }
 .dead { background: radial-gradient(circle, #8c959f 1.5px, #fff 2px); }
 .lost { background: repeating-linear-gradient(45deg, #f0f 0 2px, #fff 2px 4px); }
@@ -87,13 +88,15 @@ def to_html(
     labels: Sequence[str] = (),
     after: Survey | None = None,
     mended: Sequence[str] = (),
+    found: Sequence[Sequence[Finding]] | None = None,
 ) -> Path:
     """Write the report as one self-contained page.
 
     Findings first; then, a row of the batch after the other, its tokens, each over its column of
     gradient norms, the last layer on top and the embeddings at the bottom. Tokens have the colour
     of their role, or, by a switch, of their loss; hover over one, or reach it with Tab, for what it
-    predicts, loss, probability and gradient.
+    predicts, loss, probability and gradient. Over the tokens that a finding means stands a bar of
+    the colour of its severity.
 
     Args:
         report: of `sgp.audit`.
@@ -102,18 +105,21 @@ def to_html(
         labels: what the rows are called ("line 21").
         after: of the file that was repaired, where one was written.
         mended: what was changed in it, line by line.
+        found: the findings of each row whose tokens are marked; None: the report's.
 
     Returns:
         The path.
     """
     scale = _scale(report)
     names = [report.name_of(n, labels) for n in range(len(report.tokens))]
-    rows = "".join(_row(report, n, name, scale) for n, name in enumerate(names))
+    if found is None:
+        found = [[x for x in report.findings if x.row == n] for n in range(len(names))]
+    rows = "".join(_row(report, n, name, scale, _marks(found[n])) for n, name in enumerate(names))
     where = f"{survey.name}, {report.model_name}" if survey is not None else report.model_name
     summary = survey.summary() if survey is not None else verdict(report.findings)
     title = f"Audit: {where}"
-    found = Path(path)
-    found.write_text(
+    page = Path(path)
+    page.write_text(
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{_text(title)}</title><style>{STYLE}{_colors()}</style></head><body>"
@@ -127,7 +133,7 @@ def to_html(
         f"<div class='bar'>{_bar(names, scale)}</div><main>{rows}</main></body></html>\n",
         encoding="utf-8",
     )
-    return found
+    return page
 
 
 def said(answer: Any, name: str) -> str:
@@ -239,11 +245,15 @@ def _bar(names: list[str], scale: _Scale) -> str:
         f"<span><i style='--c:{color}'></i>{role}: {_text(what)}</span>"
         for role, (_, color, what) in ROLES.items()
     )
+    levels = "".join(
+        f"<span><i style='--c:{color}'></i>{level}</span>" for level, color in SEVERITIES.items()
+    )
     links = "".join(f"<a href='#row-{n}'>{_text(name)}</a>" for n, name in enumerate(names))
     return (
         f"<p>{links}</p>"
         "<p>colour of the tokens: <label for='by-role'>role</label> "
         "<label for='by-loss'>loss</label></p>"
+        f"<p class='key'>over a token that a finding means: {levels}</p>"
         f"<p class='key of-role'>{roles}</p>"
         f"<p class='of-loss'>loss of a token, in nats: 0<span class='scale'></span>{scale.loss:.2f}"
         "</p>"
@@ -256,16 +266,29 @@ def _bar(names: list[str], scale: _Scale) -> str:
 # -- rows ------------------------------------------------------------------------------------------
 
 
-def _row(report: Outcome, number: int, name: str, scale: _Scale) -> str:
+def _marks(found: Iterable[Finding]) -> dict[int, list[Finding]]:
+    """By token, the findings that mean it, the worst first."""
+    marks: dict[int, list[Finding]] = {}
+    for finding in sorted(found, key=lambda finding: LEVELS.index(finding.severity)):
+        for token in finding.tokens:
+            marks.setdefault(token, []).append(finding)
+    return marks
+
+
+def _row(
+    report: Outcome, number: int, name: str, scale: _Scale, marks: dict[int, list[Finding]]
+) -> str:
     tokens = report.tokens[number]
     norms = report.grad_norm[:, number].T.tolist()
     pieces, run = [], 0
     for token, column in zip(tokens, norms, strict=True):
-        plain = token.role == "padding" and token.target_id is None and not any(column)
+        of = marks.get(token.position, [])
+        empty = token.target_id is None and not any(column) and not of
+        plain = token.role == "padding" and empty
         run = run + 1 if plain else 0
         if run <= PADDING:
             own = tokens[token.position - 1] if token.position else None
-            pieces.append(_token(token, own, column, scale))
+            pieces.append(_token(token, own, column, scale, of))
         following = token.position + 1
         last = following == len(tokens) or tokens[following].role != "padding"
         if run > PADDING and last:
@@ -276,8 +299,11 @@ def _row(report: Outcome, number: int, name: str, scale: _Scale) -> str:
     )
 
 
-def _token(token: Token, before: Token | None, column: list[float], scale: _Scale) -> str:
+def _token(
+    token: Token, before: Token | None, column: list[float], scale: _Scale, found: list[Finding]
+) -> str:
     lines = [f"{token.position}: {token.role}, id {token.token_id}"]
+    lines += [f"{x.severity}: {x.code}" for x in found]
     own = before.loss if before is not None and token.role in ("output", "padding") else None
     if own is not None:
         lines.append(f"its own loss {own:.4f} nats")
@@ -286,11 +312,12 @@ def _token(token: Token, before: Token | None, column: list[float], scale: _Scal
         lines.append(f"loss {token.loss:.4f} nats, probability {token.probability:.4f}")
     lines.append(f"|dL / d logits| {token.gradient:.2e}")
     text = visible(token.text) or "\u2205"
+    mark = f"<span class='f' style='--f:{SEVERITIES[found[0].severity]}'></span>" if found else ""
     of_loss = f" l{step(own, 0.0, scale.loss)}" if own is not None else ""
     cells = "".join(_cell(x, layer, scale) for layer, x in reversed(list(enumerate(column))))
     return (
         f"<span class='t{of_loss}' tabindex='0' style='--c:{ROLES[token.role][1]}'>"
-        f"<span class='w'>{_text(text)}</span>{cells}"
+        f"{mark}<span class='w'>{_text(text)}</span>{cells}"
         f"<span class='tip'>{_text(chr(10).join(lines))}</span></span>"
     )
 

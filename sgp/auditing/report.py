@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sgp.auditing.colors import visible
-from sgp.auditing.findings import grouped
+from sgp.auditing.findings import Finding, grouped
 from sgp.auditing.outcome import ROLES, Outcome, Token
 from sgp.auditing.page import said, to_html
 from sgp.auditing.plot import plot
@@ -115,6 +115,7 @@ class AuditReport(Outcome):
         labels: Sequence[str] = (),
         after: Survey | None = None,
         mended: Sequence[str] = (),
+        found: Sequence[Sequence[Finding]] | None = None,
     ) -> Path:
         """Write one self-contained page.
 
@@ -124,8 +125,11 @@ class AuditReport(Outcome):
             labels: what the rows are called ("line 21").
             after: the findings of the file that was repaired.
             mended: what was changed in it, line by line.
+            found: the findings of each row whose tokens are marked; None: the report's.
         """
-        return to_html(self, path, survey=survey, labels=labels, after=after, mended=mended)
+        return to_html(
+            self, path, survey=survey, labels=labels, after=after, mended=mended, found=found
+        )
 
     def repair(self) -> Repair:
         """What can be mended in the batch's labels without a guess."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sgp.auditing.colors import visible
@@ -19,7 +19,7 @@ OF_FILES = {  # what is found where lines are read, beside what a batch can have
     "completion-cut": "warning",
     "prompt-merged": "warning",
 }
-PLAIN = ("outside-vocabulary", "unusable-line", "prompt-merged")
+PLAIN = ("outside-vocabulary", "unusable-line")
 """Whose samples are no tokens of a row, with brackets around what carries loss."""
 TOLD = 3  # samples of a finding
 AROUND = 6  # tokens on either side of what a sample shows
@@ -70,6 +70,7 @@ class Survey:
     severity: Mapping[str, str] = field(default_factory=dict)
     samples: int = 0  # lines that were used
     skipped: int = 0  # lines that could not be
+    of: int | None = None  # lines of the file that the numbers are of, where it is another
     _entries: dict[tuple[str, str, bool], Entry] = field(default_factory=dict)
 
     def add(
@@ -130,10 +131,22 @@ class Survey:
         """Take an entry over from another survey."""
         self._entries[entry.code, entry.message, entry.backward] = entry
 
+    def settled(self, finding: Finding, line: int) -> Finding | None:
+        """A finding with the severity that this line's has here; None where it has none."""
+        severities = [
+            entry.severity
+            for entry in self._entries.values()
+            if entry.code == finding.code and line in entry.lines
+        ]
+        return replace(finding, severity=severities[0]) if severities else None
+
     @property
     def entries(self) -> list[Entry]:
-        """Errors first, then warnings, then notes."""
-        return sorted(self._entries.values(), key=lambda entry: LEVELS.index(entry.severity))
+        """Errors first, then warnings, then notes; of these, in the order of their first lines."""
+        return sorted(
+            self._entries.values(),
+            key=lambda entry: (LEVELS.index(entry.severity), min(entry.lines)),
+        )
 
     @property
     def failed(self) -> bool:
@@ -150,7 +163,8 @@ class Survey:
         """The same, and how many they are of how many."""
         count = len(set(entry.lines))
         many = count > 1 and not entry.backward
-        return self.where(entry) + f" ({count} of {self.samples + self.skipped})" * many
+        total = self.samples + self.skipped if self.of is None else self.of
+        return self.where(entry) + f" ({count} of {total})" * many
 
     def verdict(self) -> str:
         """'2 errors, 1 warning' or 'no findings'."""

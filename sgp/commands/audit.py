@@ -27,14 +27,15 @@ from sgp.commands.audit_rows import (
     alike_seams,
     batch_of,
     batches,
+    carries_loss,
     chunks,
     describe,
+    first_with_loss,
     size,
 )
 from sgp.commands.console import steady
 from sgp.data.reading import EXPECTED, Reading, UnreadableError
 from sgp.interrupt import Interrupted, StopRequest
-from sgp.labels import IGNORE
 from sgp.train.errors import UserError
 from sgp.train.model import load, load_tokenizer, tiny_llama
 from sgp.train.output import check_folder, require, writing
@@ -127,16 +128,11 @@ class _Job:
 
     def _reaches_loss(self, row: FileRow) -> bool:
         """Whether the backward pass would see loss in a row."""
-        return first_with_loss(row.columns["labels"][: self.most]) is not None
+        return carries_loss(row.columns["labels"][: self.most])
 
     def _usable(self, row: FileRow) -> bool:
         """Whether it would see what a row has: loss, or that there is none."""
-        return self._reaches_loss(row) or first_with_loss(row.columns["labels"]) is None
-
-
-def first_with_loss(labels: list[int]) -> int | None:
-    """Where the first token with loss is that can be predicted."""
-    return next((t for t in range(1, len(labels)) if labels[t] != IGNORE), None)
+        return self._reaches_loss(row) or not carries_loss(row.columns["labels"])
 
 
 def _job(arguments: argparse.Namespace) -> _Job:
@@ -264,15 +260,18 @@ def _sorted_out(
     found = [pair for group in batches(rows) for pair in job.maker.look(group)]
     found.sort(key=lambda pair: pair[0].line)
     marked = {row.line: row for row in rows if row.noted}
-    faulty = set(marked)
+    faulty, of = set(marked), dict[int, list[Finding]]()
     for row, finding in found:
         entry = job.survey.add(finding, row.line, describe(row, finding, job.maker))
         if entry is None:
             continue
         faulty.add(row.line)
+        of.setdefault(row.line, []).append(finding)
         if len(entry.lines) <= job.arguments.rows:
             marked[row.line] = row
         longest.note(row, finding)
+    for line, row in marked.items():
+        marked[line] = row._replace(noted=(*row.noted, *of.get(line, ())))
     return marked, [row for row in rows if row.line not in faulty]
 
 
@@ -316,7 +315,7 @@ def _closer_look(job: _Job) -> AuditReport:
     """One backward pass of the rows with findings, or else of the first that carry loss."""
     job.rows = _chosen(job)
     attended = [row.attended for row in job.rows]
-    batch = batch_of([row.columns for row in job.rows], attended=attended)
+    batch = batch_of([row.columns for row in job.rows], attended=attended, pad=job.maker.pad)
     if job.model is None:
         largest = int(max(batch["input_ids"].max(), batch["labels"].max()))
         job.model = tiny_llama(1 + max(1, largest), job.most, seed=0)
@@ -346,12 +345,16 @@ def _closer_look(job: _Job) -> AuditReport:
 
 
 def _chosen(job: _Job) -> list[FileRow]:
-    """A row of each finding, the worst first; then more of them; then any that carry loss."""
+    """A row of each finding, the worst first; then more of them; then any that carry loss.
+
+    Of those without loss, one.
+    """
     entries = [entry for entry in job.survey.entries if set(entry.lines) & set(job.marked)]
     firsts = [next(x for x in entry.lines if x in job.marked) for entry in entries]
     others = [line for entry in entries for line in entry.lines if line in job.marked]
     faulty = [job.marked[line] for line in dict.fromkeys(firsts + others)]
-    usable = faulty + job.clean
+    lossless = [row for row in faulty if not carries_loss(row.columns["labels"])][1:]
+    usable = [row for row in faulty if row not in lossless] + job.clean
     if not usable and job.earliest:  # all carry loss beyond the backward pass alone
         first, row = job.earliest
         job.reach, usable = first + BEYOND, [row]
@@ -363,6 +366,16 @@ def _chosen(job: _Job) -> list[FileRow]:
 
 def _labels(job: _Job) -> list[str]:
     return [f"{job.survey.unit} {row.line}" for row in job.rows]
+
+
+def _marked(job: _Job, report: AuditReport) -> list[list[Finding]]:
+    """The findings of each row of the backward pass: the file's, and of the gradient."""
+    found = []
+    for number, row in enumerate(job.rows):
+        own = [job.survey.settled(finding, row.line) for finding in row.noted]
+        of_gradient = [x for x in report.findings if x.row == number and x.code in OF_THE_GRADIENT]
+        found.append([x for x in own if x is not None] + of_gradient)
+    return found
 
 
 def _print(job: _Job, report: AuditReport, console: Console) -> None:
@@ -395,7 +408,12 @@ def _write(job: _Job, report: AuditReport, mended: Mended | None, console: Conso
                 page = out / "audit.html"
                 said = mended.said() if mended else ()
                 report.to_html(
-                    page, survey=job.survey, labels=_labels(job), after=after, mended=said
+                    page,
+                    survey=job.survey,
+                    labels=_labels(job),
+                    after=after,
+                    mended=said,
+                    found=_marked(job, report),
                 )
                 text = json.dumps(content | {"report": report.to_dict()}, allow_nan=False)
                 (out / "audit.json").write_text(text + "\n", encoding="utf-8")

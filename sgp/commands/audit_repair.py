@@ -14,6 +14,7 @@ from sgp.auditing.findings import SEVERITY, Finding
 from sgp.auditing.repair import Repair, repair
 from sgp.auditing.survey import Survey
 from sgp.commands.audit_rows import FileRow, Maker, batches, describe, windowed
+from sgp.data.reading import STDIN
 from sgp.train.errors import UserError
 from sgp.train.output import writing
 
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 
 UNWRITTEN = ("unusable-line", "outside-vocabulary")
 """Findings of lines that made no row."""
+NOT_WRITTEN = {
+    "no-targets": "not written: no token carries loss",
+    "labels-not-the-inputs": "not written: the right labels would be a guess",
+}
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".parquet")
 
 
 def check_file(path: Path, data: Path) -> None:
@@ -31,6 +37,13 @@ def check_file(path: Path, data: Path) -> None:
     Raises:
         UserError: what stands in the way.
     """
+    if str(path) == STDIN:
+        raise UserError(f"--repair {path}: name a file, or /dev/stdout")
+    if path.suffix.lower() in PACKED:
+        raise UserError(
+            f"--repair {path}: JSON lines are written, as they are; name a file that does not end "
+            f"in {path.suffix}"
+        )
     with writing(path, option="--repair"):
         if path.is_dir():
             raise UserError(f"--repair {path}: is a folder; name a file")
@@ -62,6 +75,7 @@ class Mended:
         self._before, self._maker = survey, maker
         self._whole = Repair()  # without its rows
         self._lines: list[int] = []
+        self._unwritten: set[int] = set()  # lines of which nothing is written
         target = path.resolve()
         # a device or a pipe is written to at the end, and keeps its place
         self._moves = not path.exists() or path.is_file()
@@ -90,12 +104,13 @@ class Mended:
     def _add(self, rows: list[FileRow]) -> None:
         found = repair(self._maker.view(rows))
         for number, code in found.left:
-            left = Finding(code, SEVERITY[code], "", "not mended, as the labels would be a guess")
+            left = Finding(code, SEVERITY[code], "", NOT_WRITTEN[code])
             self.after.add(left, rows[number].line)
         mended = [
             windowed(FileRow(rows[n].line, row, row), self._maker, self.after)
             for row, n in zip(found.rows, found.sources, strict=True)
         ]
+        self._unwritten |= {row.line for row in rows} - {row.line for row in mended}
         self.after.samples += len(mended)
         self.written += len(mended)
         pairs = [pair for group in batches(mended) for pair in self._maker.look(group)]
@@ -113,9 +128,12 @@ class Mended:
     def print(self, console: Console) -> None:
         """What was changed, and what is left."""
         self.after.unit = self._before.unit
+        self.after.of = self._before.samples + self._before.skipped
         for entry in self._before.entries:
-            if entry.backward:  # no label mends it
-                self.after.keep(entry)
+            if entry.backward:  # no label mends it, but rows are taken apart at their seams
+                lines = [line for line in entry.lines if line not in self._unwritten]
+                if lines and entry.code != "attends-across-boundary":
+                    self.after.keep(replace(entry, lines=lines))
             elif entry.code in UNWRITTEN:
                 self.after.keep(replace(entry, message=f"not written: {entry.message}"))
         console.print()

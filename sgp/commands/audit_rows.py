@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ class FileRow(NamedTuple):
     line: int
     columns: dict[str, list[int]]  # up to the window
     whole: dict[str, list[int]]
-    noted: bool = False  # the survey knows something of it
+    noted: tuple[Finding, ...] = ()  # what was found in it
     given: bool = False  # it came as tokens, which someone may have cut
     padding: int = 0  # tokens at the end of the whole row
 
@@ -80,7 +80,15 @@ class Maker:
         )
         pairs = [(rows[f.row], f) for f in found if f.row is not None]
         # Of a row that was cut at the window, completion-cut says it.
-        return [(x, f) for x, f in pairs if not (x.cut and f.code == "no-eos")]
+        kept = [(x, f) for x, f in pairs if not (x.cut and f.code == "no-eos")]
+        return [(x, self._of_window(x, f)) for x, f in kept]
+
+    def _of_window(self, row: FileRow, finding: Finding) -> Finding:
+        """A finding, with the window as its cause where it is that."""
+        if finding.code != "no-targets" or not row.cut or not carries_loss(row.whole["labels"]):
+            return finding
+        message = f"the prompt alone fills the window of {self.window} tokens: no loss is left"
+        return replace(finding, message=message)
 
     def view(self, rows: list[FileRow]) -> View:
         """One batch, with all its tokens."""
@@ -93,6 +101,12 @@ class Maker:
         if self.tokenizer is None:
             return " ".join(map(str, ids))
         return str(self.tokenizer.decode(ids))
+
+    @property
+    def pad(self) -> int:
+        """What a batch is padded with: what collators take, if the model knows it."""
+        fill = self._filler[0]
+        return fill if fill is not None and fill < (self.vocabulary or LARGEST) else 0
 
     @cached_property
     def _filler(self) -> tuple[int | None, bool]:
@@ -144,7 +158,7 @@ def _rows(chunk: list[Line], maker: Maker, survey: Survey) -> list[FileRow]:
 def _refused(line: Line, maker: Maker, survey: Survey) -> bool:
     reason = line.reason
     if not reason and maker.tokenizer is None and kind(line.row) != "input_ids":
-        reason = "is text, which needs --tokenizer or --model"
+        reason = "needs --tokenizer or --model to become tokens"
     if reason:
         unusable(survey, line.number, reason)
     return bool(reason)
@@ -175,27 +189,52 @@ def _row(line: Line, found: Tokenized, maker: Maker, survey: Survey) -> FileRow 
         # masks that labels were made of say nothing more
         names = AS_THEY_STAND if line.row.get("labels") is not None else SEAMS
         columns |= {k: line.row[k] for k in names if line.row.get(k) is not None}
-        wrong = _seq_lengths(line.row, columns)
+        padding = _taken_off(columns, maker)
+        wrong = _seq_lengths(line.row, columns, padding)
         if wrong:
             unusable(survey, line.number, wrong)
             return None
-        padding = _taken_off(columns, maker)
-    V, noted = LARGEST if maker.vocabulary is None else maker.vocabulary, False
+    V = LARGEST if maker.vocabulary is None else maker.vocabulary
     if max(*ids, *labels) >= V:
         _outside(line.number, ids, labels, maker, survey)
         return None
-    if found.merged:
-        noted = True
-        survey.note(
-            "prompt-merged",
-            "the tokens of the prompt alone are not the first of prompt and completion together "
-            "(they merge, or the template differs): some of the prompt carries loss",
-            line.number,
-            lambda: repr(found.merged),
-        )
     survey.samples += 1
-    row = FileRow(line.number, columns, columns, noted, given, padding)
+    row = FileRow(line.number, columns, columns, (), given, padding)
+    if found.merged:
+        message = (
+            "the tokens of the prompt alone are not the first of prompt and completion together "
+            "(they merge, or the template differs): some of the prompt carries loss. If a "
+            "blank ends the prompt, move it to the completion"
+        )
+        row = _noted(row, "prompt-merged", message, first_with_loss(labels), maker, survey)
     return windowed(row, maker, survey)
+
+
+def first_with_loss(labels: list[int]) -> int | None:
+    """Where the first token with loss is that can be predicted."""
+    return next((t for t in range(1, len(labels)) if labels[t] != IGNORE), None)
+
+
+def carries_loss(labels: list[int]) -> bool:
+    """Whether anything would be learned of them."""
+    return first_with_loss(labels) is not None
+
+
+def _noted(
+    row: FileRow,
+    code: str,
+    message: str,
+    token: int | None,
+    maker: Maker,
+    survey: Survey,
+    before: str = "",
+) -> FileRow:
+    """The row, with one of `OF_FILES` that the survey is told, and the text before its sample."""
+    finding = Finding(code, OF_FILES[code], "", message, tokens=() if token is None else (token,))
+    text = describe(row, finding, maker)
+    if survey.add(finding, row.line, lambda: before + text()) is None:
+        return row
+    return row._replace(noted=(*row.noted, finding))
 
 
 def _taken_off(columns: dict[str, list[int]], maker: Maker) -> int:
@@ -210,15 +249,17 @@ def _taken_off(columns: dict[str, list[int]], maker: Maker) -> int:
     return len(mask) - attended
 
 
-def _seq_lengths(row: dict[str, Any], columns: dict[str, list[int]]) -> str:
-    """Where TRL's `seq_lengths` are the only seams, number their sequences."""
+def _seq_lengths(row: dict[str, Any], columns: dict[str, list[int]], padding: int) -> str:
+    """Where TRL's `seq_lengths` are the only seams, count positions as its collator does."""
     lengths = row.get("seq_lengths")
     if lengths is None or "position_ids" in columns or "seq_idx" in columns:
         return ""
     whole = isinstance(lengths, list) and all(type(x) is int and x > 0 for x in lengths)
-    if not whole or sum(lengths) != len(columns["input_ids"]):
+    T = len(columns["input_ids"])
+    if not whole or sum(lengths) not in (T, T - padding):
         return '"seq_lengths" does not add up to the tokens'
-    columns["seq_idx"] = [n for n, length in enumerate(lengths) for _ in range(length)]
+    positions = [t for length in lengths for t in range(length)]
+    columns["position_ids"] = positions + [0] * (T - len(positions))
     return ""
 
 
@@ -246,23 +287,17 @@ def windowed(row: FileRow, maker: Maker, survey: Survey) -> FileRow:
     labels, window = row.columns["labels"], maker.window
     if window is None or len(labels) <= window:
         return row
-    columns = {k: v[:window] for k, v in row.columns.items()}
+    row = row._replace(columns={k: v[:window] for k, v in row.columns.items()})
     lost = sum(x != IGNORE for x in labels[window:])
-    if lost:
-        some = any(x != IGNORE for x in columns["labels"][1:])
-        scored = sum(x != IGNORE for x in labels)
-        count = f"{lost} of {scored}" if some else f"all {scored}"
-        survey.note(
-            "completion-cut",
-            f"the window of {window} tokens cuts the completion: "
-            + ("its end is not trained" if some else "nothing of it is trained"),
-            row.line,
-            lambda: (
-                f"{count} tokens with loss are beyond it: "
-                + shown(columns["input_ids"], columns["labels"], [window - 1], maker.decode)
-            ),
-        )
-    return row._replace(columns=columns, noted=bool(lost) or row.noted)
+    if not lost:
+        return row
+    some = carries_loss(row.columns["labels"])
+    scored = sum(x != IGNORE for x in labels)
+    message = f"the window of {window} tokens cuts the completion: " + (
+        "its end is not trained" if some else "nothing of it is trained"
+    )
+    beyond = f"{f'{lost} of' if some else 'all'} {scored} tokens with loss are beyond it: "
+    return _noted(row, "completion-cut", message, window - 1, maker, survey, beyond)
 
 
 # -- batches ---------------------------------------------------------------------------------------
@@ -312,19 +347,20 @@ def size(row: FileRow) -> int:
 
 
 def batch_of(
-    rows: list[dict[str, list[int]]], *, attended: list[int] | None = None
+    rows: list[dict[str, list[int]]], *, attended: list[int] | None = None, pad: int = 0
 ) -> dict[str, Tensor]:
     """Padded on the right, with a mask unless positions say where sequences begin.
 
     Args:
         rows: columns, with the same seams; masks of outputs are left out where not all have them.
         attended: the tokens of each that are not padding; None: all.
+        pad: the token that fills rows up.
     """
     longest = max(len(row["input_ids"]) for row in rows)
     found = {}
     for name in ("input_ids", "labels", *AS_THEY_STAND):
         if all(name in row for row in rows):
-            fill = [IGNORE if name == "labels" else 0] * longest
+            fill = [{"labels": IGNORE, "input_ids": pad}.get(name, 0)] * longest
             found[name] = torch.tensor([(row[name] + fill)[:longest] for row in rows]).long()
     lengths = torch.tensor(attended or [len(row["input_ids"]) for row in rows])
     found["lengths"] = lengths

@@ -28,6 +28,7 @@ PACKED = {  # how a compressed file begins, and what reads it
 PARQUET = b"PAR1"
 MARK = b"\xef\xbb\xbf"  # UTF-8's byte order mark
 EXPECTED = '{"prompt": "...", "completion": "..."}'
+NO_OBJECT = "not a JSON object"
 KINDS = ("input_ids", "prompt", "messages", "text")
 TOKENS = ("input_ids", "labels", *MASKS, "attention_mask", "position_ids", "seq_idx")
 TRAIN = ("transformers", "tokenizers", "matplotlib")  # packages of the extra of that name
@@ -109,6 +110,7 @@ class Reading:
 
     def _of_lines(self, raw: Any, file: Iterable[bytes]) -> Iterator[Line]:
         lines, number = iter(file), 0
+        array = _Array()
         while True:
             try:
                 data = next(lines, None)
@@ -120,6 +122,10 @@ class Reading:
                 return
             if data is None:
                 self.done = self.size or self.done
+                if array.whole:
+                    raise UnreadableError(
+                        f"{self.shown}: the file is one JSON array; write an object a line"
+                    )
                 return
             number += 1
             if number == 1:
@@ -130,6 +136,7 @@ class Reading:
                 self.done = raw.tell()
             if data.strip():
                 row, reason = parsed(data)
+                array.see(data, reason)
                 yield Line(number, row, reason or fault(row, self.kinds))
 
     def _of_parquet(self) -> Iterator[Line]:
@@ -194,6 +201,30 @@ def alike(reason: str) -> str:
     return re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "_", reason)
 
 
+class _Array:
+    """Whether the lines that are not blank are those of one JSON array, and not each an array."""
+
+    def __init__(self) -> None:
+        self._lines = 0
+        self._opens = self._closed = False
+        self._alone = False  # the first line is whole
+
+    def see(self, data: bytes, reason: str) -> None:
+        """Take in a line."""
+        data = data.strip()
+        if not self._lines:
+            self._alone = reason == NO_OBJECT
+            self._opens = data.startswith(b"[")
+            self._opens &= not self._alone or data[1:].lstrip().startswith(b"{")
+        self._lines += 1
+        self._closed = data.endswith(b"]")
+
+    @property
+    def whole(self) -> bool:
+        """After the last of them."""
+        return self._opens and self._closed and (self._lines == 1 or not self._alone)
+
+
 # -- one line --------------------------------------------------------------------------------------
 
 
@@ -207,7 +238,7 @@ def parsed(line: bytes) -> tuple[dict[str, Any], str]:
     try:
         record = json.loads(line.decode())
         if not isinstance(record, dict):
-            return {}, "not a JSON object"
+            return {}, NO_OBJECT
         # Strict UTF-8 has no surrogates: only an escape can make one.
         if b"\\ud" in line or b"\\uD" in line:
             for key, value in record.items():

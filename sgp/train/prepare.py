@@ -1,9 +1,9 @@
 """What a run starts from: data, tokenizer and model, with everything left out counted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from sgp.data.reading import alike
+from sgp.data.reading import Reading, alike
 from sgp.train.batch import Encoded, Example, encode, encode_chats
 from sgp.train.data import Chat, Pair, describe_skips, drop_duplicates, read_jsonl, split
 from sgp.train.errors import UserError
@@ -86,11 +86,11 @@ def prepare(options: Options, say: Callable[[str], None]) -> Setup:
         "chat_template_refuses": len(encoded.skips),
         "window": window,
     }
-    _report(counts, say)
+    _report(counts, pairs, say)
     if len(encoded.examples) < 2:
-        raise UserError(_too_few(options, encoded, counts))
+        raise UserError(_too_few(options, encoded, counts, pairs))
     train, held_out = split(encoded.examples, lambda example: example.digest)
-    say(f"data: {len(train)} pairs to train on, {len(held_out)} held out")
+    say(f"data: {_counted(len(train), pairs)} to train on, {len(held_out)} held out")
     counts |= {"train": len(train), "held_out": len(held_out)}
     return Setup(model, tokenizer, train, held_out, counts)
 
@@ -113,12 +113,18 @@ def _by_reason(skips: list[tuple[str, str]]) -> dict[str, list[str]]:
     return dict(found.values())
 
 
+def _counted(count: int, rows: Sequence[Pair | Chat]) -> str:
+    """So many of such rows: pairs, chats, or rows where both are among them."""
+    kinds = {"pair" if isinstance(row, Pair) else "chat" for row in rows}
+    return f"{count} {kinds.pop() if len(kinds) == 1 else 'row'}{'s' * (count != 1)}"
+
+
 def _read(
     options: Options, library: list[tuple[str, str]], say: Callable[[str], None]
 ) -> tuple[list[Pair | Chat], int]:
     if options.data is not None:
         pairs, skips = read_jsonl(options.data)
-        say(f"data: {len(pairs)} pairs from {options.data}")
+        say(f"data: {_counted(len(pairs), pairs)} from {Reading(options.data).shown}")
         for sentence in describe_skips(skips):
             say(f"data: {sentence}")
         return pairs, len(skips)
@@ -139,28 +145,32 @@ def _window(options: Options, model: Any) -> int:
     return options.max_length or min(_WINDOW, most)
 
 
-def _report(counts: dict[str, int], say: Callable[[str], None]) -> None:
+def _report(
+    counts: dict[str, int], rows: Sequence[Pair | Chat], say: Callable[[str], None]
+) -> None:
     window = counts["window"]
     for key, sentence in (
-        ("identical", "identical to an earlier pair: dropped"),
+        ("identical", "identical to an earlier one: dropped"),
         ("context_fills_window", f"with a context that fills the window of {window}: skipped"),
         ("without_tokens", "with a side that has no tokens: skipped"),
         ("completion_cut", f"with a completion that passes the window of {window}: cut there"),
     ):
         if counts[key]:
-            plural = "s" if counts[key] > 1 else ""
-            say(f"data: {counts[key]} pair{plural} {sentence}")
+            say(f"data: {_counted(counts[key], rows)} {sentence}")
 
 
-def _too_few(options: Options, encoded: Encoded, counts: dict[str, int]) -> str:
+def _too_few(
+    options: Options, encoded: Encoded, counts: dict[str, int], rows: Sequence[Pair | Chat]
+) -> str:
     where = "the standard library" if options.data is None else f"--data {options.data}"
     remedy = f"; {encoded.skips[0][1]}" if encoded.skips else ""
     if encoded.filled:
+        has = "has" if encoded.filled == 1 else "have"
         remedy = (
-            f"; {encoded.filled} have a context that fills the window of {counts['window']} "
+            f"; {encoded.filled} {has} a context that fills the window of {counts['window']} "
             "tokens: raise --max-length"
         )
     return (
-        f"{where}: {len(encoded.examples)} usable pairs of {counts['pairs']}, but one to train on "
-        f"and one to hold out are needed{remedy}"
+        f"{where}: {len(encoded.examples)} usable of {_counted(counts['pairs'], rows)}, but one to "
+        f"train on and one to hold out are needed{remedy}"
     )
