@@ -417,6 +417,7 @@ def test_the_models_ends_are_ends(tmp_path, capsys, small):
 def test_severities_and_what_is_ignored(tmp_path, capsys):
     data = write(tmp_path / "a.jsonl", RIGHT, TWICE)
     assert audited(capsys, data)[0] == 1
+    assert audited(capsys, data, "--generate", "0")[0] == 1, "as without"
     code, said, _ = audited(capsys, data, "--warning", "labels-shifted-twice")
     assert (code, "warning: labels-shifted-twice: line 2" in said) == (0, True)
     code, said, _ = audited(capsys, data, "--note", "labels-shifted-twice")

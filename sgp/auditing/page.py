@@ -253,7 +253,7 @@ def _bar(names: list[str], scale: _Scale) -> str:
         f"<p>{links}</p>"
         "<p>colour of the tokens: <label for='by-role'>role</label> "
         "<label for='by-loss'>loss</label></p>"
-        f"<p class='key'>over a token that a finding means: {levels}</p>"
+        f"<p class='key'>a bar over a token: a finding is about it; {levels}</p>"
         f"<p class='key of-role'>{roles}</p>"
         f"<p class='of-loss'>loss of a token, in nats: 0<span class='scale'></span>{scale.loss:.2f}"
         "</p>"
