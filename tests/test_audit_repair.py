@@ -402,6 +402,19 @@ def test_changes_are_listed_with_three_rows_before_and_after():
     assert printed(mended({name: column[:1] for name, column in batch.items()})) == (
         "nothing to mend\n"
     )
+    packed = {
+        "input_ids": torch.tensor([ids * 2]),
+        "labels": torch.tensor([[-100, *ids[1:]] * 2]),
+    }
+    packed["position_ids"] = torch.tensor([[*range(5)] * 2])
+    assert printed(mended(packed)) == "1 packed row taken apart: one sequence a row\n"
+    empty = mended(
+        {
+            name: torch.full_like(column[:1], -100) if name == "labels" else column[:1]
+            for name, column in batch.items()
+        }
+    )
+    assert "left out: no-targets: 1 sequence, row 0: no token carries loss" in printed(empty)
 
 
 def test_a_long_row_is_shown_near_its_change():

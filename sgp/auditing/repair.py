@@ -35,10 +35,14 @@ DONE = {  # rule: what was done about it, in the order in which it is done
     "first-output-untrained": "the first output token carries loss",
     "turn-end-unscored": "the end of the turn carries loss",
 }
+WHY = {  # code: why such a sequence is left out
+    "labels-not-the-inputs": "the right labels would be a guess",
+    "no-targets": "no token carries loss",
+}
 
 
 class Left(NamedTuple):
-    """A sequence that is not written, because its labels would be a guess."""
+    """A sequence that is not written, for one of the reasons `WHY`."""
 
     row: int  # of the batch
     code: str
@@ -159,15 +163,13 @@ class Repair:
             yield f"{_count(self.cut, 'packed row')} taken apart: one sequence a row"
         for code in dict.fromkeys(left.code for left in self.left):
             rows = [left.row for left in self.left if left.code == code]
-            yield (
-                f"left out: {code}: {_count(len(rows), 'sequence')}, {place(rows)}: the right "
-                "labels would be a guess"
-            )
+            many = _count(len(rows), "sequence")
+            yield f"left out: {code}: {many}, {place(rows)}: {WHY[code]}"
         for sample in self.samples:
             yield f"{place([sample.row])}, {', '.join(sample.rules)}"
             yield f"  before: {sample.before}"
             yield f"  after:  {sample.after}"
-        if not self.changes:
+        if not self.changes and not self.cut:
             yield "nothing to mend"
 
 

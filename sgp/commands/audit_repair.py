@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sgp.auditing.findings import SEVERITY, Finding
-from sgp.auditing.repair import Repair, repair
+from sgp.auditing.repair import WHY, Repair, repair
 from sgp.auditing.survey import Survey
 from sgp.commands.audit_rows import FileRow, Maker, batches, describe, windowed
 from sgp.data.reading import STDIN
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 
 UNWRITTEN = ("unusable-line", "outside-vocabulary")
 """Findings of lines that made no row."""
-NOT_WRITTEN = {
-    "no-targets": "not written: no token carries loss",
-    "labels-not-the-inputs": "not written: the right labels would be a guess",
-}
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".parquet")
 
 
@@ -104,7 +100,7 @@ class Mended:
     def _add(self, rows: list[FileRow]) -> None:
         found = repair(self._maker.view(rows))
         for number, code in found.left:
-            left = Finding(code, SEVERITY[code], "", NOT_WRITTEN[code])
+            left = Finding(code, SEVERITY[code], "", f"not written: {WHY[code]}")
             self.after.add(left, rows[number].line)
         mended = [
             windowed(FileRow(rows[n].line, row, row), self._maker, self.after)
